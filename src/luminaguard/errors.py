@@ -1,0 +1,197 @@
+"""The one tree of errors.
+
+Every error says what happened (the message), what was kept (``kept``) and what to do next
+(``hint``), and knows the exit status that the command line ends with. Code below the command line
+raises; only the command line exits.
+
+    LuminaGuardError                     125  something inside failed
+    ├── SettingsError                    123  a settings file or variable cannot be used
+    ├── Unavailable                      123  a part that is needed is not there, or not usable
+    │   ├── HypervisorUnavailable             no usable QEMU
+    │   ├── ImageMissing                      no guest image was built yet
+    │   └── PackageUnavailable                a locked package cannot be had from apt
+    ├── ImageError                       123  a guest image cannot be built or used
+    │   ├── ImageTampered                     a part differs from its manifest
+    │   └── ImageBuildFailed
+    ├── MachineError                     125  a micro-VM failed
+    │   ├── BootFailed
+    │   ├── GuestProtocolError                the guest broke the protocol: its VM was destroyed
+    │   └── GuestUnresponsive                 the guest did not answer in time: same
+    ├── WorkspaceError                   122  the folder cannot be used as a workspace
+    │   └── WorkspaceChanged                  it changed while it was read
+    ├── ChangesetRefused                 122  what the guest reported may not be published
+    ├── ApprovalError                    122  a request cannot be decided, or a decision not used
+    │   └── RequestNotFound
+    ├── PublishError                     122  nothing was published
+    │   ├── Conflict                          the host's files are not the base any more
+    │   └── OutcomeUnknown                    recovery could not restore the state before
+    ├── StorageError                     125  the database or a state file cannot be used
+    └── LedgerError                      122  the ledger does not verify
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "EXIT_DENIED",
+    "EXIT_INTERNAL",
+    "EXIT_INTERRUPTED",
+    "EXIT_PENDING",
+    "EXIT_REFUSED",
+    "EXIT_TIMEOUT",
+    "EXIT_UNAVAILABLE",
+    "ApprovalError",
+    "BootFailed",
+    "ChangesetRefused",
+    "Conflict",
+    "GuestProtocolError",
+    "GuestUnresponsive",
+    "HypervisorUnavailable",
+    "ImageBuildFailed",
+    "ImageError",
+    "ImageMissing",
+    "ImageTampered",
+    "LedgerError",
+    "LuminaGuardError",
+    "MachineError",
+    "OutcomeUnknown",
+    "PackageUnavailable",
+    "PublishError",
+    "RequestNotFound",
+    "SettingsError",
+    "StorageError",
+    "Unavailable",
+    "WorkspaceChanged",
+    "WorkspaceError",
+]
+
+EXIT_PENDING = 120
+EXIT_DENIED = 121
+EXIT_REFUSED = 122
+EXIT_UNAVAILABLE = 123
+EXIT_TIMEOUT = 124
+EXIT_INTERNAL = 125
+EXIT_INTERRUPTED = 130
+
+
+class LuminaGuardError(Exception):
+    """The root: something went wrong that a person can do something about.
+
+    Args:
+        message: what happened, in one sentence.
+        hint: what to do about it.
+        kept: what was kept, or that nothing was lost.
+    """
+
+    exit_code: ClassVar[int] = EXIT_INTERNAL
+
+    def __init__(self, message: str, *, hint: str, kept: str = "Nothing was changed.") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.kept = kept
+
+
+class SettingsError(LuminaGuardError):
+    """A settings file or an environment variable cannot be used."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+class Unavailable(LuminaGuardError):
+    """A part that this action needs is missing or unusable; nothing weaker is used instead."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+class HypervisorUnavailable(Unavailable):
+    """No usable hypervisor was found."""
+
+
+class ImageMissing(Unavailable):
+    """No guest image was built yet."""
+
+
+class PackageUnavailable(Unavailable):
+    """A package of the guest image cannot be had from the sources of this machine."""
+
+
+class ImageError(LuminaGuardError):
+    """A guest image cannot be built or used."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+class ImageTampered(ImageError):
+    """A part of an image or template differs from its manifest."""
+
+
+class ImageBuildFailed(ImageError):
+    """An image could not be built."""
+
+
+class MachineError(LuminaGuardError):
+    """A micro-VM failed; it has been destroyed."""
+
+
+class BootFailed(MachineError):
+    """A micro-VM did not come up."""
+
+
+class GuestProtocolError(MachineError):
+    """The guest sent something that the protocol does not allow."""
+
+
+class GuestUnresponsive(MachineError):
+    """The guest did not answer within its time."""
+
+
+class WorkspaceError(LuminaGuardError):
+    """The folder cannot be used as a workspace."""
+
+    exit_code = EXIT_REFUSED
+
+
+class WorkspaceChanged(WorkspaceError):
+    """The folder changed while it was being read."""
+
+
+class ChangesetRefused(LuminaGuardError):
+    """The changes that the guest reported may not be published."""
+
+    exit_code = EXIT_REFUSED
+
+
+class ApprovalError(LuminaGuardError):
+    """A request cannot be decided, or a decision cannot be used."""
+
+    exit_code = EXIT_REFUSED
+
+
+class RequestNotFound(ApprovalError):
+    """There is no request with this id."""
+
+
+class PublishError(LuminaGuardError):
+    """Publishing was refused or failed; the folder is as it was before."""
+
+    exit_code = EXIT_REFUSED
+
+
+class Conflict(PublishError):
+    """The host's files are not the ones that the card was made from."""
+
+
+class OutcomeUnknown(PublishError):
+    """An interrupted publish could not be undone completely."""
+
+
+class StorageError(LuminaGuardError):
+    """The database or a state file cannot be used."""
+
+
+class LedgerError(LuminaGuardError):
+    """The ledger does not verify."""
+
+    exit_code = EXIT_REFUSED

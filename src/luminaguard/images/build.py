@@ -1,0 +1,316 @@
+"""Build, list, find and verify guest images under one folder.
+
+    <cache>/packages/*.deb            downloads, checked against the lock
+    <cache>/images/<manifest digest>/ one image
+    <cache>/images/current            the name of the image that new machines use
+
+A build works in a temporary folder beside the images and appears by one rename; one that was
+interrupted leaves a folder that the next build removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+
+from luminaguard import __version__
+from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered, PackageUnavailable
+from luminaguard.images import initramfs, kernel, rootfs
+from luminaguard.images import lock as locks
+from luminaguard.images.manifest import INITRAMFS, KERNEL, PARTS, ROOT, SBOM, Image, Manifest, Part, sha256_fd
+
+__all__ = ["ImageStore"]
+
+_MKSQUASHFS = ("mksquashfs", "-", "{out}", "-tar", "-comp", "lz4", "-no-xattrs", "-mkfs-time", "0",
+               "-noappend", "-quiet", "-no-progress", "-mem", "256M")  # fmt: skip
+_RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py")
+
+
+class ImageStore:
+    """The images of one cache folder."""
+
+    def __init__(self, cache: Path) -> None:
+        self.folder = cache / "images"
+        self.packages = cache / "packages"
+
+    def current(self) -> Image:
+        """The image that new machines use.
+
+        Raises:
+            ImageMissing: none was built, or it was built by another version of LuminaGuard.
+            ImageTampered: its manifest is damaged.
+        """
+        try:
+            name = (self.folder / "current").read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            raise ImageMissing(
+                "No guest image has been built yet.", hint="Run 'luminaguard image build' (about a minute)."
+            ) from None
+        if not _is_digest(name):
+            raise ImageTampered(
+                f"{self.folder / 'current'} does not name an image.", hint="Run 'luminaguard image build'."
+            )
+        image = Image.load(self.folder / name)
+        if image.manifest.guest != _guest_digest():
+            raise ImageMissing(
+                "The guest image was built by another version of LuminaGuard.",
+                hint="Run 'luminaguard image build'; it takes a few seconds.",
+            )
+        return image
+
+    def images(self) -> list[Image]:
+        """All images whose manifests are whole, oldest first."""
+        found = []
+        for entry in sorted(self.folder.glob("*/manifest.json"), key=lambda p: p.stat().st_mtime):
+            if _is_digest(entry.parent.name):
+                with contextlib.suppress(ImageTampered):
+                    found.append(Image.load(entry.parent))
+        return found
+
+    def build(self, step: Callable[[str], None], *, locked: bool = False, force: bool = False) -> Image:
+        """Build the image for this machine's distribution and make it current.
+
+        Args:
+            step: told in a few words what is being done.
+            locked: refuse to use anything but the lock that LuminaGuard ships.
+            force: build even if the current image has the same recipe.
+
+        Raises:
+            ImageBuildFailed: it could not be built (a full disk included); no image is changed.
+            PackageUnavailable: packages cannot be had.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._only_builder(step):
+            self._remove_half_built()
+            try:
+                return self._build(step, locked, force)
+            except OSError as error:
+                what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+                raise ImageBuildFailed(
+                    f"The guest image could not be built: {what}.",
+                    hint="Free about 1 GB in the cache folder and run 'luminaguard image build' again.",
+                    kept="Finished downloads and earlier images were kept.",
+                ) from error
+
+    def _build(self, step: Callable[[str], None], locked: bool, force: bool) -> Image:
+        lock, is_shipped = self._choose_lock(step, locked)
+        recipe, guest = _recipe_digest(), _guest_digest()
+        same_root = [
+            image
+            for image in reversed(self.images())
+            if (image.manifest.lock, image.manifest.recipe) == (lock.digest, recipe)
+        ]
+        if not force:
+            for image in same_root:
+                if image.manifest.guest == guest and _is_whole(image):
+                    self._make_current(image)
+                    return image
+        work = self.folder / f".building-{os.getpid()}"
+        work.mkdir(mode=0o700)
+        try:
+            reusable = next((i for i in same_root if not force and _is_whole(i)), None)
+            release = self._make_parts(work, lock, reusable, step)
+            manifest = Manifest(lock.distribution, release, lock.digest, is_shipped, recipe, guest,
+                                {name: _part(work / name) for name in PARTS})  # fmt: skip
+            _write(work / "manifest.json", manifest.dumps().encode())
+            target = self.folder / manifest.digest
+            if target.exists():
+                shutil.rmtree(target)
+            work.rename(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        image = Image.load(target)
+        self._make_current(image)
+        return image
+
+    def _choose_lock(self, step: Callable[[str], None], locked: bool) -> tuple[locks.PackageLock, bool]:
+        shipped = locks.shipped()
+        if shipped is not None:
+            step(f"fetching {len(shipped.packages)} locked packages")
+            try:
+                locks.fetch(shipped, self.packages)
+            except PackageUnavailable:
+                if locked:
+                    raise
+                step("the sources have newer packages than the lock: resolving them anew")
+            else:
+                return shipped, True
+        elif locked:
+            raise PackageUnavailable(
+                f"LuminaGuard ships no package lock for {'-'.join(locks.distribution())}.",
+                hint="Build without --locked: apt then resolves the packages from its signed sources.",
+            )
+        lock = locks.resolve()
+        step(f"fetching {len(lock.packages)} packages")
+        locks.fetch(lock, self.packages)
+        return lock, False
+
+    def _make_parts(
+        self, work: Path, lock: locks.PackageLock, reusable: Image | None, step: Callable[[str], None]
+    ) -> str:
+        files = {package: self.packages / package.filename for package in lock.packages}
+        busybox = _busybox(files[lock.role("initramfs")[0]])
+        step("unpacking the kernel")
+        found = kernel.extract(files[p] for p in lock.role("kernel"))
+        _write(work / INITRAMFS, initramfs.build(busybox, found.modules))
+        _write(work / SBOM, _sbom(lock).encode())
+        if reusable is not None:
+            for name in (KERNEL, ROOT):
+                shutil.copyfile(reusable.folder / name, work / name)
+        else:
+            _write(work / KERNEL, found.elf)
+            tree = rootfs.build_tree((files[p] for p in lock.role("root")), step)
+            step("writing the root file system")
+            _squash(tree, work / ROOT)
+        return found.release
+
+    def _make_current(self, image: Image) -> None:
+        temporary = self.folder / f".current-{os.getpid()}"
+        _write(temporary, f"{image.folder.name}\n".encode())
+        temporary.replace(self.folder / "current")
+
+    def _remove_half_built(self) -> None:
+        for leftover in self.folder.glob(".building-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _only_builder(self, step: Callable[[str], None]) -> Iterator[None]:
+        fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                step("waiting for another build to end")
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+def _squash(tree: rootfs.Tree, target: Path) -> None:
+    command = [word.replace("{out}", str(target)) for word in _MKSQUASHFS]
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE)  # fmt: skip
+    except FileNotFoundError as error:
+        raise ImageBuildFailed(
+            "mksquashfs is not installed.", hint="Install it: apt-get install squashfs-tools"
+        ) from error
+    with process:
+        assert process.stdin is not None and process.stderr is not None
+        with contextlib.suppress(BrokenPipeError):
+            rootfs.write_tar(tree, process.stdin)
+            process.stdin.close()
+        said = process.stderr.read().decode("utf-8", "replace").strip()
+    if process.returncode:
+        raise ImageBuildFailed(
+            f"mksquashfs failed: {said[-300:]}", hint="Check that the cache folder has 500 MB free."
+        )
+
+
+def _busybox(package: Path) -> bytes:
+    from luminaguard.images import deb  # noqa: PLC0415  # only a build reads packages
+
+    for member, data in deb.data_members(package):
+        if member.isreg() and member.name.endswith("/bin/busybox"):
+            return data
+    raise ImageBuildFailed(f"{package.name} contains no busybox.", hint="Write a new lock.")
+
+
+def _sbom(lock: locks.PackageLock) -> str:
+    """An SPDX 2.3 document (spdx.github.io/spdx-spec/v2.3) of all packages in the image."""
+    system = lock.distribution.split("-")[0]
+    packages = [
+        {
+            "SPDXID": f"SPDXRef-Package-{index}",
+            "name": package.name,
+            "versionInfo": package.version,
+            "downloadLocation": "NOASSERTION",
+            "filesAnalyzed": False,
+            "checksums": [{"algorithm": "SHA256", "checksumValue": package.sha256}],
+            "externalRefs": [
+                {
+                    "referenceCategory": "PACKAGE-MANAGER",
+                    "referenceType": "purl",
+                    "referenceLocator": f"pkg:deb/{system}/{package.name}@{package.version}"
+                    f"?arch={package.architecture}&distro={lock.distribution}",
+                }
+            ],
+        }
+        for index, package in enumerate(lock.packages)
+    ]
+    document = {
+        "spdxVersion": "SPDX-2.3",
+        "dataLicense": "CC0-1.0",
+        "SPDXID": "SPDXRef-DOCUMENT",
+        "name": f"luminaguard-guest-{lock.distribution}",
+        "documentNamespace": f"urn:luminaguard:guest:{lock.digest}",
+        "creationInfo": {
+            "created": "1970-01-01T00:00:00Z",  # fixed, so that an image is reproducible
+            "creators": [f"Tool: luminaguard-{__version__}"],
+        },
+        "packages": packages,
+        "relationships": [
+            {
+                "spdxElementId": "SPDXRef-DOCUMENT",
+                "relationshipType": "DESCRIBES",
+                "relatedSpdxElement": package["SPDXID"],
+            }
+            for package in packages
+        ],
+    }
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def _recipe_digest() -> str:
+    folder = resources.files("luminaguard.images")
+    digest = hashlib.sha256("\0".join(_MKSQUASHFS).encode())
+    for name in _RECIPE_SOURCES:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _guest_digest() -> str:
+    digest = hashlib.sha256((resources.files("luminaguard.images") / "initramfs.py").read_bytes())
+    for entry in sorted(resources.files("luminaguard.guest").iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".py"):
+            digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_whole(image: Image) -> bool:
+    try:
+        image.verify()
+    except ImageTampered:
+        return False
+    return True
+
+
+def _part(path: Path) -> Part:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return Part(os.fstat(fd).st_size, sha256_fd(fd))
+    finally:
+        os.close(fd)
+
+
+def _write(path: Path, data: bytes) -> None:
+    # Read-only for all but the owner; readable, because a QEMU started by root runs as nobody.
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_digest(name: str) -> bool:
+    return len(name) == 64 and all(c in "0123456789abcdef" for c in name)

@@ -1,0 +1,90 @@
+"""The initramfs: modules, busybox, the guest supervisor, and the few lines that start it.
+
+It mounts the read-only root under an overlay on tmpfs, copies the supervisor where the workload
+cannot read it, and hands over. Archive format: newc (Documentation/driver-api/early-userspace/
+buffer-format.rst).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import marshal
+from importlib import resources
+
+__all__ = ["SUPERVISOR_FOLDER", "build", "supervisor_files"]
+
+SUPERVISOR_FOLDER = "/run/luminaguard"
+_INIT = """#!/bin/busybox sh
+set -eu
+trap 'echo "init failed" ; /bin/busybox poweroff -f' EXIT
+b=/bin/busybox
+$b mount -t devtmpfs -o nosuid,noexec dev /dev
+$b mount -t proc -o nosuid,nodev,noexec proc /proc
+for m in {modules}; do $b insmod "/modules/$m.ko"; done
+$b mount -t squashfs -o ro,nodev /dev/vda /lower
+$b mount -t tmpfs -o nosuid,nodev,mode=755,size=16m,nr_inodes=4096 tmpfs /upper
+$b mkdir /upper/data /upper/work
+$b mount -t overlay -o lowerdir=/lower,upperdir=/upper/data,workdir=/upper/work,redirect_dir=off,metacopy=off,index=off,xino=off overlay /root
+$b mount -t tmpfs -o nosuid,nodev,noexec,mode=755,size=4m,nr_inodes=1024 tmpfs /root/run
+$b mkdir -m 700 /root{folder}
+$b cp -r /luminaguard /root{folder}/
+$b umount /proc
+$b mount --move /dev /root/dev
+exec $b switch_root /root /usr/bin/python3 -I -S -E -B -c "import sys; sys.path.insert(0, '{folder}'); \\
+from luminaguard.guest.supervisor import main; main()"
+"""
+
+
+def supervisor_files() -> dict[str, bytes]:
+    """The guest package by file name: its sources, and their byte code for this Python."""
+    files = {"__init__.py": b""}
+    for entry in sorted(resources.files("luminaguard.guest").iterdir(), key=lambda e: e.name):
+        if not entry.name.endswith(".py") or entry.name == "__init__.py":
+            continue
+        source = entry.read_bytes()
+        files[entry.name] = source
+        code = compile(source, f"{SUPERVISOR_FOLDER}/luminaguard/guest/{entry.name}", "exec", dont_inherit=True)
+        header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
+        cached = importlib.util.cache_from_source(entry.name)
+        files[cached] = header + importlib.util.source_hash(source) + marshal.dumps(code, 2)
+    return files
+
+
+def build(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
+    """The whole archive, uncompressed: unpacking costs more than reading under emulation."""
+    names = " ".join(name for name, _ in modules)
+    init = _INIT.replace("{modules}", names).replace("{folder}", SUPERVISOR_FOLDER)
+    archive = _Newc()
+    for folder in ("bin", "dev", "proc", "lower", "upper", "root", "modules", "luminaguard",
+                   "luminaguard/guest", "luminaguard/guest/__pycache__"):  # fmt: skip
+        archive.add(folder, 0o040755, b"")
+    archive.add("bin/busybox", 0o100755, busybox)
+    archive.add("init", 0o100755, init.encode())
+    for name, data in modules:
+        archive.add(f"modules/{name}.ko", 0o100644, data)
+    archive.add("luminaguard/__init__.py", 0o100644, b"")
+    for name, data in supervisor_files().items():
+        archive.add(f"luminaguard/guest/{name}", 0o100644, data)
+    return archive.finish()
+
+
+class _Newc:
+    def __init__(self) -> None:
+        self._out = bytearray()
+        self._inode = 1
+
+    def add(self, name: str, mode: int, data: bytes) -> None:
+        fields = (self._inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+        self._out += b"070701" + b"".join(b"%08x" % field for field in fields)
+        self._out += name.encode() + b"\0"
+        self._pad()
+        self._out += data
+        self._pad()
+        self._inode += 1
+
+    def finish(self) -> bytes:
+        self.add("TRAILER!!!", 0, b"")
+        return bytes(self._out)
+
+    def _pad(self) -> None:
+        self._out += b"\0" * (-len(self._out) % 4)

@@ -1,0 +1,125 @@
+"""Take the uncompressed kernel and its modules out of the distribution's signed kernel package.
+
+QEMU's qboot starts an ELF kernel through PVH, which is faster than unpacking a bzImage under
+emulation. The header fields are those of the Linux/x86 boot protocol, version 2.08 and later
+(Documentation/arch/x86/boot.rst).
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import lz4.block
+import zstandard
+
+from luminaguard.errors import ImageBuildFailed
+from luminaguard.images import deb, spec
+
+__all__ = ["Kernel", "extract", "vmlinux"]
+
+_LZ4_LEGACY_BLOCK = 8 << 20
+_MAX_VMLINUX = 256 << 20
+
+
+class Kernel:
+    """A kernel as the images room needs it: the ELF file, and the modules in load order."""
+
+    def __init__(self, release: str, elf: bytes, modules: list[tuple[str, bytes]]) -> None:
+        self.release = release
+        self.elf = elf
+        self.modules = modules
+
+
+def extract(packages: Iterable[Path]) -> Kernel:
+    """Find vmlinuz and the modules of :data:`spec.KERNEL_MODULES` in the kernel packages.
+
+    Raises:
+        ImageBuildFailed: there is no kernel in them, or it is compressed in an unknown way.
+    """
+    compressed, release = b"", ""
+    modules: dict[str, bytes] = {}
+    for package in packages:
+        for member, data in deb.data_members(package):
+            name = member.name.removeprefix("./")
+            if name.startswith("boot/vmlinuz-"):
+                compressed, release = data, name.removeprefix("boot/vmlinuz-")
+            stem, _, kind = Path(name).name.partition(".ko")
+            if stem in spec.KERNEL_MODULES and "/modules/" in name:
+                modules[stem] = _module(kind, data)
+    if not compressed:
+        raise ImageBuildFailed(
+            "The kernel packages contain no boot/vmlinuz.",
+            hint="Write a new lock with 'luminaguard image lock'.",
+        )
+    order = [(name, modules[name]) for name in spec.KERNEL_MODULES if name in modules]
+    return Kernel(release, vmlinux(compressed), order)
+
+
+def vmlinux(bzimage: bytes) -> bytes:
+    """The ELF kernel inside a bzImage.
+
+    Raises:
+        ImageBuildFailed: this is no bzImage, or the compression is unknown.
+    """
+    if bzimage[0x202:0x206] != b"HdrS":
+        raise ImageBuildFailed("vmlinuz has no boot header.", hint="Rebuild with another kernel package.")
+    setup_sectors = bzimage[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", bzimage, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    payload = bzimage[start : start + length]
+    for magic, unpack in _UNPACKERS.items():
+        if payload.startswith(magic):
+            elf = unpack(payload)
+            if not elf.startswith(b"\x7fELF"):
+                break
+            return elf
+    raise ImageBuildFailed(
+        f"The kernel payload starts with {payload[:4].hex()}, which is no known compression.",
+        hint="Rebuild with another kernel package.",
+    )
+
+
+def _lz4_legacy(payload: bytes) -> bytes:
+    """The kernel's own lz4 framing: a magic, then blocks with a 32-bit size each."""
+    out, offset = bytearray(), 4
+    while offset + 4 < len(payload) and len(out) < _MAX_VMLINUX:
+        (size,) = struct.unpack_from("<I", payload, offset)
+        offset += 4
+        if not 0 < size <= len(payload) - offset:
+            break  # the last four bytes are the unpacked size, appended by the kernel's build
+        block = payload[offset : offset + size]
+        out += lz4.block.decompress(block, uncompressed_size=_LZ4_LEGACY_BLOCK)
+        offset += size
+    return bytes(out)
+
+
+def _zstd(payload: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().decompressobj().decompress(payload)
+
+
+def _xz(payload: bytes) -> bytes:
+    return lzma.LZMADecompressor().decompress(payload, _MAX_VMLINUX)
+
+
+def _gzip(payload: bytes) -> bytes:
+    return gzip.decompress(payload[:-4])
+
+
+_UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x02\x21\x4c\x18": _lz4_legacy,
+    b"\x28\xb5\x2f\xfd": _zstd,
+    b"\xfd7zXZ\x00": _xz,
+    b"\x1f\x8b": _gzip,
+}
+
+
+def _module(kind: str, data: bytes) -> bytes:
+    if kind == ".xz":
+        return _xz(data)
+    if kind == ".zst":
+        return _zstd(data)
+    return data

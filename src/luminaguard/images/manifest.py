@@ -1,0 +1,157 @@
+"""The manifest of a guest image: which parts it has, what they hash to, and what they came from.
+
+An image is a folder named after the SHA-256 of its manifest, so a changed manifest is as visible
+as a changed part. Every use verifies the parts that it uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from luminaguard.errors import ImageTampered
+
+__all__ = ["INITRAMFS", "KERNEL", "ROOT", "Image", "Manifest", "Part", "open_verified", "sha256_fd"]
+
+KERNEL, INITRAMFS, ROOT, SBOM = "vmlinux", "initramfs.cpio", "root.squashfs", "sbom.spdx.json"
+PARTS = (KERNEL, INITRAMFS, ROOT, SBOM)
+_MAX_MANIFEST = 1 << 20
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Size in bytes and SHA-256 of one file of an image."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an image is made of.
+
+    Attributes:
+        lock: digest of the package lock that it was built from.
+        locked: whether that is the lock that came with LuminaGuard (else: resolved on this machine).
+        recipe: digest of the code and lists that put the root file system together.
+        guest: digest of the guest supervisor's sources.
+    """
+
+    distribution: str
+    kernel_release: str
+    lock: str
+    locked: bool
+    recipe: str
+    guest: str
+    parts: dict[str, Part]
+
+    def dumps(self) -> str:
+        """Canonical JSON; its SHA-256 names the image."""
+        return json.dumps({"format": 1, **asdict(self)}, sort_keys=True, indent=1) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of :meth:`dumps`, in hex."""
+        return hashlib.sha256(self.dumps().encode()).hexdigest()
+
+    @classmethod
+    def loads(cls, text: str) -> Manifest:
+        """Parse a manifest; raises ValueError, KeyError or TypeError when it is none."""
+        raw: dict[str, Any] = json.loads(text)
+        if raw.pop("format") != 1:
+            raise ValueError("unknown format")
+        raw["parts"] = {str(k): Part(int(v["size"]), str(v["sha256"])) for k, v in raw["parts"].items()}
+        if set(raw["parts"]) != set(PARTS):
+            raise ValueError("it does not name the parts of an image")
+        return cls(**raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image on disk whose manifest matches its name. Its parts are verified when opened."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def id(self) -> str:
+        """The short name that people see."""
+        return self.folder.name[:12]
+
+    @classmethod
+    def load(cls, folder: Path) -> Image:
+        """Read and check the manifest of an image.
+
+        Raises:
+            ImageTampered: the manifest is missing, malformed, or not the one the folder is named for.
+        """
+        try:
+            with (folder / "manifest.json").open(encoding="utf-8") as file:
+                manifest = Manifest.loads(file.read(_MAX_MANIFEST))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _tampered(folder, f"its manifest cannot be read ({error})") from error
+        if manifest.digest != folder.name:
+            raise _tampered(folder, "its manifest is not the one that it was named after")
+        return cls(folder, manifest)
+
+    def open_part(self, name: str) -> int:
+        """Open a part read-only and verify it; the caller owns the descriptor.
+
+        Raises:
+            ImageTampered: it is missing, truncated, or differs.
+        """
+        return open_verified(self.folder / name, self.manifest.parts[name], self.folder)
+
+    def verify(self) -> None:
+        """Verify every part; raises :class:`ImageTampered`."""
+        for name in PARTS:
+            os.close(self.open_part(name))
+
+
+def open_verified(path: Path, part: Part, owner: Path) -> int:
+    """Open a file and compare size and SHA-256; return the descriptor, at offset 0.
+
+    The descriptor that was hashed is the one that is used, so a swap of the path changes nothing.
+
+    Raises:
+        ImageTampered: the file is missing, or differs.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise _tampered(owner, f"{path.name} cannot be opened ({error.strerror})") from error
+    try:
+        size = os.fstat(fd).st_size
+        if size != part.size:
+            raise _tampered(owner, f"{path.name} has {size} bytes instead of {part.size}")
+        if sha256_fd(fd) != part.sha256:
+            raise _tampered(owner, f"{path.name} does not have the recorded SHA-256")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def sha256_fd(fd: int) -> str:
+    """SHA-256 of a file from its first byte; leaves the offset at 0."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    offset = 0
+    while count := os.preadv(fd, [buffer], offset):
+        digest.update(view[:count])
+        offset += count
+    return digest.hexdigest()
+
+
+def _tampered(folder: Path, why: str) -> ImageTampered:
+    return ImageTampered(
+        f"{folder} is not to be trusted: {why}.",
+        hint="Delete that folder and run 'luminaguard image build'.",
+        kept="Nothing was started from it.",
+    )
