@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import re
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -41,22 +42,21 @@ def extract(packages: Iterable[Path]) -> Kernel:
         ImageBuildFailed: there is no kernel in them, or it is compressed in an unknown way.
     """
     compressed, release = b"", ""
-    modules: dict[str, bytes] = {}
+    modules: dict[str, tuple[str, bytes]] = {}
     for package in packages:
         for member, data in deb.data_members(package):
             name = member.name.removeprefix("./")
             if name.startswith("boot/vmlinuz-"):
                 compressed, release = data, name.removeprefix("boot/vmlinuz-")
-            stem, _, kind = Path(name).name.partition(".ko")
-            if stem in spec.KERNEL_MODULES and "/modules/" in name:
-                modules[stem] = _module(kind, data)
+            stem, found, kind = Path(name).name.partition(".ko")
+            if found and "/modules/" in name:
+                modules[stem.replace("-", "_")] = (kind, data)
     if not compressed:
         raise ImageBuildFailed(
             "The kernel packages contain no boot/vmlinuz.",
             hint="Write a new lock with 'luminaguard image lock'.",
         )
-    order = [(name, modules[name]) for name in spec.KERNEL_MODULES if name in modules]
-    return Kernel(release, vmlinux(compressed), order)
+    return Kernel(release, vmlinux(compressed), _load_order(modules))
 
 
 def vmlinux(bzimage: bytes) -> bytes:
@@ -115,6 +115,24 @@ _UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {
     b"\xfd7zXZ\x00": _xz,
     b"\x1f\x8b": _gzip,
 }
+
+
+def _load_order(modules: dict[str, tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    """The wanted modules after the ones that they depend on (``depends=`` of their modinfo)."""
+    order: dict[str, bytes] = {}
+
+    def add(name: str) -> None:
+        if name in order or name not in modules:
+            return  # a name without a file is built into the kernel
+        blob = _module(*modules[name])
+        match = re.search(rb"\0depends=([^\0]*)\0", blob)
+        for dependency in match[1].decode().split(",") if match and match[1] else ():
+            add(dependency.replace("-", "_"))
+        order[name] = blob
+
+    for wanted in spec.KERNEL_MODULES:
+        add(wanted)
+    return list(order.items())
 
 
 def _module(kind: str, data: bytes) -> bytes:

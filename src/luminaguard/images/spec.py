@@ -28,10 +28,9 @@ KERNEL_PACKAGES = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-v
 """The metapackage whose dependency is the signed kernel, by the ``ID`` of os-release."""
 
 KERNEL_MODULES = (
-    "virtio", "virtio_ring", "virtio_mmio", "virtio_blk", "virtio_console", "virtio-rng",
-    "squashfs", "overlay",
-)  # fmt: skip
-"""Modules that the initramfs may need; those built into a kernel have no file and are skipped."""
+    "virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng", "squashfs", "overlay",
+)
+"""Modules that the initramfs loads, with what they depend on; one built in has no file to load."""
 
 DROPPED_PACKAGES = {
     # A package manager and its configuration system: the root file system is never changed.

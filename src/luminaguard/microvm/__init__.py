@@ -1,0 +1,1 @@
+"""Machines that live for one action: the hypervisor port, its backends, templates and clones."""

@@ -1,0 +1,359 @@
+"""A micro-VM as the rest of LuminaGuard sees it: wake it, run commands in it, take the changes out.
+
+A machine is made by :func:`boot` or :func:`clone`, lives in that context, and is destroyed at its
+end, whatever happened. A clone is woken before it is handed out: clock, entropy, host name and
+machine id are its own, because it was copied from a machine that other clones were copied from too.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import secrets
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from luminaguard.errors import GuestProtocolError, MachineError
+from luminaguard.guest import frames
+from luminaguard.microvm.channel import Call, CallFailed, GuestChannel, open_channel
+from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine, VirtualMachine
+
+__all__ = ["Command", "LayerEntry", "MicroVM", "Outcome", "Terminal", "boot", "clone"]
+
+BOOT_TIMEOUT = 60.0
+CALL_TIMEOUT = 20.0
+CHANGES_SILENCE = 30.0
+_MAX_META = 32 << 10
+_ENTRY_TYPES = frozenset({"file", "dir", "symlink", "whiteout", "other"})
+_PATH = "/usr/bin:/bin"
+
+Output = Callable[[int, bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """The size of a terminal in characters."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to run, and within which limits."""
+
+    argv: Sequence[str]
+    cwd: str = "/workspace"
+    terminal: Terminal | None = None
+    environment: Mapping[str, str] | None = None
+    processes: int = 256
+    max_file_bytes: int = 1 << 40
+
+    def params(self) -> dict[str, Any]:
+        """The parameters of the protocol's ``exec`` call."""
+        environment = {
+            "PATH": _PATH, "HOME": "/home/user", "USER": "user", "LOGNAME": "user",
+            "LANG": "C.UTF-8", "TMPDIR": "/tmp",  # noqa: S108  # the guest's, not ours
+            # Byte code is no effect that anyone wants to review.
+            "PYTHONPYCACHEPREFIX": "/tmp/pycache",  # noqa: S108
+            **(self.environment or {}),
+        }  # fmt: skip
+        size = self.terminal
+        return {
+            "argv": list(self.argv),
+            "cwd": self.cwd,
+            "env": environment,
+            "tty": {"rows": size.rows, "columns": size.columns} if size else None,
+            "limits": {"pids": self.processes, "nofile": 4096, "fsize": self.max_file_bytes},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a command ended."""
+
+    exit_code: int
+    signal: int | None = None
+    out_of_memory: bool = False
+    timed_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEntry:
+    """One entry of the overlay's upper layer as the guest reports it: unchecked but for its shape."""
+
+    path: str
+    kind: str
+    mode: int
+    size: int
+    target: str
+    opaque: bool
+
+
+class MicroVM:
+    """A running, woken machine."""
+
+    def __init__(self, vm_id: str, machine: VirtualMachine, channel: GuestChannel) -> None:
+        self.id = vm_id
+        self._machine = machine
+        self._channel = channel
+        self.boot_id = ""
+
+    @property
+    def pid(self) -> int:
+        """The hypervisor's process id."""
+        return self._machine.pid
+
+    async def wake(self, *, workspace: bool, upper_mib: int) -> None:
+        """Give the clone its own clock, entropy and names; mount the workspace if there is one."""
+        call = await self._channel.call(
+            "wake",
+            {
+                "time_ns": time.time_ns(),
+                "entropy": base64.b64encode(secrets.token_bytes(64)).decode(),
+                "hostname": self.id,
+                "machine_id": secrets.token_hex(16),
+                "workspace": workspace,
+                "upper_size": f"{upper_mib}m",
+            },
+        )
+        self.boot_id = str((await _answer(call, CALL_TIMEOUT)).get("boot_id", ""))[:64]
+
+    async def start(self, command: Command) -> Call:
+        """Start a command and return the call, for a caller that drives the streams itself."""
+        streams = (frames.STDOUT,) if command.terminal else (frames.STDOUT, frames.STDERR)
+        return await self._channel.call("exec", command.params(), streams)
+
+    async def run(
+        self,
+        command: Command,
+        *,
+        output: Output,
+        feed: Callable[[Call], Awaitable[None]] | None = None,
+        timeout_s: float | None = None,
+    ) -> Outcome:
+        """Run a command to its end.
+
+        Args:
+            command: what to run.
+            output: called with each piece of standard output (1) and standard error (2).
+            feed: writes standard input and signals; cancelled when the command ends. Without it,
+                standard input is empty.
+            timeout_s: after this many seconds everything that the command started is killed.
+
+        Raises:
+            CallFailed: it could not be started (``not-found``, ``not-executable``, ``bad-cwd``).
+            MachineError: the machine failed.
+        """
+        call = await self.start(command)
+        failure: Exception | None = None
+        timed_out = False
+        result: dict[str, Any] = {}
+        async with anyio.create_task_group() as tasks:
+            try:
+                if feed is None:
+                    await call.write_eof()
+                else:
+                    tasks.start_soon(_feed, feed, call)
+                async with anyio.create_task_group() as readers:
+                    readers.start_soon(_forward, call, frames.STDOUT, output)
+                    if not command.terminal:
+                        readers.start_soon(_forward, call, frames.STDERR, output)
+                    timed_out = await _killed_at_deadline(call, timeout_s)
+                result = await call.result(CALL_TIMEOUT)
+            except* (CallFailed, MachineError, OSError) as group:
+                failure = _first(group)
+            finally:
+                tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return _outcome(result, timed_out)
+
+    async def changes(
+        self,
+        on_entry: Callable[[LayerEntry], None],
+        on_content: Callable[[bytes], None],
+    ) -> None:
+        """Read the upper layer: each entry, and the content of each file right after its entry.
+
+        The callbacks may raise to refuse what they are told; that ends the machine's usefulness.
+
+        Raises:
+            GuestProtocolError: the records are malformed.
+            MachineError: the guest stopped, or was silent for :data:`CHANGES_SILENCE` seconds.
+        """
+        call = await self._channel.call("changes", {}, (frames.CHANGES,))
+        reader = _RecordReader(on_entry, on_content)
+        while True:
+            data = b""
+            with anyio.move_on_after(CHANGES_SILENCE) as scope:
+                data = await call.read(frames.CHANGES)
+            if scope.cancelled_caught:
+                await call.result(0)
+            if not data:
+                break
+            reader.feed(data)
+        result = await _answer(call, CALL_TIMEOUT)
+        reader.finish(result.get("entries"))
+
+
+@asynccontextmanager
+async def boot(hypervisor: Hypervisor, source: BootSource, ram: int) -> AsyncIterator[tuple[MicroVM, VirtualMachine]]:
+    """Cold-boot a machine and wait until its supervisor is up; it has not been woken."""
+    async with hypervisor.boot(source, ram) as machine, open_channel(machine.channel) as channel:
+        try:
+            await channel.hello(BOOT_TIMEOUT)
+        except MachineError as error:
+            error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
+            raise
+        yield MicroVM(new_id(), machine, channel), machine
+
+
+@asynccontextmanager
+async def clone(
+    hypervisor: Hypervisor, saved: SavedMachine, disks: tuple[int, ...], *, vm_id: str | None = None, workspace: bool = True
+) -> AsyncIterator[MicroVM]:
+    """A woken copy of a saved machine, with ``disks`` (the root, and the workspace) behind it."""
+    async with hypervisor.clone(saved, disks) as machine, open_channel(machine.channel) as channel:
+        vm = MicroVM(vm_id or new_id(), machine, channel)
+        try:
+            await vm.wake(workspace=workspace, upper_mib=saved.memory_mib // 2)
+            yield vm
+        except MachineError as error:
+            error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
+            raise
+
+
+def new_id() -> str:
+    """A name for a machine, such as ``vm-3f2a9c01b7``; it is the guest's host name too."""
+    return f"vm-{secrets.token_hex(5)}"
+
+
+class _RecordReader:
+    """Splits the change stream into entries and contents; trusts no length."""
+
+    def __init__(self, on_entry: Callable[[LayerEntry], None], on_content: Callable[[bytes], None]) -> None:
+        self._on_entry = on_entry
+        self._on_content = on_content
+        self._buffer = bytearray()
+        self._content = 0
+        self._entries = 0
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+        while self._buffer:
+            if self._content:
+                part = bytes(self._buffer[: self._content])
+                del self._buffer[: len(part)]
+                self._content -= len(part)
+                self._on_content(part)
+                continue
+            if len(self._buffer) < 4:
+                return
+            (length,) = struct.unpack_from(">I", self._buffer)
+            if length > _MAX_META:
+                raise _malformed(f"a record of {length} bytes")
+            if len(self._buffer) < 4 + length:
+                return
+            entry = _entry(bytes(self._buffer[4 : 4 + length]))
+            del self._buffer[: 4 + length]
+            self._entries += 1
+            self._on_entry(entry)
+            if entry.kind == "file":
+                self._content = entry.size
+
+    def finish(self, claimed: object) -> None:
+        if self._buffer or self._content:
+            raise _malformed("the stream ends inside a record")
+        if claimed != self._entries:
+            raise _malformed(f"{claimed!r} entries were announced and {self._entries} came")
+
+
+def _entry(payload: bytes) -> LayerEntry:
+    try:
+        raw = json.loads(payload)
+        entry = LayerEntry(
+            path=raw["p"], kind=raw["t"], mode=raw["m"], size=raw.get("s", 0),
+            target=raw.get("l", ""), opaque=raw.get("o", False),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _malformed(f"a record cannot be read ({type(error).__name__})") from None
+    well_typed = (
+        isinstance(entry.path, str)
+        and isinstance(entry.target, str)
+        and entry.kind in _ENTRY_TYPES
+        and type(entry.mode) is int
+        and type(entry.size) is int
+        and type(entry.opaque) is bool
+        and 0 <= entry.mode <= 0o7777
+        and 0 <= entry.size < 1 << 62
+    )
+    if not well_typed:
+        raise _malformed("a record has fields of the wrong type")
+    return entry
+
+
+async def _feed(feed: Callable[[Call], Awaitable[None]], call: Call) -> None:
+    await feed(call)
+
+
+async def _forward(call: Call, stream: int, output: Output) -> None:
+    while data := await call.read(stream):
+        await output(stream, data)
+
+
+async def _killed_at_deadline(call: Call, timeout_s: float | None) -> bool:
+    """Wait for the call's end; kill it at the deadline. Returns whether that was needed."""
+    with anyio.move_on_after(timeout_s) as scope:
+        await call.result()
+    if scope.cancelled_caught:
+        await call.signal(9)
+        await call.result(CALL_TIMEOUT)
+    return scope.cancelled_caught
+
+
+def _outcome(result: dict[str, Any], timed_out: bool) -> Outcome:
+    code, number = result.get("exit"), result.get("signal")
+    if type(code) is int and 0 <= code <= 255:
+        return Outcome(code, None, bool(result.get("out_of_memory")), timed_out)
+    if type(number) is int and 0 < number < 128:
+        return Outcome(128 + number, number, bool(result.get("out_of_memory")), timed_out)
+    raise GuestProtocolError(
+        "The guest reported no usable exit status.",
+        hint="Treat what ran in it as hostile.",
+        kept="The machine was destroyed; the workspace was not touched.",
+    )
+
+
+async def _answer(call: Call, timeout_s: float) -> dict[str, Any]:
+    try:
+        return await call.result(timeout_s)
+    except CallFailed as error:
+        raise MachineError(
+            f"The guest could not do its part ({error.code}): {error.message}",
+            hint="Run the command again with a larger --memory; 'luminaguard doctor' checks the parts.",
+            kept="The workspace was not touched.",
+        ) from error
+
+
+def _first(group: BaseExceptionGroup[Exception]) -> Exception:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error
+
+
+def _malformed(why: str) -> GuestProtocolError:
+    return GuestProtocolError(
+        f"The guest's list of changes is malformed: {why}.",
+        hint="Treat what ran in it as hostile. The ledger has a record.",
+        kept="The machine was destroyed; the workspace was not touched.",
+    )

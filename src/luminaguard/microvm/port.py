@@ -1,0 +1,103 @@
+"""The hypervisor port: the little that LuminaGuard asks of a program that runs machines.
+
+A backend boots a kernel with read-only disks, gives one byte channel to the guest, and stops. What
+else it can do is said in :class:`Capabilities`; a caller that needs more than a backend has gets a
+typed refusal, never something weaker.
+
+Everything is handed over as open descriptors, so a backend can run under a uid and in a root that
+sees none of the host's paths. Descriptors belong to the caller, who keeps them open until the call
+has returned.
+"""
+
+from __future__ import annotations
+
+import socket
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["BootSource", "Capabilities", "Hypervisor", "SavedMachine", "VirtualMachine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do beyond booting and stopping."""
+
+    snapshot: bool
+    clone: bool
+    pause: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BootSource:
+    """Descriptors of what a machine boots from, and its disks in order (vda, vdb, ...)."""
+
+    kernel: int
+    initramfs: int
+    disks: tuple[int, ...]
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedMachine:
+    """A stopped machine: its RAM as a sealed memfd and its device state as a file."""
+
+    ram: int
+    state: int
+    memory_mib: int
+
+
+class VirtualMachine(Protocol):
+    """A running machine; it dies with the context that made it."""
+
+    @property
+    def pid(self) -> int:
+        """The host's process id of the hypervisor."""
+        ...
+
+    @property
+    def channel(self) -> socket.socket:
+        """The host's end of the byte channel to the guest, non-blocking."""
+        ...
+
+    async def save(self, state: int) -> None:
+        """Pause the machine for good and write its device state to the descriptor ``state``."""
+        ...
+
+    async def diagnosis(self) -> str:
+        """What the hypervisor said and how it ended, for an error message."""
+        ...
+
+
+class Hypervisor(Protocol):
+    """A backend."""
+
+    @property
+    def name(self) -> str:
+        """Such as ``qemu``."""
+        ...
+
+    @property
+    def accelerator(self) -> str:
+        """Such as ``tcg`` or ``kvm``."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a saved machine of this backend must not be used any more."""
+        ...
+
+    def boot(self, source: BootSource, ram: int) -> AbstractAsyncContextManager[VirtualMachine]:
+        """Start a machine whose RAM is the memfd ``ram``."""
+        ...
+
+    def clone(
+        self, saved: SavedMachine, disks: tuple[int, ...]
+    ) -> AbstractAsyncContextManager[VirtualMachine]:
+        """Start a copy-on-write copy of a saved machine, running, with these disks behind it."""
+        ...

@@ -1,0 +1,1 @@
+"""The QEMU ``microvm`` backend: works everywhere, with KVM where it really works."""

@@ -1,0 +1,105 @@
+"""A QMP client for a handful of commands over an inherited socket.
+
+QMP is JSON, one object a line (QEMU's docs/interop/qmp-spec). QEMU is the program that the guest
+attacks first, so its answers are bounded as well.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import anyio
+
+from luminaguard.errors import MachineError
+
+__all__ = ["Qmp"]
+
+_MAX_LINE = 1 << 20
+
+
+class Qmp:
+    """One connection; commands are sent one after another."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._buffer = bytearray()
+
+    async def handshake(self) -> None:
+        """Read the greeting and leave negotiation mode."""
+        greeting = await self._message()
+        if "QMP" not in greeting:
+            raise _broken(f"no greeting but {str(greeting)[:200]}")
+        await self.execute("qmp_capabilities")
+
+    async def pass_descriptor(self, name: str, fd: int) -> None:
+        """Give QEMU a descriptor that later commands call ``name``."""
+        request = {"execute": "getfd", "arguments": {"fdname": name}}
+        # One message: the descriptor must arrive with the command that names it.
+        await anyio.wait_writable(self._socket)
+        socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [fd])
+        await self._answer("getfd")
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a command and return what it returned.
+
+        Raises:
+            MachineError: QEMU refused, closed the connection, or sent nonsense.
+        """
+        request: dict[str, Any] = {"execute": command}
+        if arguments:
+            request["arguments"] = arguments
+        await self._send(json.dumps(request).encode() + b"\n")
+        return await self._answer(command)
+
+    async def _answer(self, command: str) -> Any:
+        while True:
+            message = await self._message()
+            if "error" in message:
+                raise _broken(f"{command}: {str(message['error'])[:300]}")
+            if "return" in message:
+                return message["return"]
+            # Anything else is an event; the few that matter show up in a later answer.
+
+    async def _send(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._socket.send(view) :]
+            except BlockingIOError:
+                await anyio.wait_writable(self._socket)
+            except OSError as error:
+                raise _broken(f"the connection broke: {error}") from error
+
+    async def _message(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > _MAX_LINE:
+                raise _broken("a message is too long")
+            try:
+                data = self._socket.recv(65536)
+            except BlockingIOError:
+                await anyio.wait_readable(self._socket)
+                continue
+            except OSError as error:
+                raise _broken(f"the connection broke: {error}") from error
+            if not data:
+                raise _broken("QEMU closed the connection")
+            self._buffer += data
+        line, _, rest = bytes(self._buffer).partition(b"\n")
+        self._buffer = bytearray(rest)
+        try:
+            message = json.loads(line)
+        except ValueError as error:
+            raise _broken(f"not JSON: {line[:200]!r}") from error
+        if not isinstance(message, dict):
+            raise _broken(f"not an object: {line[:200]!r}")
+        return message
+
+
+def _broken(why: str) -> MachineError:
+    return MachineError(
+        f"QEMU's control channel failed: {why}.",
+        hint="Run the command again; 'luminaguard doctor' checks QEMU.",
+        kept="The machine was destroyed; the workspace was not touched.",
+    )
