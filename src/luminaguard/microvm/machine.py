@@ -168,7 +168,7 @@ class MicroVM:
                         readers.start_soon(_forward, call, frames.STDERR, output)
                     timed_out = await _killed_at_deadline(call, timeout_s)
                 result = await call.result(CALL_TIMEOUT)
-            except* (CallFailed, MachineError, OSError) as group:
+            except* Exception as group:
                 failure = _first(group)
             finally:
                 tasks.cancel_scope.cancel()

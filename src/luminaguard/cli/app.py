@@ -1,0 +1,277 @@
+"""The command tree, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from luminaguard.errors import EXIT_INTERRUPTED, LuminaGuardError
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="luminaguard",
+    help="Run commands of AI agents in throwaway micro-VMs; publish only what you approved.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    epilog="Exit codes: the command's own; 120 pending, 121 denied, 122 refused, 123 something is missing, "
+    "124 timed out, 125 internal error, 126/127 command not executable/not found, 130 interrupted.",
+)
+approvals_app = typer.Typer(help="List, show and decide requests.", no_args_is_help=True, rich_markup_mode=None)
+ledger_app = typer.Typer(help="Verify and export the ledger.", no_args_is_help=True, rich_markup_mode=None)
+image_app = typer.Typer(help="Build and verify guest images.", no_args_is_help=True, rich_markup_mode=None)
+vm_app = typer.Typer(help="Running micro-VMs.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(approvals_app, name="approvals")
+app.add_typer(ledger_app, name="ledger")
+app.add_typer(image_app, name="image")
+app.add_typer(vm_app, name="vm")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="The folder to work on.")]
+Publish = Annotated[str | None, typer.Option("--publish", help="ask, never or always.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds until the command is stopped.")]
+Memory = Annotated[int | None, typer.Option("--memory", help="Memory of the machine in MiB.")]
+RequestId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+class _State:
+    debug = False
+    as_json = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    del version  # answered before the command tree is loaded
+    _State.debug = debug
+
+
+def _runtime(**overrides: Any) -> Any:
+    from luminaguard.runtime import Runtime
+    from luminaguard.settings import Folders, load_settings
+
+    folders = Folders.from_environment()
+    return Runtime(load_settings(folders, overrides), folders)
+
+
+@app.command("exec", context_settings={"allow_interspersed_args": False})
+def exec_(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND [ARG]...")],
+    workspace: Workspace = Path(),
+    publish: Publish = None,
+    timeout: Timeout = None,
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Run a command on a copy of the folder; show what it did; publish what you approve."""
+    from luminaguard.cli.execute import Options, execute
+
+    _State.as_json = as_json
+    runtime = _runtime(publish=publish, timeout_s=timeout, memory_mib=memory)
+    options = Options(publish=runtime.settings.publish, as_json=as_json, terminal=True)
+    sys.exit(execute(runtime, _absolute(workspace), command, options))
+
+
+@app.command()
+def shell(
+    workspace: Workspace = Path(), publish: Publish = None, timeout: Timeout = None, memory: Memory = None
+) -> None:
+    """Open bash in a machine; at its end, show what changed and ask."""
+    from luminaguard.cli.execute import Options, execute
+
+    runtime = _runtime(publish=publish, timeout_s=timeout, memory_mib=memory)
+    options = Options(publish=runtime.settings.publish, as_json=False, terminal=True)
+    sys.exit(execute(runtime, _absolute(workspace), ["bash"], options))
+
+
+def _absolute(path: Path) -> Path:
+    # Links above the folder are the user's own; whether the folder itself is one is checked later.
+    absolute = path.absolute()
+    return absolute.parent.resolve() / absolute.name if absolute.name not in {"", ".."} else absolute.resolve()
+
+
+@approvals_app.command("list")
+def approvals_list(
+    everything: Annotated[bool, typer.Option("--all", help="Those that were decided, too.")] = False, as_json: Json = False
+) -> None:
+    """List the requests that wait for a decision."""
+    from luminaguard.cli import approvals
+
+    _State.as_json = as_json
+    approvals.show_list(_runtime(), everything=everything, as_json=as_json)
+
+
+@approvals_app.command("show")
+def approvals_show(
+    request_id: RequestId,
+    full: Annotated[bool, typer.Option("--full", help="Whole diffs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the diff card of a request."""
+    from luminaguard.cli import approvals
+
+    _State.as_json = as_json
+    approvals.show_one(_runtime(), request_id, full=full, as_json=as_json)
+
+
+@approvals_app.command("approve")
+def approvals_approve(request_id: RequestId, as_json: Json = False) -> None:
+    """Approve a request and publish its changes now."""
+    from luminaguard.cli import approvals
+
+    _State.as_json = as_json
+    approvals.approve(_runtime(), request_id, as_json=as_json)
+
+
+@approvals_app.command("deny")
+def approvals_deny(request_id: RequestId, as_json: Json = False) -> None:
+    """Deny a request; its changes are discarded."""
+    from luminaguard.cli import approvals
+
+    _State.as_json = as_json
+    approvals.deny(_runtime(), request_id, as_json=as_json)
+
+
+@ledger_app.command("verify")
+def ledger_verify(as_json: Json = False) -> None:
+    """Verify the hash chain, its signatures and its end."""
+    from luminaguard.cli.output import print_json
+
+    _State.as_json = as_json
+    count = _runtime().ledger.verify()
+    if as_json:
+        print_json({"status": "verified", "entries": count})
+    else:
+        print(f"the ledger verifies: {count} entries")
+
+
+@ledger_app.command("export")
+def ledger_export() -> None:
+    """Print every entry as a line of JSON, and the public key that signed the chain."""
+    import json
+
+    ledger = _runtime().ledger
+    print(json.dumps({"format": 1, "public_key": ledger.public_key.public_bytes_raw().hex()}))
+    for entry in ledger.entries():
+        print(json.dumps({"seq": entry.seq, "time_ns": entry.time_ns, "kind": entry.kind, "body": json.loads(entry.body),
+                          "previous": entry.previous, "hash": entry.hash}))  # fmt: skip
+
+
+@image_app.command("build")
+def image_build(
+    locked: Annotated[bool, typer.Option("--locked", help="Use nothing but the shipped package lock.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build even if the image is up to date.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the guest image for this machine's distribution, without root."""
+    from luminaguard.cli.output import Progress, print_json
+
+    _State.as_json = as_json
+    progress = Progress(quiet=as_json)
+    try:
+        image = _runtime().images.build(progress, locked=locked, force=force)
+    finally:
+        progress.clear()
+    if as_json:
+        print_json({"status": "built", "id": image.folder.name, "locked": image.manifest.locked})
+    else:
+        note = "" if image.manifest.locked else " (packages newer than the shipped lock)"
+        print(f"guest image {image.id}: {image.manifest.distribution}, kernel {image.manifest.kernel_release}{note}")
+
+
+@image_app.command("list")
+def image_list(as_json: Json = False) -> None:
+    """List the guest images."""
+    from luminaguard.cli.output import print_json
+
+    _State.as_json = as_json
+    images = _runtime().images.images()
+    rows = [{"id": i.folder.name, "distribution": i.manifest.distribution, "kernel": i.manifest.kernel_release,
+             "locked": i.manifest.locked, "bytes": sum(p.size for p in i.manifest.parts.values())} for i in images]  # fmt: skip
+    if as_json:
+        print_json({"images": rows})
+        return
+    for row in rows:
+        print(f"{str(row['id'])[:12]}  {row['distribution']}  {row['kernel']}  {int(row['bytes']) >> 20} MiB")  # type: ignore[call-overload]  # an int by construction
+
+
+@image_app.command("verify")
+def image_verify(as_json: Json = False) -> None:
+    """Verify every part of the current image against its manifest."""
+    from luminaguard.cli.output import print_json
+
+    _State.as_json = as_json
+    image = _runtime().images.current()
+    image.verify()
+    if as_json:
+        print_json({"status": "verified", "id": image.folder.name})
+    else:
+        print(f"guest image {image.id} verifies: {len(image.manifest.parts)} parts")
+
+
+@image_app.command("lock")
+def image_lock() -> None:
+    """Resolve the guest's packages from this machine's apt sources and print the lock."""
+    from luminaguard.images.lock import resolve
+
+    print(resolve().dumps(), end="")
+
+
+@vm_app.command("list")
+def vm_list(as_json: Json = False) -> None:
+    """List the machines that run now; end those whose owner is gone."""
+    from dataclasses import asdict
+
+    from luminaguard.cli.output import print_json
+
+    _State.as_json = as_json
+    running = _runtime().tracker.running()
+    if as_json:
+        print_json({"vms": [asdict(vm) for vm in running]})
+        return
+    for vm in running:
+        print(f"{vm.id}  {vm.backend}/{vm.accelerator}  pid {vm.pid}  {vm.workspace}  {' '.join(vm.command)[:80]}")
+    if not running:
+        print("no machine is running")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check everything that LuminaGuard needs on this machine, by trying it."""
+    from luminaguard.cli import doctor as checks
+
+    _State.as_json = as_json
+    sys.exit(checks.run(as_json=as_json))
+
+
+@app.command()
+def recover() -> None:
+    """Finish or undo what an interrupted publish left (every exec does this too)."""
+    told = _runtime().recover()
+    print("\n".join(told) or "nothing was interrupted")
+
+
+def run() -> None:
+    """Run the command line; the only place that turns errors into exit codes."""
+    from luminaguard.cli.output import print_error
+
+    try:
+        app()
+    except LuminaGuardError as error:
+        if _State.debug:
+            raise
+        print_error(error, as_json=_State.as_json)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

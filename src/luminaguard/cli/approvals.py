@@ -1,0 +1,83 @@
+"""``luminaguard approvals``: look at requests and decide them, from any process, also after a reboot."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from luminaguard.cli.execute import deferred_signals, show_card
+from luminaguard.cli.output import print_json
+from luminaguard.runtime import Runtime
+
+__all__ = ["approve", "deny", "show_list", "show_one"]
+
+
+def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
+    """Print the requests, oldest first."""
+    from luminaguard.effects.text import visible
+
+    runtime.recover()
+    found = runtime.approvals.list(everything=everything)
+    if as_json:
+        print_json({"requests": [_fields(request) for request in found]})
+        return
+    for request in found:
+        age = max(0, int(time.time() - request.created_ns / 1e9))
+        command = visible(" ".join(request.command))[:60]
+        print(f"{request.id}  {request.state.value:9}  {_age(age):>6}  {visible(request.workspace)}  {command}")
+    if not found:
+        print("no requests" if everything else "nothing waits for a decision")
+
+
+def show_one(runtime: Runtime, request_id: str, *, full: bool, as_json: bool) -> None:
+    """Print one request with its card."""
+    request = runtime.approvals.get(request_id)
+    if as_json:
+        changeset = runtime.approvals.changeset(request_id)
+        print_json(_fields(request) | {"changeset": {"digest": changeset.digest, "changes": changeset.to_json()}})
+        return
+    sys.stderr.write(f"state: {request.state.value}\n")
+    show_card(runtime, request, full=full)
+
+
+def approve(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
+    """Approve and publish."""
+    from luminaguard.approvals import State
+
+    runtime.recover()
+    request = runtime.approvals.get(request_id)
+    with deferred_signals():
+        if request.state is not State.APPROVED:  # a crash may have come between deciding and publishing
+            runtime.decide(request, approve=True, means="command approvals approve")
+        runtime.publish(request_id)
+    _tell(runtime, request_id, as_json, f"published {request_id} to {request.workspace}")
+
+
+def deny(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
+    """Deny."""
+    request = runtime.approvals.get(request_id)
+    runtime.decide(request, approve=False, means="command approvals deny")
+    _tell(runtime, request_id, as_json, f"denied {request_id}: nothing was published")
+
+
+def _tell(runtime: Runtime, request_id: str, as_json: bool, text: str) -> None:
+    if as_json:
+        print_json(_fields(runtime.approvals.get(request_id)))
+    else:
+        print(text)
+
+
+def _fields(request: Any) -> dict[str, Any]:
+    return {
+        "id": request.id, "state": request.state.value, "workspace": request.workspace, "digest": request.digest,
+        "command": list(request.command), "exit_code": request.exit_code, "created_ns": request.created_ns,
+        "expires_ns": request.expires_ns,
+    }  # fmt: skip
+
+
+def _age(seconds: int) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

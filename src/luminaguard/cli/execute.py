@@ -1,0 +1,279 @@
+"""``luminaguard exec`` and ``shell``: run, show the card, ask, publish."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from luminaguard.cli.output import Progress, print_json, print_lines
+from luminaguard.cli.relay import Relay, raw_terminal, terminal_size
+from luminaguard.errors import (
+    EXIT_DENIED,
+    EXIT_INTERRUPTED,
+    EXIT_PENDING,
+    EXIT_REFUSED,
+    EXIT_TIMEOUT,
+    LuminaGuardError,
+)
+from luminaguard.runtime import Execution, Runtime
+
+if TYPE_CHECKING:
+    from luminaguard.approvals import Request
+
+__all__ = ["Options", "execute"]
+
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+_START_FAILURES = {"not-found": _NOT_FOUND, "not-executable": _NOT_EXECUTABLE}
+
+
+class Options:
+    """The flags of one call."""
+
+    def __init__(self, *, publish: str, as_json: bool, terminal: bool, means: str = "terminal") -> None:
+        self.publish = publish
+        self.as_json = as_json
+        self.terminal = terminal
+        self.means = means
+
+
+class _Interrupted(Exception):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options) -> int:
+    """Run one command and see its effects through; return the exit status."""
+    from luminaguard.microvm.channel import CallFailed
+    from luminaguard.microvm.machine import Command
+
+    size = terminal_size() if options.terminal and not options.as_json else None
+    capture = _Capture(runtime.settings.capture_max_mib << 20) if options.as_json else None
+    environment = {"TERM": os.environ.get("TERM", "dumb")} if size else {}
+    command = Command(argv, terminal=size, environment=environment, processes=runtime.settings.processes)
+    progress = Progress(quiet=options.as_json)
+    try:
+        execution = anyio.run(_run, runtime, workspace, command, capture, progress)
+    except CallFailed as error:
+        progress.clear()
+        return _not_started(error.code, error.message, argv[0], options)
+    except (_Interrupted, KeyboardInterrupt) as error:
+        progress.clear()
+        number = error.number if isinstance(error, _Interrupted) else signal.SIGINT
+        if options.as_json:
+            print_json({"status": "refused", "exit_code": 128 + number, "error": {"type": "Interrupted"}})
+        else:
+            sys.stderr.write("interrupted: the machine was destroyed; nothing was published\n")
+        return EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
+    finally:
+        progress.clear()
+    try:
+        status = _settle(runtime, execution, options)
+    except LuminaGuardError as error:
+        if not options.as_json:
+            raise
+        execution.status, execution.detail = "refused", error.message
+        print_json(_as_json(execution, capture, error))
+        return error.exit_code
+    if options.as_json:
+        print_json(_as_json(execution, capture, None))
+    return status
+
+
+async def _run(runtime: Runtime, workspace: Path, command: Any, capture: _Capture | None, progress: Progress) -> Execution:
+    relay = Relay(terminal=command.terminal is not None)
+    interrupted = 0
+    result: Execution | None = None
+    failure: Exception | None = None
+
+    async def watch(scope: anyio.CancelScope) -> None:
+        nonlocal interrupted
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH) as signals:
+            async for number in signals:
+                if not await relay.signal(number):
+                    interrupted = number
+                    scope.cancel()
+
+    async def output(stream: int, data: bytes) -> None:
+        progress.clear()
+        if capture is not None:
+            capture.add(stream, data)
+        else:
+            await _write(1 if stream == 1 else 2, data)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch, tasks.cancel_scope)
+        try:
+            with raw_terminal(command.terminal is not None):
+                result = await runtime.exec(workspace, command, output=output, feed=relay.feed, progress=progress)
+        except Exception as error:  # noqa: BLE001  # raised again below, outside the task group's wrapping
+            failure = error
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    if result is None:
+        raise _Interrupted(interrupted or signal.SIGINT)
+    return result
+
+
+async def _write(fd: int, data: bytes) -> None:
+    """Write all of it; a slow reader slows the command down, by the credit that it is not given."""
+    view = memoryview(data)
+    while view:
+        count = await anyio.to_thread.run_sync(os.write, fd, view)
+        view = view[count:]
+
+
+class _Capture:
+    """Both outputs for ``--json``, the first ``limit`` bytes of each."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._data = {1: bytearray(), 2: bytearray()}
+        self.truncated = False
+
+    def add(self, stream: int, data: bytes) -> None:
+        room = self._limit - len(self._data[stream])
+        self.truncated |= len(data) > room
+        self._data[stream] += data[:room]
+
+    def text(self, stream: int) -> str:
+        return self._data[stream].decode("utf-8", "replace")
+
+
+def _settle(runtime: Runtime, execution: Execution, options: Options) -> int:
+    """Show the card, get a decision where one is due, publish; return the exit status."""
+    request = execution.request
+    if execution.outcome.timed_out:
+        if not options.as_json:
+            sys.stderr.write("timed out: the machine was destroyed; its changes were discarded\n")
+        return EXIT_TIMEOUT
+    if execution.outcome.out_of_memory and not options.as_json:
+        sys.stderr.write("note: the command ran out of memory; try a larger --memory\n")
+    if request is None:
+        return execution.outcome.exit_code
+    if not options.as_json:
+        show_card(runtime, request)
+    verdict, means = _verdict(runtime, request, options)
+    if verdict is None:
+        if not options.as_json:
+            sys.stderr.write(
+                f"pending: {request.id}\n  decide with: luminaguard approvals approve {request.id}   (or: deny)\n"
+            )
+        return EXIT_PENDING
+    with deferred_signals():
+        runtime.decide(request, approve=verdict, means=means)
+        if not verdict:
+            execution.status = "denied"
+            if not options.as_json:
+                sys.stderr.write("denied: nothing was published\n")
+            return execution.outcome.exit_code if options.publish == "never" else EXIT_DENIED
+        runtime.publish(request.id)
+    execution.status = "published"
+    if not options.as_json:
+        sys.stderr.write(f"published {len(execution.changeset)} changes to {request.workspace}\n")
+    return execution.outcome.exit_code
+
+
+def _verdict(runtime: Runtime, request: Request, options: Options) -> tuple[bool | None, str]:
+    if options.publish == "always":
+        return True, options.means if options.means != "terminal" else "flag --publish always"
+    if options.publish == "never":
+        return False, "flag --publish never"
+    if options.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None, ""
+    return ask(runtime, request), "terminal"
+
+
+def ask(runtime: Runtime, request: Request) -> bool | None:
+    """Ask on the terminal; None leaves the request pending."""
+    from luminaguard.effects.text import visible
+
+    question = f"\nPublish exactly this to {visible(request.workspace)}? [y]es, [n]o, [f]ull diffs, [l]ater: "
+    while True:
+        sys.stderr.write(question)
+        sys.stderr.flush()
+        try:
+            answer = sys.stdin.readline()
+        except KeyboardInterrupt:
+            sys.stderr.write("\n")
+            return None
+        match answer.strip().lower():
+            case "y" | "yes":
+                return True
+            case "n" | "no":
+                return False
+            case "f" | "full":
+                show_card(runtime, request, full=True)
+            case "l" | "later" | "q":
+                return None
+            case _ if not answer:
+                return None
+
+
+def show_card(runtime: Runtime, request: Request, *, full: bool = False) -> None:
+    """Print the card of a request to standard error."""
+    from luminaguard.effects.render import render
+    from luminaguard.effects.text import visible
+
+    card = runtime.card(request)
+    sys.stderr.write(f"\n{request.id}   {visible(' '.join(request.command))[:200]}   (exit {request.exit_code})\n")
+    print_lines(render(card, max_diff_lines=None if full else 40))
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Let a publish that has begun end; the signal takes effect right after it."""
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    saved = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in saved.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
+
+
+def _not_started(code: str, message: str, name: str, options: Options) -> int:
+    status = _START_FAILURES.get(code, EXIT_REFUSED)
+    shown = ascii(name)[1:-1][:200]
+    hint = {
+        "not-found": "The guest has bash, coreutils, git, jq and python3; other programs belong into the workspace.",
+        "not-executable": "Set its executable bit, or name its interpreter.",
+    }.get(code, "See 'luminaguard doctor'.")
+    text = {"not-found": "was not found in the machine", "not-executable": "cannot be executed in the machine"}
+    sentence = f"'{shown}' {text.get(code, f'could not be started ({code}: {ascii(message)[1:-1][:200]})')}."
+    if options.as_json:
+        print_json({"status": "unchanged", "exit_code": status, "error": {"type": "CommandNotStarted", "message": sentence, "hint": hint}})
+    else:
+        sys.stderr.write(f"error: {sentence}\n  hint: {hint}\n")
+    return status
+
+
+def _as_json(execution: Execution, capture: _Capture | None, error: LuminaGuardError | None) -> dict[str, Any]:
+    assert capture is not None
+    value: dict[str, Any] = {
+        "status": execution.status,
+        "exit_code": EXIT_TIMEOUT if execution.outcome.timed_out else execution.outcome.exit_code,
+        "stdout": capture.text(1),
+        "stderr": capture.text(2),
+        "truncated": capture.truncated,
+        "request_id": execution.request.id if execution.request else None,
+        "changeset": {"digest": execution.changeset.digest, "changes": execution.changeset.to_json()},
+        "vm": {"id": execution.vm_id, "backend": execution.backend, "accelerator": execution.accelerator,
+               "spawn_ms": execution.spawn_ms},
+        "timings_ms": execution.timings_ms,
+        "detail": execution.detail,
+    }  # fmt: skip
+    if error is not None:
+        value["error"] = {"type": type(error).__name__, "message": error.message, "kept": error.kept, "hint": error.hint}
+    return value

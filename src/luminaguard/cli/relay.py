@@ -1,0 +1,102 @@
+"""Between the user's terminal and the command in the machine: standard input, signals, window size."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import stat
+import struct
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+
+if TYPE_CHECKING:
+    from luminaguard.microvm.channel import Call
+    from luminaguard.microvm.machine import Terminal
+
+__all__ = ["Relay", "raw_terminal", "terminal_size"]
+
+_SIZE = 1 << 16
+
+
+def terminal_size() -> Terminal | None:
+    """The size of the terminal on standard input, if standard input and output are one."""
+    from luminaguard.microvm.machine import Terminal
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return None
+    rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
+    return Terminal(rows or 24, columns or 80)
+
+
+@contextmanager
+def raw_terminal(active: bool) -> Iterator[None]:
+    """Pass keys through as they are; restores the terminal on every way out."""
+    if not active:
+        yield
+        return
+    saved = termios.tcgetattr(0)
+    try:
+        tty.setraw(0)
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, saved)
+
+
+class Relay:
+    """Feeds one command. A first SIGINT or SIGTERM goes to the command, a second one ends the machine."""
+
+    def __init__(self, *, terminal: bool) -> None:
+        self._terminal = terminal
+        self._call: Call | None = None
+        self._signals = 0
+
+    async def feed(self, call: Call) -> None:
+        """Copy standard input until it ends; runs until cancelled."""
+        self._call = call
+        try:
+            await self._copy(call)
+            await anyio.sleep_forever()
+        finally:
+            self._call = None
+
+    async def signal(self, number: int) -> bool:
+        """Pass a signal on; False when there is no command to take it, or it was the second."""
+        if number == signal.SIGWINCH:
+            size = terminal_size() if self._terminal else None
+            if self._call is not None and size is not None:
+                await self._call.resize(size.rows, size.columns)
+            return True
+        self._signals += 1
+        if self._call is None or self._signals > 1:
+            return False
+        await self._call.signal(number)
+        return True
+
+    async def _copy(self, call: Call) -> None:
+        try:
+            is_file = stat.S_ISREG(os.fstat(0).st_mode)
+        except OSError:  # standard input is closed
+            await call.write_eof()
+            return
+        while True:
+            if is_file:  # the event loop cannot wait for a regular file, which never blocks for long
+                data = await anyio.to_thread.run_sync(os.read, 0, _SIZE)
+            else:
+                try:
+                    await anyio.wait_readable(0)
+                except OSError:  # such as /dev/null, which epoll refuses: reading it does not block
+                    is_file = True
+                    continue
+                data = os.read(0, _SIZE)
+            if not data:
+                await call.write_eof()
+                return
+            await call.write(data)

@@ -1,0 +1,196 @@
+"""The diff card: what a person sees of a changeset before deciding. A pure model of it.
+
+The summary comes first; then what needs a second look; then every change, with its diff. Nothing
+that came from the machine reaches the card unescaped, and what is cut off says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from luminaguard.effects.changes import Change, Changeset, DirEntry, Entry, FileEntry, LinkEntry
+from luminaguard.effects.marks import LOUD, Mark, marks_of
+from luminaguard.effects.text import hides_something, visible
+
+__all__ = ["CardItem", "DiffCard", "Summary", "make_card"]
+
+MAX_TEXT = 256 << 10
+_MAX_LINES = 8000
+_MAX_LINE = 500
+Contents = Callable[[str], bytes | None]
+"""Gives a file's content by SHA-256, or None when it is not at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Counts over the whole changeset; lines only of text that was compared."""
+
+    created: int
+    edited: int
+    deleted: int
+    modes: int
+    links: int
+    lines_added: int
+    lines_removed: int
+    bytes_written: int
+
+
+@dataclass(frozen=True, slots=True)
+class CardItem:
+    """One change as it is shown.
+
+    Attributes:
+        path: escaped.
+        headline: the change in words, escaped.
+        diff: lines of a unified diff without their file header, escaped.
+        note: why there is no diff, or that it is cut.
+    """
+
+    path: str
+    kind: str
+    headline: str
+    marks: tuple[Mark, ...]
+    diff: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DiffCard:
+    """A whole card."""
+
+    digest: str
+    summary: Summary
+    items: tuple[CardItem, ...]
+
+    @property
+    def loud(self) -> tuple[CardItem, ...]:
+        """The items that need a second look."""
+        return tuple(item for item in self.items if LOUD & set(item.marks))
+
+
+def make_card(changeset: Changeset, before: Contents, after: Contents) -> DiffCard:
+    """Build the card of a changeset.
+
+    Args:
+        changeset: what is to be decided.
+        before: contents of the base, by SHA-256.
+        after: contents that the machine left, by SHA-256.
+    """
+    items = []
+    added = removed = 0
+    for change in changeset.changes:
+        item, plus, minus = _item(change, changeset.renames, before, after)
+        items.append(item)
+        added, removed = added + plus, removed + minus
+    kinds = Counter(change.kind for change in changeset.changes)
+    summary = Summary(
+        created=kinds["create"], edited=kinds["modify"], deleted=kinds["delete"], modes=kinds["mode"],
+        links=kinds["symlink"], lines_added=added, lines_removed=removed,
+        bytes_written=sum(changeset.blobs().values()),
+    )  # fmt: skip
+    return DiffCard(changeset.digest, summary, tuple(items))
+
+
+def _item(
+    change: Change, renames: Mapping[str, str], before: Contents, after: Contents
+) -> tuple[CardItem, int, int]:
+    source = renames.get(change.path)
+    marks = list(marks_of(change))
+    path = visible(change.path)
+    headline = _headline(change, source)
+    old, old_note = _text(change.before, before)
+    new, new_note = _text(change.after, after)
+    note = new_note or old_note
+    if "binary" in (new_note, old_note):
+        marks.append(Mark.BINARY)
+    if source or change.kind in {"mode", "symlink"} or not _has_content(change):
+        return CardItem(path, change.kind, headline, tuple(marks)), 0, 0
+    if note:
+        return CardItem(path, change.kind, headline, tuple(marks), note=note), 0, 0
+    assert old is not None and new is not None
+    if new and Mark.CONTROL not in marks and any(hides_something(line.replace("\t", "")) for line in new):
+        marks.append(Mark.CONTROL)
+    lines = list(difflib.unified_diff(old, new, lineterm="", n=3))[2:]
+    plus = sum(line.startswith("+") for line in lines)
+    minus = sum(line.startswith("-") for line in lines)
+    shown = tuple(line[0] + _clip(line[1:]) for line in lines)
+    return CardItem(path, change.kind, headline, tuple(marks), shown), plus, minus
+
+
+def _headline(change: Change, source: str | None) -> str:
+    after, before = change.after, change.before
+    if source:
+        return f"renamed from {visible(source)}"
+    match after:
+        case None:
+            return f"deleted {_words(before)}"
+        case LinkEntry(target):
+            return f"link to {visible(target)}" + (f" (was {_words(before)})" if before else "")
+        case _ if before is None:
+            return f"new {_words(after)}"
+        case _ if type(before) is not type(after):
+            return f"{_words(before)} became {_words(after)}"
+        case _:
+            assert isinstance(before, FileEntry | DirEntry)
+            mode = f", mode {before.mode:04o} to {after.mode:04o}" if before.mode != after.mode else ""
+            if isinstance(after, DirEntry) or change.kind == "mode":
+                return mode.removeprefix(", ")
+            assert isinstance(before, FileEntry)
+            return f"{_size(before.size)} to {_size(after.size)}{mode}"
+
+
+def _words(entry: Entry | None) -> str:
+    match entry:
+        case FileEntry(mode, size, _):
+            return f"file, {_size(size)}, mode {mode:04o}"
+        case DirEntry(mode):
+            return f"folder, mode {mode:04o}"
+        case LinkEntry(target):
+            return f"link to {visible(target)}"
+        case None:
+            return "nothing"
+
+
+def _size(count: int) -> str:
+    if count < 1 << 10:
+        return f"{count} bytes"
+    if count < 1 << 20:
+        return f"{count / (1 << 10):,.1f} KiB"
+    return f"{count / (1 << 20):,.1f} MiB"
+
+
+def _has_content(change: Change) -> bool:
+    return isinstance(change.before, FileEntry) or isinstance(change.after, FileEntry)
+
+
+def _text(entry: Entry | None, contents: Contents) -> tuple[list[str] | None, str]:
+    """The lines of a text file; or why there are none to show."""
+    if not isinstance(entry, FileEntry):
+        return [], ""
+    if entry.size > MAX_TEXT:
+        return None, f"too large to compare here ({_size(entry.size)})"
+    data = contents(entry.sha256)
+    if data is None:
+        return None, "the base content is no longer at hand"
+    if b"\0" in data:
+        return None, "binary"
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return None, "binary"
+    lines = text.split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    elif lines:
+        lines[-1] += " (no newline at the end)"
+    if len(lines) > _MAX_LINES:
+        return None, f"too many lines to compare here ({len(lines):,})"
+    return lines, ""
+
+
+def _clip(line: str) -> str:
+    shown = visible(line, keep_tab=True)
+    return shown if len(shown) <= _MAX_LINE else f"{shown[:_MAX_LINE]} … ({len(shown) - _MAX_LINE} more characters)"

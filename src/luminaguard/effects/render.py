@@ -1,0 +1,53 @@
+"""The plain terminal rendering of a card: lines with a style word, no terminal codes.
+
+A front end maps the style words to colours; the text alone says everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from luminaguard.effects.card import CardItem, DiffCard
+from luminaguard.effects.marks import LOUD
+
+__all__ = ["Line", "Style", "render"]
+
+Style = Literal["plain", "title", "loud", "path", "dim", "plus", "minus", "hunk"]
+Line = tuple[Style, str]
+_SIGNS = {"create": "+", "modify": "~", "delete": "-", "mode": "m", "symlink": "@"}
+
+
+def render(card: DiffCard, *, max_diff_lines: int | None = 40) -> Iterator[Line]:
+    """The card as lines.
+
+    Args:
+        card: the card.
+        max_diff_lines: how many lines of each diff to show; None for all. A cut says so.
+    """
+    s = card.summary
+    parts = [f"{s.created} created", f"{s.edited} edited", f"{s.deleted} deleted"]
+    parts += [f"{s.links} links"] * bool(s.links) + [f"{s.modes} modes changed"] * bool(s.modes)
+    yield "title", f"{', '.join(parts)}   (+{s.lines_added} -{s.lines_removed} lines, {s.bytes_written:,} bytes)"
+    yield "dim", card.digest
+    loud = card.loud
+    if loud:
+        yield "loud", f"LOOK TWICE at {len(loud)} of {len(card.items)}:"
+        for item in loud:
+            words = ", ".join(mark.value for mark in item.marks if mark in LOUD)
+            yield "loud", f"  ! {item.path}   [{words}]"
+    for item in card.items:
+        yield "plain", ""
+        yield from _item(item, max_diff_lines)
+
+
+def _item(item: CardItem, most: int | None) -> Iterator[Line]:
+    marks = f"   [{', '.join(mark.value for mark in item.marks)}]" if item.marks else ""
+    yield "path", f"{_SIGNS[item.kind]} {item.path}   {item.headline}{marks}"
+    if item.note:
+        yield "dim", f"    ({item.note})"
+    for line in item.diff[:most]:
+        style: Style = {"+": "plus", "-": "minus", "@": "hunk"}.get(line[0], "plain")  # type: ignore[assignment]
+        yield style, f"    {line}"
+    if most is not None and len(item.diff) > most:
+        yield "loud", f"    … {len(item.diff) - most} more lines of this diff are not shown here"

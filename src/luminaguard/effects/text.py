@@ -1,0 +1,58 @@
+"""Show untrusted text so that it cannot lie: what moves the cursor, hides or reorders is escaped."""
+
+from __future__ import annotations
+
+import unicodedata
+
+__all__ = ["hides_something", "mixes_scripts", "visible"]
+
+_INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+_LOOKALIKE_SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE")
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+
+
+def visible(text: str, *, keep_tab: bool = False) -> str:
+    """Escape every character that a terminal would not show as itself.
+
+    Control and format characters (bidirectional overrides and zero-width ones among them),
+    unassigned and private code points, blanks that are no spaces, and bytes that are not UTF-8 come
+    out as ``\\x1b`` or ``\\u202e``; a backslash stays itself.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if _is_plain(c) or (keep_tab and c == "\t") else _escape(c) for c in text)
+
+
+def hides_something(text: str) -> bool:
+    """Whether :func:`visible` has anything to escape (a tab or newline counts)."""
+    return not (text.isascii() and text.isprintable()) and not all(_is_plain(c) for c in text)
+
+
+def mixes_scripts(text: str) -> bool:
+    """Whether a word mixes alphabets whose letters look alike, as in a Cyrillic а among Latin."""
+    if text.isascii():
+        return False
+    scripts = {
+        script
+        for c in text
+        if c.isalpha()
+        for script in _LOOKALIKE_SCRIPTS
+        if unicodedata.name(c, "").startswith(script)
+    }
+    return len(scripts) > 1
+
+
+def _is_plain(c: str) -> bool:
+    if c in _BLANK:
+        return False
+    category = unicodedata.category(c)
+    return category not in _INVISIBLE_CATEGORIES and (category != "Zs" or c == " ")
+
+
+def _escape(c: str) -> str:
+    code = ord(c)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    if code <= 0xFF:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

@@ -1,0 +1,429 @@
+"""The composition root: builds the parts from Settings, owns their lifetimes, runs one action.
+
+The order in :meth:`Runtime.exec` is the promise: the state is read and packed, the command runs in
+a clone, its changes come out, the machine is destroyed, and only then is there anything to decide.
+Each step is in the ledger or the database before the next one begins.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+import anyio.to_thread
+
+from luminaguard.errors import (
+    ChangesetRefused,
+    GuestProtocolError,
+    LuminaGuardError,
+    OutcomeUnknown,
+    WorkspaceError,
+)
+from luminaguard.settings import Folders, Settings
+
+if TYPE_CHECKING:
+    from luminaguard.approvals import Request
+    from luminaguard.effects import Changeset
+    from luminaguard.effects.card import DiffCard
+    from luminaguard.images.build import ImageStore
+    from luminaguard.microvm.channel import Call
+    from luminaguard.microvm.machine import Command, Outcome
+    from luminaguard.microvm.qemu.backend import QemuHypervisor
+    from luminaguard.microvm.tracker import VMTracker
+    from luminaguard.storage.repositories import Approvals, Ledger
+    from luminaguard.workspaces.blobs import BlobStore
+    from luminaguard.workspaces.publish import Publisher
+    from luminaguard.workspaces.state import WorkspaceState
+
+__all__ = ["Execution", "Runtime", "Status"]
+
+Status = Literal["published", "pending", "denied", "unchanged", "refused"]
+Output = Callable[[int, bytes], Awaitable[None]]
+Feed = Callable[["Call"], Awaitable[None]]
+Progress = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Execution:
+    """What one action did, and where its effects stand.
+
+    ``spawn_ms`` is from the start of the hypervisor process to a woken guest, in milliseconds.
+    """
+
+    vm_id: str
+    backend: str
+    accelerator: str
+    spawn_ms: float
+    outcome: Outcome
+    changeset: Changeset
+    request: Request | None = None
+    status: Status = "unchanged"
+    detail: str = ""
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Runtime:
+    """All parts, made when first needed: a command that needs no database opens none."""
+
+    def __init__(self, settings: Settings, folders: Folders) -> None:
+        self.settings = settings
+        self.folders = folders.ensure()
+
+    # -- the parts ------------------------------------------------------------------------------
+
+    @cached_property
+    def images(self) -> ImageStore:
+        """The guest images."""
+        from luminaguard.images.build import ImageStore
+
+        return ImageStore(self.folders.cache)
+
+    @cached_property
+    def hypervisor(self) -> QemuHypervisor:
+        """The hypervisor with its accelerator; raises HypervisorUnavailable."""
+        from luminaguard.microvm.select import choose_hypervisor
+
+        return choose_hypervisor(self.settings.qemu, self.settings.accelerator, self.folders.run)
+
+    @cached_property
+    def tracker(self) -> VMTracker:
+        """Running machines."""
+        from luminaguard.microvm.tracker import VMTracker
+
+        return VMTracker(self.folders.run)
+
+    @cached_property
+    def blobs(self) -> BlobStore:
+        """Contents that wait for a decision."""
+        from luminaguard.workspaces.blobs import BlobStore
+
+        return BlobStore(self.folders.state)
+
+    @cached_property
+    def publisher(self) -> Publisher:
+        """Publishes into workspaces."""
+        from luminaguard.workspaces.publish import Publisher
+
+        return Publisher(self.folders.state, self.blobs)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The ledger; opening it opens the database."""
+        from luminaguard.storage.database import Database
+        from luminaguard.storage.keys import load_key
+        from luminaguard.storage.repositories import Ledger
+
+        self._database = Database.open(self.folders.state / "luminaguard.db")
+        key = load_key(self.folders.state / "keys", "ledger")
+        return Ledger(self._database, key, self.folders.state / "ledger-head.json")
+
+    @cached_property
+    def approvals(self) -> Approvals:
+        """Requests and decisions."""
+        from luminaguard.storage.repositories import Approvals
+
+        ledger = self.ledger
+        return Approvals(self._database, ledger)
+
+    # -- one action -------------------------------------------------------------------------------
+
+    async def exec(
+        self,
+        workspace: Path,
+        command: Command,
+        *,
+        output: Output,
+        feed: Feed | None = None,
+        progress: Progress = lambda _: None,
+    ) -> Execution:
+        """Run a command on a copy of the workspace and take its effects out; publish nothing.
+
+        Args:
+            workspace: absolute path of the folder.
+            command: what to run.
+            output: receives standard output (1) and standard error (2) as they come.
+            feed: writes standard input and signals.
+            progress: told in a few words what is being done, for anything that may take long.
+
+        Returns:
+            The execution; its status is ``unchanged``, ``pending`` (there is a request), or
+            ``refused`` (timed out, or its effects may not be published).
+
+        Raises:
+            CallFailed: the command could not be started in the guest.
+            LuminaGuardError: anything else that went wrong; the workspace was not touched.
+        """
+        from luminaguard.images.manifest import ROOT
+        from luminaguard.microvm.machine import clone, new_id
+        from luminaguard.microvm.template import TemplateStore
+        from luminaguard.workspaces.collect import Collector
+
+        vm_id, marks = new_id(), _Stopwatch()
+        self.tracker.running()
+        async with AsyncExitStack() as stack:
+            image = self.images.current()
+            hypervisor = self.hypervisor
+            template = TemplateStore(self.folders.cache)
+            prepared = _Prepared()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._prepare_workspace, workspace, prepared, stack, progress)
+                root = await anyio.to_thread.run_sync(image.open_part, ROOT)
+                stack.callback(os.close, root)
+                marks.lap("image")
+            if prepared.failure is not None:
+                raise prepared.failure
+            marks.lap("workspace")
+            saved = await stack.enter_async_context(
+                template.saved(hypervisor, image, self.settings.memory_mib, progress)
+            )
+            marks.lap("template")
+            ledger = await anyio.to_thread.run_sync(lambda: self.ledger)
+            await anyio.to_thread.run_sync(self.recover)
+            marks.lap("ledger")
+            ledger.append("exec.started", vm=vm_id, workspace=str(workspace), command=_shown(command.argv),
+                          image=image.folder.name, backend=hypervisor.name, accelerator=hypervisor.accelerator)  # fmt: skip
+            state = prepared.state
+            assert state is not None
+            writer = self.blobs.writer(vm_id)
+            collector = Collector(writer, self._limits("changeset"))
+            try:
+                async with clone(hypervisor, saved, (root, prepared.image), vm_id=vm_id) as vm:
+                    spawn_ms = marks.lap("spawn")
+                    argv = _shown(command.argv)
+                    with self.tracker.track(vm_id, hypervisor.name, hypervisor.accelerator, vm.pid, str(workspace), argv):
+                        outcome = await vm.run(command, output=output, feed=feed, timeout_s=self.settings.timeout_s)
+                        marks.lap("command")
+                        if not outcome.timed_out:
+                            await vm.changes(
+                                lambda e: collector.entry(e.path, e.kind, e.mode, e.size, e.target, e.opaque),
+                                collector.content,
+                            )
+                        marks.lap("changes")
+                changeset = collector.changeset(state.entries)
+                execution = Execution(vm_id, hypervisor.name, hypervisor.accelerator, spawn_ms, outcome, changeset)
+            except BaseException as error:
+                writer.discard()
+                kind = "exec.refused" if isinstance(error, ChangesetRefused | GuestProtocolError) else "exec.failed"
+                ledger.append(kind, vm=vm_id, reason=type(error).__name__, message=ascii(str(error))[:500])
+                raise
+        ledger.append("exec.finished", vm=vm_id, exit_code=outcome.exit_code, timed_out=outcome.timed_out,
+                      out_of_memory=outcome.out_of_memory, changes=len(changeset), digest=changeset.digest)  # fmt: skip
+        if outcome.timed_out:
+            execution.status, execution.detail = "refused", "the command was stopped at its time limit"
+        elif len(changeset):
+            execution.request = await anyio.to_thread.run_sync(self._request, execution, state, command)
+            execution.status = "pending"
+        if execution.request is None:
+            writer.discard()
+        marks.lap("record")
+        execution.timings_ms = marks.laps
+        return execution
+
+    async def _prepare_workspace(
+        self, workspace: Path, prepared: _Prepared, stack: AsyncExitStack, progress: Progress
+    ) -> None:
+        from luminaguard.workspaces.pack import WorkspaceImages
+        from luminaguard.workspaces.state import read_state
+
+        def prepare() -> None:
+            try:
+                prepared.state = read_state(
+                    workspace, self._limits("workspace"), lambda count: progress(f"reading the workspace: {count:,} entries")
+                )
+                prepared.image = WorkspaceImages(self.folders.cache).open(prepared.state)
+                stack.callback(os.close, prepared.image)
+            except LuminaGuardError as error:
+                prepared.failure = error
+            except OSError as error:
+                prepared.failure = WorkspaceError(
+                    f"The workspace could not be read or packed: {error}.",
+                    hint="Check the folder, and that the cache folder has free space.",
+                )
+
+        await anyio.to_thread.run_sync(prepare)
+
+    def _request(self, execution: Execution, state: WorkspaceState, command: Command) -> Request:
+        """Store the effects and ask for approval: after this they survive a reboot."""
+        from luminaguard.approvals import Request, State
+
+        self.blobs.persist(execution.vm_id)
+        now = time.time_ns()
+        request = Request(
+            id=execution.vm_id.replace("vm-", "req-"), workspace=str(state.path), device=state.device,
+            inode=state.inode, digest=execution.changeset.digest, command=tuple(_shown(command.argv)),
+            exit_code=execution.outcome.exit_code, created_ns=now,
+            expires_ns=now + self.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING,
+        )  # fmt: skip
+        # Contents are kept under the request's name from here on.
+        source = self.blobs.folder / execution.vm_id
+        if source.is_dir():
+            source.rename(self.blobs.folder / request.id)
+        self.approvals.create(request, execution.changeset)
+        return request
+
+    def _limits(self, of: Literal["workspace", "changeset"]) -> Any:
+        from luminaguard.workspaces.state import Limits
+
+        s = self.settings
+        if of == "workspace":
+            return Limits(s.workspace_max_files, s.workspace_max_mib << 20)
+        return Limits(s.changeset_max_files, s.changeset_max_mib << 20)
+
+    # -- deciding and publishing ------------------------------------------------------------------
+
+    def card(self, request: Request) -> DiffCard:
+        """The diff card of a request, from the stored contents and the base on the host."""
+        from luminaguard.effects.card import MAX_TEXT, make_card
+        from luminaguard.workspaces.base import base_contents
+
+        changeset = self.approvals.changeset(request.id)
+        with base_contents(Path(request.workspace), changeset, MAX_TEXT) as before:
+            return make_card(changeset, before, lambda sha: self.blobs.read(request.id, sha, MAX_TEXT))
+
+    def decide(self, request: Request, *, approve: bool, means: str) -> None:
+        """Sign and store a decision about a request, as the approver of this installation.
+
+        Raises:
+            ApprovalError: the request is not pending any more.
+        """
+        from luminaguard.approvals import Decision, Verdict, sign
+
+        now = time.time_ns()
+        verdict = Verdict.APPROVE if approve else Verdict.DENY
+        decision = Decision(
+            request_id=request.id, digest=request.digest, workspace=request.workspace, verdict=verdict,
+            means=means, decided_ns=now, expires_ns=request.expires_ns, nonce=secrets.token_hex(16), approver="",
+        )  # fmt: skip
+        key = self._approver()
+        self.approvals.decide(sign(decision, key), key.public_key())
+        if not approve:
+            self.blobs.forget(request.id)
+
+    def publish(self, request_id: str, step: Progress = lambda _: None) -> None:
+        """Publish an approved request, once.
+
+        Raises:
+            ApprovalError: there is no valid, unused approval.
+            Conflict: the host's files are not the base any more; nothing was written.
+            PublishError: nothing was published, or (OutcomeUnknown) a person must look.
+        """
+        from luminaguard.approvals import State
+
+        request = self.approvals.get(request_id)
+        changeset = self.approvals.changeset(request_id)
+        with self.publisher.lock(request.workspace):
+            self._recover_workspace(request.workspace)
+            self.approvals.claim(request_id, changeset.digest, self._approver().public_key())
+            try:
+                self.publisher.publish(request_id, request.workspace, request.device, request.inode, changeset, step)
+            except OutcomeUnknown as error:
+                self.approvals.finish(request_id, State.UNKNOWN, error.message)
+                raise
+            except LuminaGuardError as error:
+                self._close(request_id, State.REFUSED, error.message)
+                raise
+            self._close(request_id, State.PUBLISHED, "published")
+
+    def _close(self, request_id: str, state: Any, outcome: str) -> None:
+        """Record the end first; only then may the journal and the contents go."""
+        self.approvals.finish(request_id, state, outcome)
+        self.publisher.close(request_id)
+        self.blobs.forget(request_id)
+
+    # -- after a crash ------------------------------------------------------------------------------
+
+    def recover(self) -> list[str]:
+        """Undo or finish what crashed processes left; return what was done, in sentences."""
+        from luminaguard.approvals import State
+        from luminaguard.workspaces.journal import Journal
+
+        told: list[str] = []
+        for path in self.publisher.interrupted():
+            journal = Journal.load(path)
+            with self._if_free(journal.workspace) as free:
+                if free and path.exists():
+                    told.append(self._recover_one(path))
+        for request in self.approvals.list():
+            if request.state is not State.CLAIMED:
+                continue
+            with self._if_free(request.workspace) as free:
+                # Claimed, nobody at it, and no journal: it ended before anything was written.
+                if free and self.approvals.get(request.id).state is State.CLAIMED:
+                    self._close(request.id, State.REFUSED, "interrupted before anything was written")
+                    told.append(f"{request.id}: interrupted before anything was written")
+        return told
+
+    @contextmanager
+    def _if_free(self, workspace: str) -> Iterator[bool]:
+        from luminaguard.errors import PublishError
+
+        try:
+            lock = self.publisher.lock(workspace)
+            lock.__enter__()
+        except PublishError:
+            yield False  # its publisher lives: nothing was interrupted
+            return
+        try:
+            yield True
+        finally:
+            lock.__exit__(None, None, None)
+
+    def _recover_workspace(self, workspace: str) -> None:
+        from luminaguard.workspaces.journal import Journal
+
+        for path in self.publisher.interrupted():
+            if Journal.load(path).workspace == workspace:
+                self._recover_one(path)
+
+    def _recover_one(self, path: Path) -> str:
+        from luminaguard.approvals import State
+
+        request_id, published = self.publisher.recover(path)
+        state = State.PUBLISHED if published else State.REFUSED
+        what = "finished after an interruption" if published else "undone after an interruption; nothing was published"
+        if self.approvals.get(request_id).state in {State.CLAIMED, State.UNKNOWN}:
+            self.approvals.finish(request_id, state, what)
+        self.publisher.close(request_id)
+        self.blobs.forget(request_id)
+        return f"{request_id}: {what}"
+
+    def _approver(self) -> Any:
+        from luminaguard.storage.keys import load_key
+
+        return load_key(self.folders.state / "keys", "approver")
+
+
+class _Prepared:
+    """What the preparation of the workspace hands over."""
+
+    def __init__(self) -> None:
+        self.state: WorkspaceState | None = None
+        self.image = -1
+        self.failure: LuminaGuardError | None = None
+
+
+class _Stopwatch:
+    """Milliseconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> float:
+        now = time.perf_counter()
+        self.laps[name] = round((now - self._last) * 1000, 1)
+        self._last = now
+        return self.laps[name]
+
+
+def _shown(argv: Any) -> list[str]:
+    """The command line for records: bounded, and without bytes that are not text."""
+    return [ascii(word)[1:-1][:500] if not word.isprintable() else word[:500] for word in argv][:100]

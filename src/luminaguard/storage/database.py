@@ -1,0 +1,172 @@
+"""The database: SQLite by default, with full synchronisation; each change is one transaction.
+
+The schema has a version. A newer one than this code knows is refused, never guessed at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Engine,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    insert,
+    select,
+)
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
+
+from luminaguard.errors import LuminaGuardError, StorageError
+
+__all__ = ["Database", "checkpoints", "decisions", "ledger", "requests"]
+
+SCHEMA_VERSION = 1
+_metadata = MetaData()
+
+_schema = Table("schema_version", _metadata, Column("version", Integer, primary_key=True))
+requests = Table(
+    "requests",
+    _metadata,
+    Column("id", String(32), primary_key=True),
+    Column("workspace", Text, nullable=False),
+    Column("device", BigInteger, nullable=False),
+    Column("inode", BigInteger, nullable=False),
+    Column("digest", String(80), nullable=False),
+    Column("command", Text, nullable=False),
+    Column("exit_code", Integer, nullable=False),
+    Column("created_ns", BigInteger, nullable=False),
+    Column("expires_ns", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("changeset", Text, nullable=False),
+    Column("outcome", Text, nullable=False, default=""),
+)
+decisions = Table(
+    "decisions",
+    _metadata,
+    # One decision a request: the primary key makes a second one impossible.
+    Column("request_id", String(32), ForeignKey("requests.id"), primary_key=True),
+    Column("digest", String(80), nullable=False),
+    Column("workspace", Text, nullable=False),
+    Column("verdict", String(16), nullable=False),
+    Column("means", Text, nullable=False),
+    Column("decided_ns", BigInteger, nullable=False),
+    Column("expires_ns", BigInteger, nullable=False),
+    Column("nonce", String(64), nullable=False, unique=True),
+    Column("approver", String(32), nullable=False),
+    Column("signature", LargeBinary, nullable=False),
+)
+ledger = Table(
+    "ledger",
+    _metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("time_ns", BigInteger, nullable=False),
+    Column("kind", String(64), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("previous", String(64), nullable=False),
+    Column("hash", String(64), nullable=False),
+)
+checkpoints = Table(
+    "checkpoints",
+    _metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("hash", String(64), nullable=False),
+    Column("signature", LargeBinary, nullable=False),
+)
+
+
+class Database:
+    """An open database; made by :meth:`open`."""
+
+    def __init__(self, engine: Engine, path: Path) -> None:
+        self._engine = engine
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path) -> Database:
+        """Open the database, creating it with mode 0600 if there is none.
+
+        Raises:
+            StorageError: it is damaged, of a newer version, or cannot be created.
+        """
+        try:
+            # Created here, so that the mode is right from the first byte; SQLite gives its
+            # journal files the mode of the database.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be opened: {error.strerror}.", hint="Check the owner and mode of the state folder."
+            ) from error
+        engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30.0})
+        event.listen(engine, "connect", _configure)
+        event.listen(engine, "begin", _begin)
+        database = cls(engine, path)
+        with database.write() as connection:
+            _metadata.create_all(connection)
+            version = connection.execute(select(_schema.c.version)).scalar()
+            if version is None:
+                connection.execute(insert(_schema).values(version=SCHEMA_VERSION))
+            elif version != SCHEMA_VERSION:
+                raise StorageError(
+                    f"{path} has schema version {version}; this LuminaGuard knows {SCHEMA_VERSION}.",
+                    hint="Use the newer LuminaGuard that wrote it.",
+                )
+        return database
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One transaction; commits at the end, rolls back on any exception.
+
+        Raises:
+            StorageError: the database is locked for long, full, or damaged.
+        """
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except LuminaGuardError:
+            raise
+        except IntegrityError:
+            raise
+        except (OperationalError, DatabaseError) as error:
+            raise self._storage_error(error) from error
+
+    read = write
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def _storage_error(self, error: DatabaseError) -> StorageError:
+        said = str(error.orig)
+        if "locked" in said or "busy" in said:
+            hint = "Another LuminaGuard command is writing; run the command again."
+        elif "full" in said:
+            hint = "The disk is full: free some space and run the command again."
+        else:
+            hint = f"Move {self.path} away to start a new one; 'luminaguard ledger export' may still read it."
+        return StorageError(f"The database {self.path} cannot be used: {said}.", hint=hint,
+                            kept="The transaction was rolled back; nothing is half written.")  # fmt: skip
+
+
+def _configure(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # SQLAlchemy's begin event starts transactions, see below
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin(connection: Connection) -> None:
+    # IMMEDIATE: two processes that both mean to write must not both have read first.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

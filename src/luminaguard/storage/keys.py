@@ -1,0 +1,59 @@
+"""The two Ed25519 keys of an installation: the approver's, and the ledger's.
+
+Made on first use, mode 0600 from the first byte. A key file that others can read is refused: what
+it has signed proves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from luminaguard.errors import StorageError
+
+__all__ = ["load_key"]
+
+_SIZE = 32
+
+
+def load_key(folder: Path, name: str) -> Ed25519PrivateKey:
+    """Read ``<folder>/<name>.key``, creating it if there is none.
+
+    Raises:
+        StorageError: the file is damaged, a link, someone else's, or readable by others.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"{name}.key"
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        pass
+    temporary = folder / f".{name}-{os.getpid()}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(Ed25519PrivateKey.generate().private_bytes_raw())
+            file.flush()
+            os.fsync(file.fileno())
+        # A link and not a rename: of two first commands at once, one key must win for both.
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
+    return _read(path)
+
+
+def _read(path: Path) -> Ed25519PrivateKey:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        info = os.fstat(file.fileno())
+        data = file.read(_SIZE + 1)
+    if info.st_uid != os.geteuid() or info.st_mode & 0o077 or len(data) != _SIZE:
+        raise StorageError(
+            f"The key {path} is not usable: it must be yours, have mode 0600 and {_SIZE} bytes.",
+            hint="Restore it, or move it away to make a new one; older signatures then no longer verify.",
+        )
+    return Ed25519PrivateKey.from_private_bytes(data)

@@ -1,0 +1,107 @@
+"""File contents by SHA-256: what machines left behind and waits for a decision or for publishing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from luminaguard.errors import StorageError
+
+__all__ = ["BlobStore", "BlobWriter"]
+
+
+class BlobStore:
+    """One folder of blobs for each request, so that forgetting a request forgets its contents."""
+
+    def __init__(self, state: Path) -> None:
+        self.folder = state / "blobs"
+
+    def writer(self, owner: str) -> BlobWriter:
+        """A writer for the contents of one request."""
+        return BlobWriter(self.folder / owner)
+
+    def open(self, owner: str, sha256: str) -> int:
+        """Open a blob; the reader must check the hash of what it reads.
+
+        Raises:
+            StorageError: it is missing.
+        """
+        try:
+            return os.open(self.folder / owner / sha256, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(
+                f"A stored file content is missing ({error.strerror}).",
+                hint="The state folder was damaged or edited. Run the command again.",
+            ) from error
+
+    def read(self, owner: str, sha256: str, limit: int) -> bytes | None:
+        """The content if it is there, not larger than ``limit`` bytes, and has that hash."""
+        try:
+            fd = os.open(self.folder / owner / sha256, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None
+        with os.fdopen(fd, "rb") as file:
+            data = file.read(limit + 1)
+        return data if len(data) <= limit and hashlib.sha256(data).hexdigest() == sha256 else None
+
+    def persist(self, owner: str) -> None:
+        """Make the contents of one request survive a power cut: it waits for a decision."""
+        folder = self.folder / owner
+        if not folder.is_dir():
+            return
+        for path in (*folder.iterdir(), folder, self.folder):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def forget(self, owner: str) -> None:
+        """Delete the contents of one request."""
+        shutil.rmtree(self.folder / owner, ignore_errors=True)
+
+    def owners(self) -> list[str]:
+        """Whose contents are kept."""
+        return sorted(entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else []
+
+
+class BlobWriter:
+    """Takes contents one after another, in pieces."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._fd = -1
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def begin(self) -> None:
+        """Start a content."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(self._folder / ".partial", flags, 0o600)
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        """Add a piece; raises OSError when the disk is full."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        self._digest.update(data)
+        self._size += len(data)
+
+    def end(self) -> tuple[int, str]:
+        """Finish the content; return its size and SHA-256. See :meth:`BlobStore.persist`."""
+        os.close(self._fd)
+        self._fd = -1
+        name = self._digest.hexdigest()
+        os.replace(self._folder / ".partial", self._folder / name)
+        return self._size, name
+
+    def discard(self) -> None:
+        """Forget everything that was written."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        shutil.rmtree(self._folder, ignore_errors=True)

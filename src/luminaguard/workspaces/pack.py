@@ -1,0 +1,186 @@
+"""Pack a workspace state into a read-only squashfs image that a machine gets as a disk.
+
+The bytes that go into the image are hashed again on their way and must be those of the state. The
+image has no extended attributes, one owner and only permission bits, so nothing in a tree can act
+as an overlay's whiteout or bring a set-id bit along. Images are cached by what they contain.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import IO
+
+from luminaguard.effects.changes import DirEntry, FileEntry, LinkEntry
+from luminaguard.errors import StorageError, Unavailable, WorkspaceChanged
+from luminaguard.workspaces.opening import open_root, parent_of
+from luminaguard.workspaces.state import WorkspaceState
+
+__all__ = ["WorkspaceImages"]
+
+_UID = 1000
+_CHUNK = 1 << 20
+_KEPT = 8
+_COMMAND = ("mksquashfs", "-", "{out}", "-tar", "-noI", "-noD", "-noF", "-no-xattrs", "-mkfs-time", "0",
+            "-noappend", "-quiet", "-no-progress", "-mem", "128M", "-processors", "1",
+            "-force-uid", str(_UID), "-force-gid", str(_UID), "-root-mode", "{mode}",
+            "-root-uid", str(_UID), "-root-gid", str(_UID))  # fmt: skip
+
+
+class WorkspaceImages:
+    """The packed states of one cache folder."""
+
+    def __init__(self, cache: Path) -> None:
+        self.folder = cache / "workspaces"
+
+    def open(self, state: WorkspaceState) -> int:
+        """The image of a state, packed first if need be, opened read-only; the caller owns it.
+
+        Raises:
+            WorkspaceChanged: a file is not any more what the state says.
+            StorageError: the disk is full.
+            Unavailable: mksquashfs is missing.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.folder / f"{state.image_key()}.squashfs"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            fd = self._pack(state, path)
+        os.utime(path)  # the newest are kept
+        self._forget()
+        return fd
+
+    def _pack(self, state: WorkspaceState, path: Path) -> int:
+        # Packed into a name of its own and then renamed: an image is whole or not there.
+        partial = path.with_name(f".{path.stem[:16]}-{os.getpid()}.partial")
+        try:
+            self._run(state, partial)
+            fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+            partial.replace(path)
+            return fd
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _run(self, state: WorkspaceState, out: Path) -> None:
+        mode = f"{state.mode | 0o700:o}"
+        command = [word.replace("{out}", str(out)).replace("{mode}", mode) for word in _COMMAND]
+        # Readable by all: the folder is private, and a QEMU started by root runs as nobody.
+        os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+        except FileNotFoundError as error:
+            raise Unavailable("mksquashfs is not installed.", hint="apt-get install squashfs-tools") from error
+        with process:
+            assert process.stdin is not None and process.stderr is not None
+            broken = False
+            try:
+                with process.stdin:
+                    _widen(process.stdin.fileno())
+                    _Tar(state, process.stdin).write()
+            except BrokenPipeError:
+                broken = True
+            except BaseException:
+                process.kill()
+                raise
+            said = process.stderr.read().decode("utf-8", "replace").strip()
+        if broken or process.returncode:
+            raise StorageError(
+                f"The workspace could not be packed: {said[-300:] or 'mksquashfs ended early'}.",
+                hint="Check that the cache folder has as much free space as the workspace is large.",
+            )
+
+    def _forget(self) -> None:
+        found = []
+        for entry in self.folder.glob("*.squashfs"):
+            try:
+                found.append((entry.stat().st_mtime, entry))
+            except FileNotFoundError:
+                continue  # another process tidies up as well
+        for _, old in sorted(found, reverse=True)[_KEPT:]:
+            old.unlink(missing_ok=True)  # a machine that runs from it has it open
+
+
+class _Tar:
+    """Writes the state as a tar stream; reads every file by descriptor and checks its hash."""
+
+    def __init__(self, state: WorkspaceState, out: IO[bytes]) -> None:
+        self._state = state
+        self._out = out
+
+    def write(self) -> None:
+        root = open_root(self._state.path)
+        try:
+            info = os.fstat(root)
+            if (info.st_dev, info.st_ino) != (self._state.device, self._state.inode):
+                raise self._changed(str(self._state.path))
+            for path, entry in self._state.entries.items():
+                self._member(root, path, entry)
+            self._out.write(bytes(2 * tarfile.BLOCKSIZE))
+        finally:
+            os.close(root)
+
+    def _member(self, root: int, path: str, entry: FileEntry | DirEntry | LinkEntry) -> None:
+        info = tarfile.TarInfo(path)
+        info.mtime = self._state.times[path]
+        if path in self._state.links:
+            info.type, info.linkname = tarfile.LNKTYPE, self._state.links[path]
+        elif isinstance(entry, DirEntry):
+            info.type, info.mode = tarfile.DIRTYPE, entry.mode
+        elif isinstance(entry, LinkEntry):
+            info.type, info.linkname, info.mode = tarfile.SYMTYPE, entry.target, 0o777
+        else:
+            info.mode, info.size = entry.mode, entry.size
+        self._out.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+        if info.size:
+            assert isinstance(entry, FileEntry)
+            self._content(root, path, entry)
+
+    def _content(self, root: int, path: str, entry: FileEntry) -> None:
+        digest = hashlib.sha256()
+        left = entry.size
+        try:
+            with parent_of(root, path) as (parent, name):
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        except OSError as error:
+            raise self._changed(path) from error
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise self._changed(path)
+            while left:
+                data = os.read(fd, min(_CHUNK, left))
+                if not data:
+                    raise self._changed(path)
+                digest.update(data)
+                self._out.write(data)
+                left -= len(data)
+            if os.read(fd, 1):
+                raise self._changed(path)
+        finally:
+            os.close(fd)
+        if digest.hexdigest() != entry.sha256:
+            raise self._changed(path)
+        self._out.write(bytes(-entry.size % tarfile.BLOCKSIZE))
+
+    @staticmethod
+    def _changed(path: str) -> WorkspaceChanged:
+        return WorkspaceChanged(
+            f"{ascii(path)} changed while the workspace was packed.",
+            hint="Run the command again when nothing else writes to the folder.",
+        )
+
+
+def _widen(fd: int) -> None:
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.EBUSY}:
+            raise

@@ -1,0 +1,213 @@
+"""Read a workspace into an immutable state: every entry, with the hash of every file.
+
+Each file is opened by descriptor and looked at before and after it is read; one that changes
+meanwhile ends in :class:`WorkspaceChanged`. Ignored paths (``.luminaguardignore``, the syntax of
+gitignore) neither go in nor can be written back. Git metadata is part of the state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pathspec import GitIgnoreSpec
+
+from luminaguard.effects.changes import RESERVED_PREFIX, DirEntry, Entry, FileEntry, LinkEntry, encode
+from luminaguard.errors import WorkspaceChanged, WorkspaceError
+from luminaguard.workspaces.opening import hash_fd, open_root
+
+__all__ = ["IGNORE_FILE", "Limits", "WorkspaceState", "read_state"]
+
+IGNORE_FILE = ".luminaguardignore"
+_MAX_IGNORE = 1 << 20
+_MAX_DEPTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a workspace may be: entries, and bytes of all files together."""
+
+    files: int
+    size: int
+
+
+@dataclass(slots=True)
+class WorkspaceState:
+    """One version of a workspace.
+
+    Attributes:
+        path: absolute path of the folder.
+        device, inode: the folder's identity.
+        entries: everything in it, by path.
+        times: modification times in seconds, which tools such as make compare.
+        links: paths of one file with several names, in the order they were found.
+        mode: permission bits of the folder itself.
+        size: bytes of all files.
+        ignored: how many paths were left out.
+    """
+
+    path: Path
+    device: int
+    inode: int
+    mode: int
+    entries: dict[str, Entry] = field(default_factory=dict)
+    times: dict[str, int] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
+    size: int = 0
+    ignored: int = 0
+
+    def image_key(self) -> str:
+        """SHA-256 over all that a workspace image contains."""
+        digest = hashlib.sha256(f"luminaguard workspace 1 {self.mode:o}\0".encode())
+        for path in sorted(self.entries, key=encode):
+            row = (path, repr(self.entries[path]), str(self.times[path]), self.links.get(path, ""))
+            for part in row:
+                raw = encode(part)
+                digest.update(len(raw).to_bytes(4, "big") + raw)
+        return digest.hexdigest()
+
+
+def read_state(path: Path, limits: Limits, step: Callable[[int], None] | None = None) -> WorkspaceState:
+    """Read the folder.
+
+    Args:
+        path: absolute path.
+        limits: beyond them the folder is refused.
+        step: told the number of entries from time to time.
+
+    Raises:
+        WorkspaceError: it cannot be a workspace, and why.
+        WorkspaceChanged: a file changed while it was read.
+    """
+    root = open_root(path)
+    try:
+        info = os.fstat(root)
+        state = WorkspaceState(path, info.st_dev, info.st_ino, info.st_mode & 0o777)
+        _Reader(state, limits, _ignore_rules(root), step).folder(root, "", 0)
+        return state
+    finally:
+        os.close(root)
+
+
+class _Reader:
+    def __init__(
+        self, state: WorkspaceState, limits: Limits, ignore: GitIgnoreSpec | None, step: Callable[[int], None] | None
+    ) -> None:
+        self._state = state
+        self._limits = limits
+        self._ignore = ignore
+        self._step = step
+        self._inodes: dict[int, str] = {}
+
+    def folder(self, fd: int, prefix: str, depth: int) -> None:
+        """Read one open folder and all below it."""
+        if depth > _MAX_DEPTH:
+            raise self._refused(prefix, f"is nested deeper than {_MAX_DEPTH} folders")
+        with os.scandir(fd) as listing:
+            entries = sorted(listing, key=lambda entry: os.fsencode(entry.name))
+        for entry in entries:
+            path = f"{prefix}/{entry.name}" if prefix else entry.name
+            if not prefix and entry.name.startswith(RESERVED_PREFIX):
+                continue
+            try:
+                self._entry(fd, entry, path, depth)
+            except FileNotFoundError as error:
+                raise self._changed(path) from error
+            except PermissionError as error:
+                raise self._refused(path, "cannot be read", "Make it readable, or name it in " + IGNORE_FILE) from error
+
+    def _entry(self, fd: int, entry: os.DirEntry[str], path: str, depth: int) -> None:
+        info = entry.stat(follow_symlinks=False)
+        is_folder = stat.S_ISDIR(info.st_mode)
+        if self._ignore is not None and self._ignore.match_file(f"{path}/" if is_folder else path):
+            self._state.ignored += 1
+            return
+        if stat.S_ISLNK(info.st_mode):
+            self._add(path, LinkEntry(os.readlink(entry.name, dir_fd=fd)), info)
+        elif is_folder:
+            if info.st_dev != self._state.device:
+                raise self._refused(path, "is another file system mounted there", f"Name it in {IGNORE_FILE}.")
+            self._add(path, DirEntry(info.st_mode & 0o777), info)
+            below = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            try:
+                self.folder(below, path, depth + 1)
+            finally:
+                os.close(below)
+        elif stat.S_ISREG(info.st_mode):
+            self._file(fd, entry.name, path)
+        else:
+            raise self._refused(path, "is a device, a socket or a pipe", f"Remove it, or name it in {IGNORE_FILE}.")
+
+    def _file(self, parent: int, name: str, path: str) -> None:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            before = os.fstat(fd)
+            if not stat.S_ISREG(before.st_mode):
+                raise self._changed(path)
+            if self._state.size + before.st_size > self._limits.size:
+                raise self._too_large(path, before.st_size)
+            size, sha256 = hash_fd(fd)
+            after = os.fstat(fd)
+        finally:
+            os.close(fd)
+        if (size, after.st_mtime_ns, after.st_ctime_ns) != (before.st_size, before.st_mtime_ns, before.st_ctime_ns):
+            raise self._changed(path)
+        self._state.size += size
+        if before.st_nlink > 1:
+            first = self._inodes.setdefault(before.st_ino, path)
+            if first != path:
+                self._state.links[path] = first
+        self._add(path, FileEntry(before.st_mode & 0o777, size, sha256), before)
+
+    def _add(self, path: str, entry: Entry, info: os.stat_result) -> None:
+        entries = self._state.entries
+        entries[path] = entry
+        self._state.times[path] = max(0, min(int(info.st_mtime), 0xFFFFFFFF))
+        if len(entries) > self._limits.files:
+            raise WorkspaceError(
+                f"The workspace has more than {self._limits.files:,} entries.",
+                hint=f"Name what is not needed in {IGNORE_FILE}, or raise workspace_max_files.",
+            )
+        if self._step is not None and len(entries) % 500 == 0:
+            self._step(len(entries))
+
+    def _too_large(self, path: str, size: int) -> WorkspaceError:
+        return WorkspaceError(
+            f"The workspace has more than {self._limits.size >> 20:,} MiB of files "
+            f"(at {ascii(path)}, {size >> 20:,} MiB).",
+            hint=f"Name what is not needed in {IGNORE_FILE}, or raise workspace_max_mib.",
+        )
+
+    @staticmethod
+    def _refused(path: str, why: str, hint: str = "") -> WorkspaceError:
+        return WorkspaceError(f"{ascii(path)} in the workspace {why}.", hint=hint or f"Name it in {IGNORE_FILE}.")
+
+    @staticmethod
+    def _changed(path: str) -> WorkspaceChanged:
+        return WorkspaceChanged(
+            f"{ascii(path)} changed while the workspace was read.",
+            hint="Run the command again when nothing else writes to the folder.",
+        )
+
+
+def _ignore_rules(root: int) -> GitIgnoreSpec | None:
+    try:
+        fd = os.open(IGNORE_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=root)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise WorkspaceError(
+            f"{IGNORE_FILE} cannot be read: {error.strerror}.", hint="It must be a readable file, not a link."
+        ) from error
+    with os.fdopen(fd, "rb") as file:
+        text = file.read(_MAX_IGNORE + 1)
+    try:
+        if len(text) > _MAX_IGNORE:
+            raise ValueError("it is larger than 1 MiB")
+        return GitIgnoreSpec.from_lines(text.decode().splitlines())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise WorkspaceError(f"{IGNORE_FILE} cannot be used: {error}.", hint="Correct its patterns.") from error
