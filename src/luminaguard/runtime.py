@@ -173,21 +173,25 @@ class Runtime:
             hypervisor = self.hypervisor
             template = TemplateStore(self.folders.cache)
             prepared = _Prepared()
+            root = await anyio.to_thread.run_sync(image.open_part, ROOT)
+            stack.callback(os.close, root)
+            marks.lap("image")
+            # The workspace is read and the ledger opened while the template is verified.
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._prepare_workspace, workspace, prepared, stack, progress)
-                root = await anyio.to_thread.run_sync(image.open_part, ROOT)
-                stack.callback(os.close, root)
-                marks.lap("image")
-            if prepared.failure is not None:
-                raise prepared.failure
-            marks.lap("workspace")
-            saved = await stack.enter_async_context(
-                template.saved(hypervisor, image, self.settings.memory_mib, progress)
-            )
-            marks.lap("template")
-            ledger = await anyio.to_thread.run_sync(lambda: self.ledger)
-            await anyio.to_thread.run_sync(self.recover)
-            marks.lap("ledger")
+                tasks.start_soon(anyio.to_thread.run_sync, self._prepare_workspace, workspace, prepared, progress)
+                tasks.start_soon(anyio.to_thread.run_sync, self._prepare_ledger, prepared)
+                try:
+                    saved = await stack.enter_async_context(
+                        template.saved(hypervisor, image, self.settings.memory_mib, progress)
+                    )
+                except LuminaGuardError as error:
+                    prepared.failures.append(error)
+            if prepared.image >= 0:
+                stack.callback(os.close, prepared.image)
+            if prepared.failures:
+                raise prepared.failures[0]
+            marks.lap("prepare")
+            ledger = self.ledger
             ledger.append("exec.started", vm=vm_id, workspace=str(workspace), command=_shown(command.argv),
                           image=image.folder.name, backend=hypervisor.name, accelerator=hypervisor.accelerator)  # fmt: skip
             state = prepared.state
@@ -227,28 +231,30 @@ class Runtime:
         execution.timings_ms = marks.laps
         return execution
 
-    async def _prepare_workspace(
-        self, workspace: Path, prepared: _Prepared, stack: AsyncExitStack, progress: Progress
-    ) -> None:
+    def _prepare_workspace(self, workspace: Path, prepared: _Prepared, progress: Progress) -> None:
         from luminaguard.workspaces.pack import WorkspaceImages
         from luminaguard.workspaces.state import read_state
 
-        def prepare() -> None:
-            try:
-                prepared.state = read_state(
-                    workspace, self._limits("workspace"), lambda count: progress(f"reading the workspace: {count:,} entries")
-                )
-                prepared.image = WorkspaceImages(self.folders.cache).open(prepared.state)
-                stack.callback(os.close, prepared.image)
-            except LuminaGuardError as error:
-                prepared.failure = error
-            except OSError as error:
-                prepared.failure = WorkspaceError(
-                    f"The workspace could not be read or packed: {error}.",
-                    hint="Check the folder, and that the cache folder has free space.",
-                )
+        def told(count: int) -> None:
+            progress(f"reading the workspace: {count:,} entries")
 
-        await anyio.to_thread.run_sync(prepare)
+        try:
+            prepared.state = read_state(workspace, self._limits("workspace"), told)
+            prepared.image = WorkspaceImages(self.folders.cache).open(prepared.state)
+        except LuminaGuardError as error:
+            prepared.failures.append(error)
+        except OSError as error:
+            failure = WorkspaceError(
+                f"The workspace could not be read or packed: {error}.",
+                hint="Check the folder, and that the cache folder has free space.",
+            )
+            prepared.failures.append(failure)
+
+    def _prepare_ledger(self, prepared: _Prepared) -> None:
+        try:
+            self.recover()
+        except LuminaGuardError as error:
+            prepared.failures.append(error)
 
     def _request(self, execution: Execution, state: WorkspaceState, command: Command) -> Request:
         """Store the effects and ask for approval: after this they survive a reboot."""
@@ -402,12 +408,12 @@ class Runtime:
 
 
 class _Prepared:
-    """What the preparation of the workspace hands over."""
+    """What the preparations hand over; all of them end before the first failure is raised."""
 
     def __init__(self) -> None:
         self.state: WorkspaceState | None = None
         self.image = -1
-        self.failure: LuminaGuardError | None = None
+        self.failures: list[LuminaGuardError] = []
 
 
 class _Stopwatch:

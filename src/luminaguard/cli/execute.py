@@ -36,11 +36,10 @@ _START_FAILURES = {"not-found": _NOT_FOUND, "not-executable": _NOT_EXECUTABLE}
 class Options:
     """The flags of one call."""
 
-    def __init__(self, *, publish: str, as_json: bool, terminal: bool, means: str = "terminal") -> None:
+    def __init__(self, *, publish: str, as_json: bool, terminal: bool) -> None:
         self.publish = publish
         self.as_json = as_json
         self.terminal = terminal
-        self.means = means
 
 
 class _Interrupted(Exception):
@@ -184,7 +183,8 @@ def _settle(runtime: Runtime, execution: Execution, options: Options) -> int:
 
 def _verdict(runtime: Runtime, request: Request, options: Options) -> tuple[bool | None, str]:
     if options.publish == "always":
-        return True, options.means if options.means != "terminal" else "flag --publish always"
+        note = os.environ.get("LUMINAGUARD_DECISION_NOTE", "")
+        return True, f"flag --publish always ({ascii(note)[1:-1][:80]})" if note else "flag --publish always"
     if options.publish == "never":
         return False, "flag --publish never"
     if options.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):

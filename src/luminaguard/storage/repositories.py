@@ -236,7 +236,7 @@ class Approvals:
                     f"{request_id} is {request.state.value}: nobody has approved it.",
                     hint=f"Decide with 'luminaguard approvals approve {request_id}'.",
                 )
-            decision = Decision(**(row._mapping | {"verdict": Verdict(row.verdict)}))  # type: ignore[operator]  # noqa: SLF001
+            decision = Decision(**{**row._mapping, "verdict": Verdict(row.verdict)})  # noqa: SLF001  # as above
             verify(decision, key)
             now = self._ledger.time(connection)
             if decision.verdict is not Verdict.APPROVE or decision.expires_ns <= now:

@@ -1,0 +1,39 @@
+# The two commands that matter are `make demo` and `make test`; `make help` lists the others.
+BIN := .venv/bin
+export PYTHONDONTWRITEBYTECODE ?= 1
+
+.PHONY: help setup image demo test test-unit lint fmt bench lock clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: system packages, .venv
+	@tools/setup
+
+image: setup ## build the guest image (about 20 s the first time)
+	@$(BIN)/luminaguard image build
+
+demo: image ## run the main job on a copy of examples/bookkeeping
+	@$(BIN)/python examples/demo.py $(if $(YES),--yes)
+
+test: setup ## all tests, with real micro-VMs
+	@tools/test
+
+test-unit: setup ## the tests that need no machine, in seconds
+	@$(BIN)/pytest -q -m "not vm" -n 2
+
+lint: setup ## ruff, mypy --strict, the import contract
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+fmt: setup ## format the code
+	@$(BIN)/ruff check --fix-only -q . ; $(BIN)/ruff format .
+
+bench: image ## measure; prints JSON with facts about this host
+	@$(BIN)/python bench/run.py
+
+lock: ## resolve the Python dependencies anew (needs uv)
+	@uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml --group dev -o requirements/dev.lock
+	@uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml -c requirements/dev.lock -o requirements/runtime.lock
+
+clean: ## remove .venv and caches
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
