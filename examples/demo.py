@@ -25,7 +25,14 @@ def say(text: str) -> None:
 def git(*arguments: str) -> None:
     """Run git in the demo's folder, without the user's own configuration."""
     environment = os.environ | {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
-    identity = ("-c", "user.name=Demo", "-c", "user.email=demo@localhost", "-c", "init.defaultBranch=main")
+    identity = (
+        "-c",
+        "user.name=Demo",
+        "-c",
+        "user.email=demo@localhost",
+        "-c",
+        "init.defaultBranch=main",
+    )
     subprocess.run(["git", *identity, *arguments], cwd=FOLDER, env=environment, check=True)
 
 
@@ -41,10 +48,22 @@ def main() -> int:
     publish = ["ask"] if asks else ["always"]
     program = [sys.executable, "-m", "luminaguard"]
     script = (HERE / "clean-up.sh").read_text(encoding="utf-8")
-    say("luminaguard exec --workspace demo/bookkeeping -- bash -c \"$(cat examples/clean-up.sh)\"")
+    say('luminaguard exec --workspace demo/bookkeeping -- bash -c "$(cat examples/clean-up.sh)"')
     if not asks:
         say("no question will be asked: the demo answers yes, and the ledger says that it did")
-    command = [*program, "exec", "--workspace", str(FOLDER), "--publish", *publish, "--", "bash", "-c", script, "clean-up"]
+    command = [
+        *program,
+        "exec",
+        "--workspace",
+        str(FOLDER),
+        "--publish",
+        *publish,
+        "--",
+        "bash",
+        "-c",
+        script,
+        "clean-up",
+    ]
     environment = os.environ | ({} if asks else {"LUMINAGUARD_DECISION_NOTE": "make demo"})
     status = subprocess.run(command, env=environment, check=False).returncode
     say("luminaguard ledger verify")

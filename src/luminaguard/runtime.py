@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from luminaguard.images.build import ImageStore
     from luminaguard.microvm.channel import Call
     from luminaguard.microvm.machine import Command, Outcome
+    from luminaguard.microvm.port import SavedMachine
     from luminaguard.microvm.qemu.backend import QemuHypervisor
     from luminaguard.microvm.tracker import VMTracker
     from luminaguard.storage.repositories import Approvals, Ledger
@@ -173,6 +174,7 @@ class Runtime:
             hypervisor = self.hypervisor
             template = TemplateStore(self.folders.cache)
             prepared = _Prepared()
+            saved: SavedMachine | None = None
             root = await anyio.to_thread.run_sync(image.open_part, ROOT)
             stack.callback(os.close, root)
             marks.lap("image")
@@ -190,19 +192,22 @@ class Runtime:
                 stack.callback(os.close, prepared.image)
             if prepared.failures:
                 raise prepared.failures[0]
+            assert saved is not None and prepared.state is not None
             marks.lap("prepare")
             ledger = self.ledger
             ledger.append("exec.started", vm=vm_id, workspace=str(workspace), command=_shown(command.argv),
-                          image=image.folder.name, backend=hypervisor.name, accelerator=hypervisor.accelerator)  # fmt: skip
+                          image=image.folder.name, backend=hypervisor.name,
+                          accelerator=hypervisor.accelerator)  # fmt: skip
             state = prepared.state
-            assert state is not None
             writer = self.blobs.writer(vm_id)
             collector = Collector(writer, self._limits("changeset"))
             try:
                 async with clone(hypervisor, saved, (root, prepared.image), vm_id=vm_id) as vm:
                     spawn_ms = marks.lap("spawn")
                     argv = _shown(command.argv)
-                    with self.tracker.track(vm_id, hypervisor.name, hypervisor.accelerator, vm.pid, str(workspace), argv):
+                    with self.tracker.track(
+                        vm_id, hypervisor.name, hypervisor.accelerator, vm.pid, str(workspace), argv
+                    ):
                         outcome = await vm.run(command, output=output, feed=feed, timeout_s=self.settings.timeout_s)
                         marks.lap("command")
                         if not outcome.timed_out:
@@ -221,7 +226,10 @@ class Runtime:
         ledger.append("exec.finished", vm=vm_id, exit_code=outcome.exit_code, timed_out=outcome.timed_out,
                       out_of_memory=outcome.out_of_memory, changes=len(changeset), digest=changeset.digest)  # fmt: skip
         if outcome.timed_out:
-            execution.status, execution.detail = "refused", "the command was stopped at its time limit"
+            execution.status, execution.detail = (
+                "refused",
+                "the command was stopped at its time limit",
+            )
         elif len(changeset):
             execution.request = await anyio.to_thread.run_sync(self._request, execution, state, command)
             execution.status = "pending"

@@ -100,6 +100,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment beats the file, which arrives as the initial values."""
+        del settings_cls, dotenv_settings, file_secret_settings
         return env_settings, init_settings
 
 
@@ -118,9 +119,7 @@ def load_settings(folders: Folders, overrides: dict[str, Any] | None = None) -> 
             # Environment values are sources of the model: a flag must still win over them.
             settings = settings.model_copy(update=chosen)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, issue['loc']))}: {issue['msg']}" for issue in error.errors()[:4]
-        )
+        problems = "; ".join(f"{'.'.join(map(str, issue['loc']))}: {issue['msg']}" for issue in error.errors()[:4])
         raise SettingsError(
             f"The settings cannot be used: {problems}.",
             hint=f"Check {path}, the LUMINAGUARD_* variables and the flags.",
@@ -136,5 +135,6 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(
-            f"{path} cannot be read: {error}.", hint="Correct the file, or move it away to use the defaults."
+            f"{path} cannot be read: {error}.",
+            hint="Correct the file, or move it away to use the defaults.",
         ) from error

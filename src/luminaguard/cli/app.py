@@ -81,7 +81,10 @@ def exec_(
 
 @app.command()
 def shell(
-    workspace: Workspace = Path(), publish: Publish = None, timeout: Timeout = None, memory: Memory = None
+    workspace: Workspace = Path(),
+    publish: Publish = None,
+    timeout: Timeout = None,
+    memory: Memory = None,
 ) -> None:
     """Open bash in a machine; at its end, show what changed and ask."""
     from luminaguard.cli.execute import Options, execute
@@ -99,7 +102,8 @@ def _absolute(path: Path) -> Path:
 
 @approvals_app.command("list")
 def approvals_list(
-    everything: Annotated[bool, typer.Option("--all", help="Those that were decided, too.")] = False, as_json: Json = False
+    everything: Annotated[bool, typer.Option("--all", help="Those that were decided, too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the requests that wait for a decision."""
     from luminaguard.cli import approvals
@@ -156,12 +160,12 @@ def ledger_verify(as_json: Json = False) -> None:
 def ledger_export() -> None:
     """Print every entry as a line of JSON, and the public key that signed the chain."""
     import json
+    from dataclasses import asdict
 
     ledger = _runtime().ledger
     print(json.dumps({"format": 1, "public_key": ledger.public_key.public_bytes_raw().hex()}))
     for entry in ledger.entries():
-        print(json.dumps({"seq": entry.seq, "time_ns": entry.time_ns, "kind": entry.kind, "body": json.loads(entry.body),
-                          "previous": entry.previous, "hash": entry.hash}))  # fmt: skip
+        print(json.dumps(asdict(entry) | {"body": json.loads(entry.body)}))
 
 
 @image_app.command("build")
@@ -194,12 +198,13 @@ def image_list(as_json: Json = False) -> None:
     _State.as_json = as_json
     images = _runtime().images.images()
     rows = [{"id": i.folder.name, "distribution": i.manifest.distribution, "kernel": i.manifest.kernel_release,
-             "locked": i.manifest.locked, "bytes": sum(p.size for p in i.manifest.parts.values())} for i in images]  # fmt: skip
+             "locked": i.manifest.locked, "bytes": sum(p.size for p in i.manifest.parts.values())}
+            for i in images]  # fmt: skip
     if as_json:
         print_json({"images": rows})
         return
     for row in rows:
-        print(f"{str(row['id'])[:12]}  {row['distribution']}  {row['kernel']}  {int(row['bytes']) >> 20} MiB")  # type: ignore[call-overload]  # an int by construction
+        print(f"{str(row['id'])[:12]}  {row['distribution']}  {row['kernel']}  {int(row['bytes']) >> 20} MiB")
 
 
 @image_app.command("verify")

@@ -86,7 +86,9 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
     return status
 
 
-async def _run(runtime: Runtime, workspace: Path, command: Any, capture: _Capture | None, progress: Progress) -> Execution:
+async def _run(
+    runtime: Runtime, workspace: Path, command: Any, capture: _Capture | None, progress: Progress
+) -> Execution:
     relay = Relay(terminal=command.terminal is not None)
     interrupted = 0
     result: Execution | None = None
@@ -184,7 +186,10 @@ def _settle(runtime: Runtime, execution: Execution, options: Options) -> int:
 def _verdict(runtime: Runtime, request: Request, options: Options) -> tuple[bool | None, str]:
     if options.publish == "always":
         note = os.environ.get("LUMINAGUARD_DECISION_NOTE", "")
-        return True, f"flag --publish always ({ascii(note)[1:-1][:80]})" if note else "flag --publish always"
+        return (
+            True,
+            f"flag --publish always ({ascii(note)[1:-1][:80]})" if note else "flag --publish always",
+        )
     if options.publish == "never":
         return False, "flag --publish never"
     if options.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -250,10 +255,19 @@ def _not_started(code: str, message: str, name: str, options: Options) -> int:
         "not-found": "The guest has bash, coreutils, git, jq and python3; other programs belong into the workspace.",
         "not-executable": "Set its executable bit, or name its interpreter.",
     }.get(code, "See 'luminaguard doctor'.")
-    text = {"not-found": "was not found in the machine", "not-executable": "cannot be executed in the machine"}
+    text = {
+        "not-found": "was not found in the machine",
+        "not-executable": "cannot be executed in the machine",
+    }
     sentence = f"'{shown}' {text.get(code, f'could not be started ({code}: {ascii(message)[1:-1][:200]})')}."
     if options.as_json:
-        print_json({"status": "unchanged", "exit_code": status, "error": {"type": "CommandNotStarted", "message": sentence, "hint": hint}})
+        print_json(
+            {
+                "status": "unchanged",
+                "exit_code": status,
+                "error": {"type": "CommandNotStarted", "message": sentence, "hint": hint},
+            }
+        )
     else:
         sys.stderr.write(f"error: {sentence}\n  hint: {hint}\n")
     return status
@@ -275,5 +289,10 @@ def _as_json(execution: Execution, capture: _Capture | None, error: LuminaGuardE
         "detail": execution.detail,
     }  # fmt: skip
     if error is not None:
-        value["error"] = {"type": type(error).__name__, "message": error.message, "kept": error.kept, "hint": error.hint}
+        value["error"] = {
+            "type": type(error).__name__,
+            "message": error.message,
+            "kept": error.kept,
+            "hint": error.hint,
+        }
     return value

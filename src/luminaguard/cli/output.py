@@ -47,7 +47,12 @@ def print_json(value: Any) -> None:
 def print_error(error: LuminaGuardError, *, as_json: bool) -> None:
     """Say what happened, what was kept, and what to do."""
     if as_json:
-        fields = {"type": type(error).__name__, "message": error.message, "kept": error.kept, "hint": error.hint}
+        fields = {
+            "type": type(error).__name__,
+            "message": error.message,
+            "kept": error.kept,
+            "hint": error.hint,
+        }
         print_json({"status": "refused", "error": fields})
         return
     head = "\x1b[1;31merror:\x1b[0m" if colours(sys.stderr) else "error:"

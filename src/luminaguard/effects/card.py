@@ -94,9 +94,7 @@ def make_card(changeset: Changeset, before: Contents, after: Contents) -> DiffCa
     return DiffCard(changeset.digest, summary, tuple(items))
 
 
-def _item(
-    change: Change, renames: Mapping[str, str], before: Contents, after: Contents
-) -> tuple[CardItem, int, int]:
+def _item(change: Change, renames: Mapping[str, str], before: Contents, after: Contents) -> tuple[CardItem, int, int]:
     source = renames.get(change.path)
     marks = list(marks_of(change))
     path = visible(change.path)

@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from luminaguard.effects.changes import Change, Changeset, DirEntry, Entry, FileEntry, LinkEntry, Manifest, check_path
+from luminaguard.effects.changes import (
+    Change,
+    Changeset,
+    DirEntry,
+    Entry,
+    FileEntry,
+    LinkEntry,
+    Manifest,
+    check_path,
+)
 from luminaguard.errors import ChangesetRefused
 
 __all__ = ["Observed", "changeset_from_layer"]
@@ -69,9 +78,7 @@ def changeset_from_layer(base: Manifest, layer: Iterable[Observed]) -> Changeset
             remove(entry.path)
         if entry.kind != "whiteout":
             after[entry.path] = _entry(entry)
-    return Changeset.of(
-        Change(path, base.get(path), entry) for path, entry in after.items() if base.get(path) != entry
-    )
+    return Changeset.of(Change(path, base.get(path), entry) for path, entry in after.items() if base.get(path) != entry)
 
 
 def _entry(seen: Observed) -> Entry:
@@ -101,7 +108,7 @@ def _children(base: Manifest) -> dict[str, list[str]]:
 
 def _refused(entry: Observed, why: str) -> ChangesetRefused:
     return ChangesetRefused(
-        f"{ascii(entry.path[:200])} cannot be published: {why}.",
+        f"{entry.path[:200]!a} cannot be published: {why}.",
         hint="Remove it inside the machine, as the last step of the command.",
         kept="The workspace was not touched.",
     )

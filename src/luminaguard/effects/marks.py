@@ -42,7 +42,8 @@ _CI_FILES = frozenset({".gitlab-ci.yml", ".travis.yml", "jenkinsfile", "azure-pi
 _CI_FOLDERS = frozenset({".circleci", ".buildkite", ".woodpecker", ".ci", ".gitlab"})
 _AUTORUN_FILES = frozenset({
     ".bashrc", ".bash_profile", ".bash_login", ".bash_logout", ".profile", ".zshrc", ".zshenv", ".zprofile",
-    ".envrc", ".direnvrc", ".gitattributes", ".gitmodules", ".gitconfig", ".npmrc", ".yarnrc", ".pre-commit-config.yaml",
+    ".envrc", ".direnvrc", ".gitattributes", ".gitmodules", ".gitconfig", ".npmrc", ".yarnrc",
+    ".pre-commit-config.yaml",
     "makefile", "gnumakefile", "justfile", "package.json", "setup.py", "conftest.py", "sitecustomize.py",
     "usercustomize.py", "tox.ini", "noxfile.py", "cmakelists.txt", "build.rs", "build.gradle", "rakefile",
     "gemfile", "dockerfile", ".mcp.json", ".vimrc", ".exrc", ".gdbinit", ".pythonrc", "crontab",

@@ -28,7 +28,10 @@ def render(card: DiffCard, *, max_diff_lines: int | None = 40) -> Iterator[Line]
     s = card.summary
     parts = [f"{s.created} created", f"{s.edited} edited", f"{s.deleted} deleted"]
     parts += [f"{s.links} links"] * bool(s.links) + [f"{s.modes} modes changed"] * bool(s.modes)
-    yield "title", f"{', '.join(parts)}   (+{s.lines_added} -{s.lines_removed} lines, {s.bytes_written:,} bytes)"
+    yield (
+        "title",
+        f"{', '.join(parts)}   (+{s.lines_added} -{s.lines_removed} lines, {s.bytes_written:,} bytes)",
+    )
     yield "dim", card.digest
     loud = card.loud
     if loud:

@@ -12,11 +12,11 @@ _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 
 
 def visible(text: str, *, keep_tab: bool = False) -> str:
-    """Escape every character that a terminal would not show as itself.
+    r"""Escape every character that a terminal would not show as itself.
 
     Control and format characters (bidirectional overrides and zero-width ones among them),
     unassigned and private code points, blanks that are no spaces, and bytes that are not UTF-8 come
-    out as ``\\x1b`` or ``\\u202e``; a backslash stays itself.
+    out as ``\x1b`` or ``\u202e``; a backslash stays itself.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -29,7 +29,7 @@ def hides_something(text: str) -> bool:
 
 
 def mixes_scripts(text: str) -> bool:
-    """Whether a word mixes alphabets whose letters look alike, as in a Cyrillic а among Latin."""
+    """Whether a word mixes alphabets whose letters look alike, as a Cyrillic letter among Latin ones."""
     if text.isascii():
         return False
     scripts = {

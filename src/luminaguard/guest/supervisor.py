@@ -57,7 +57,7 @@ class CallError(Exception):
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    """mount(2); raises OSError."""
+    """Attach a file system (see mount in section 2 of the manual); raises OSError."""
     if _libc.mount(source.encode(), target.encode(), kind.encode(), flags, data.encode()) != 0:
         raise OSError(ctypes.get_errno(), f"mount {target}")
 
@@ -563,7 +563,10 @@ class Supervisor:
                     self._result(self._changes_channel, {"entries": self._changes_count})
                     return
             count = min(self._changes_credit, frames.MAX_PAYLOAD)
-            part, self._changes_pending = self._changes_pending[:count], self._changes_pending[count:]
+            part, self._changes_pending = (
+                self._changes_pending[:count],
+                self._changes_pending[count:],
+            )
             self._changes_credit -= len(part)
             self._send(Frame(frames.DATA, self._changes_channel, part, frames.CHANGES))
 

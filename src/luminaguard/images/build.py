@@ -26,7 +26,17 @@ from luminaguard import __version__
 from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered, PackageUnavailable
 from luminaguard.images import initramfs, kernel, rootfs
 from luminaguard.images import lock as locks
-from luminaguard.images.manifest import INITRAMFS, KERNEL, PARTS, ROOT, SBOM, Image, Manifest, Part, sha256_fd
+from luminaguard.images.manifest import (
+    INITRAMFS,
+    KERNEL,
+    PARTS,
+    ROOT,
+    SBOM,
+    Image,
+    Manifest,
+    Part,
+    sha256_fd,
+)
 
 __all__ = ["ImageStore"]
 
@@ -53,11 +63,13 @@ class ImageStore:
             name = (self.folder / "current").read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError):
             raise ImageMissing(
-                "No guest image has been built yet.", hint="Run 'luminaguard image build' (about a minute)."
+                "No guest image has been built yet.",
+                hint="Run 'luminaguard image build' (about a minute).",
             ) from None
         if not _is_digest(name):
             raise ImageTampered(
-                f"{self.folder / 'current'} does not name an image.", hint="Run 'luminaguard image build'."
+                f"{self.folder / 'current'} does not name an image.",
+                hint="Run 'luminaguard image build'.",
             )
         image = Image.load(self.folder / name)
         if image.manifest.guest != _guest_digest():
@@ -155,7 +167,11 @@ class ImageStore:
         return lock, False
 
     def _make_parts(
-        self, work: Path, lock: locks.PackageLock, reusable: Image | None, step: Callable[[str], None]
+        self,
+        work: Path,
+        lock: locks.PackageLock,
+        reusable: Image | None,
+        step: Callable[[str], None],
     ) -> str:
         files = {package: self.packages / package.filename for package in lock.packages}
         busybox = _busybox(files[lock.role("initramfs")[0]])
@@ -212,9 +228,7 @@ def _squash(tree: rootfs.Tree, target: Path) -> None:
             process.stdin.close()
         said = process.stderr.read().decode("utf-8", "replace").strip()
     if process.returncode:
-        raise ImageBuildFailed(
-            f"mksquashfs failed: {said[-300:]}", hint="Check that the cache folder has 500 MB free."
-        )
+        raise ImageBuildFailed(f"mksquashfs failed: {said[-300:]}", hint="Check that the cache folder has 500 MB free.")
 
 
 def _busybox(package: Path) -> bytes:

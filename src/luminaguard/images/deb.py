@@ -64,9 +64,9 @@ def _decompress(name: str, payload: bytes) -> bytes:
     stream: io.BufferedIOBase | zstandard.ZstdDecompressionReader
     match name.removeprefix("data.tar"):
         case ".xz":
-            stream = lzma.open(io.BytesIO(payload))  # type: ignore[assignment]  # LZMAFile reads bytes
+            stream = lzma.LZMAFile(io.BytesIO(payload))  # noqa: SIM115  # over memory: nothing to close
         case ".gz":
-            stream = gzip.open(io.BytesIO(payload))  # type: ignore[assignment]  # GzipFile reads bytes
+            stream = gzip.GzipFile(fileobj=io.BytesIO(payload))
         case ".zst":
             stream = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(payload))
         case "":

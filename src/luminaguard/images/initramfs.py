@@ -14,7 +14,7 @@ from importlib import resources
 __all__ = ["SUPERVISOR_FOLDER", "build", "supervisor_files"]
 
 SUPERVISOR_FOLDER = "/run/luminaguard"
-_INIT = """#!/bin/busybox sh
+_INIT = r"""#!/bin/busybox sh
 set -eu
 trap 'echo "init failed" ; /bin/busybox poweroff -f' EXIT
 b=/bin/busybox
@@ -24,13 +24,14 @@ for m in {modules}; do $b insmod "/modules/$m.ko"; done
 $b mount -t squashfs -o ro,nodev /dev/vda /lower
 $b mount -t tmpfs -o nosuid,nodev,mode=755,size=16m,nr_inodes=4096 tmpfs /upper
 $b mkdir /upper/data /upper/work
-$b mount -t overlay -o lowerdir=/lower,upperdir=/upper/data,workdir=/upper/work,redirect_dir=off,metacopy=off,index=off,xino=off overlay /root
+o=lowerdir=/lower,upperdir=/upper/data,workdir=/upper/work
+$b mount -t overlay -o $o,redirect_dir=off,metacopy=off,index=off,xino=off overlay /root
 $b mount -t tmpfs -o nosuid,nodev,noexec,mode=755,size=4m,nr_inodes=1024 tmpfs /root/run
 $b mkdir -m 700 /root{folder}
 $b cp -r /luminaguard /root{folder}/
 $b umount /proc
 $b mount --move /dev /root/dev
-exec $b switch_root /root /usr/bin/python3 -I -S -E -B -c "import sys; sys.path.insert(0, '{folder}'); \\
+exec $b switch_root /root /usr/bin/python3 -I -S -E -B -c "import sys; sys.path.insert(0, '{folder}'); \
 from luminaguard.guest.supervisor import main; main()"
 """
 

@@ -164,7 +164,13 @@ def fetch(lock: PackageLock, folder: Path) -> list[Path]:
         partial = folder / f".partial-{os.getpid()}"
         partial.mkdir(mode=0o700, exist_ok=True)
         try:
-            _apt("apt-get", "-q", "download", *(f"{p.name}={p.version}" for p in missing), cwd=partial)
+            _apt(
+                "apt-get",
+                "-q",
+                "download",
+                *(f"{p.name}={p.version}" for p in missing),
+                cwd=partial,
+            )
             for package in missing:
                 _check(package, partial / package.filename)
                 (partial / package.filename).replace(folder / package.filename)
@@ -211,7 +217,7 @@ def _index(packages: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, 
     found = {}
     # apt-cache prints the packages that it knows even when it fails for the others.
     for stanza in _apt("apt-cache", "show", *wanted, may_fail=True).split("\n\n"):
-        fields = dict(re.findall(r"^(Package|Version|Architecture|SHA256): (\S+)$", stanza, re.M))
+        fields = dict(re.findall(r"^(Package|Version|Architecture|SHA256): (\S+)$", stanza, re.MULTILINE))
         if len(fields) == 4:
             key = (fields["Package"], fields["Version"])
             found[key] = (fields["Architecture"], fields["SHA256"])

@@ -196,4 +196,3 @@ def _compile(tree: Tree) -> None:
         folder, name = posixpath.split(path)
         cached = f"{folder}/__pycache__/{name[:-3]}.cpython-{tag[6:].replace('.', '')}.pyc"
         tree[cached] = Node("file", 0o644, body)
-

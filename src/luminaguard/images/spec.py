@@ -11,8 +11,8 @@ __all__ = [
     "DROPPED_PACKAGES",
     "DROPPED_PREFIXES",
     "INITRAMFS_PACKAGES",
-    "KERNEL_PACKAGES",
     "KERNEL_MODULES",
+    "KERNEL_PACKAGES",
     "ROOT_PACKAGES",
 ]
 
@@ -28,7 +28,12 @@ KERNEL_PACKAGES = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-v
 """The metapackage whose dependency is the signed kernel, by the ``ID`` of os-release."""
 
 KERNEL_MODULES = (
-    "virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng", "squashfs", "overlay",
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_rng",
+    "squashfs",
+    "overlay",
 )
 """Modules that the initramfs loads, with what they depend on; one built in has no file to load."""
 

@@ -20,7 +20,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from luminaguard.errors import LedgerError
 
-__all__ = ["GENESIS", "Checkpoint", "Entry", "next_entry", "sign_checkpoint", "verify_chain", "verify_checkpoint"]
+__all__ = [
+    "GENESIS",
+    "Checkpoint",
+    "Entry",
+    "next_entry",
+    "sign_checkpoint",
+    "verify_chain",
+    "verify_checkpoint",
+]
 
 GENESIS = "0" * 64
 _DOMAIN = b"luminaguard ledger 1\0"
@@ -102,7 +110,13 @@ def verify_chain(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint], ke
 
 
 def _hash(seq: int, time_ns: int, kind: str, body: str, previous: str) -> str:
-    fields = (str(seq).encode(), str(time_ns).encode(), kind.encode(), body.encode(), previous.encode())
+    fields = (
+        str(seq).encode(),
+        str(time_ns).encode(),
+        kind.encode(),
+        body.encode(),
+        previous.encode(),
+    )
     digest = hashlib.sha256(_DOMAIN)
     for field in fields:
         digest.update(len(field).to_bytes(8, "big") + field)

@@ -174,7 +174,8 @@ class GuestChannel:
             raise self.failure
         if self._hello is None:
             raise GuestUnresponsive(
-                f"The guest did not come up within {timeout_s:g} s.", hint="Run 'luminaguard doctor'."
+                f"The guest did not come up within {timeout_s:g} s.",
+                hint="Run 'luminaguard doctor'.",
             )
         return self._hello
 

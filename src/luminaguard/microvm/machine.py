@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import secrets
 import struct
 import time
@@ -168,7 +167,7 @@ class MicroVM:
                         readers.start_soon(_forward, call, frames.STDERR, output)
                     timed_out = await _killed_at_deadline(call, timeout_s)
                 result = await call.result(CALL_TIMEOUT)
-            except* Exception as group:
+            except* Exception as group:  # noqa: BLE001  # raised again below, outside the task groups' wrapping
                 failure = _first(group)
             finally:
                 tasks.cancel_scope.cancel()
@@ -218,7 +217,12 @@ async def boot(hypervisor: Hypervisor, source: BootSource, ram: int) -> AsyncIte
 
 @asynccontextmanager
 async def clone(
-    hypervisor: Hypervisor, saved: SavedMachine, disks: tuple[int, ...], *, vm_id: str | None = None, workspace: bool = True
+    hypervisor: Hypervisor,
+    saved: SavedMachine,
+    disks: tuple[int, ...],
+    *,
+    vm_id: str | None = None,
+    workspace: bool = True,
 ) -> AsyncIterator[MicroVM]:
     """A woken copy of a saved machine, with ``disks`` (the root, and the workspace) behind it."""
     async with hypervisor.clone(saved, disks) as machine, open_channel(machine.channel) as channel:
@@ -278,26 +282,18 @@ class _RecordReader:
 
 def _entry(payload: bytes) -> LayerEntry:
     try:
-        raw = json.loads(payload)
-        entry = LayerEntry(
-            path=raw["p"], kind=raw["t"], mode=raw["m"], size=raw.get("s", 0),
-            target=raw.get("l", ""), opaque=raw.get("o", False),
-        )  # fmt: skip
+        raw: dict[str, object] = json.loads(payload)
+        path, kind, mode = raw["p"], raw["t"], raw["m"]
+        size, target, opaque = raw.get("s", 0), raw.get("l", ""), raw.get("o", False)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _malformed(f"a record cannot be read ({type(error).__name__})") from None
-    well_typed = (
-        isinstance(entry.path, str)
-        and isinstance(entry.target, str)
-        and entry.kind in _ENTRY_TYPES
-        and type(entry.mode) is int
-        and type(entry.size) is int
-        and type(entry.opaque) is bool
-        and 0 <= entry.mode <= 0o7777
-        and 0 <= entry.size < 1 << 62
-    )
-    if not well_typed:
+    well_typed = isinstance(path, str) and isinstance(target, str) and isinstance(kind, str) and kind in _ENTRY_TYPES
+    # bool is an int to isinstance, and JSON's true is no mode
+    if not well_typed or type(mode) is not int or type(size) is not int or type(opaque) is not bool:
         raise _malformed("a record has fields of the wrong type")
-    return entry
+    if not (0 <= mode <= 0o7777 and 0 <= size < 1 << 62):
+        raise _malformed("a record has numbers out of range")
+    return LayerEntry(str(path), str(kind), mode, size, str(target), opaque)
 
 
 async def _feed(feed: Callable[[Call], Awaitable[None]], call: Call) -> None:

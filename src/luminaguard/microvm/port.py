@@ -96,8 +96,6 @@ class Hypervisor(Protocol):
         """Start a machine whose RAM is the memfd ``ram``."""
         ...
 
-    def clone(
-        self, saved: SavedMachine, disks: tuple[int, ...]
-    ) -> AbstractAsyncContextManager[VirtualMachine]:
+    def clone(self, saved: SavedMachine, disks: tuple[int, ...]) -> AbstractAsyncContextManager[VirtualMachine]:
         """Start a copy-on-write copy of a saved machine, running, with these disks behind it."""
         ...

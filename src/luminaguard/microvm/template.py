@@ -28,8 +28,8 @@ import anyio
 
 from luminaguard.errors import ImageTampered, StorageError
 from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, open_verified
-from luminaguard.microvm.machine import BootSource, Command, SavedMachine, boot
-from luminaguard.microvm.port import Hypervisor
+from luminaguard.microvm.machine import Command, boot
+from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine
 
 __all__ = ["PLACEHOLDER_BYTES", "TemplateStore"]
 
@@ -98,7 +98,12 @@ class TemplateStore:
             yield await anyio.to_thread.run_sync(self._load, key, stack)
 
     async def _build(
-        self, key: str, hypervisor: Hypervisor, image: Image, memory_mib: int, step: Callable[[str], None]
+        self,
+        key: str,
+        hypervisor: Hypervisor,
+        image: Image,
+        memory_mib: int,
+        step: Callable[[str], None],
     ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         async with _locked(self.folder / ".lock", step):

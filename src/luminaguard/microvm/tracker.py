@@ -44,10 +44,28 @@ class VMTracker:
         self.folder = run / "vms"
 
     @contextmanager
-    def track(self, vm_id: str, backend: str, accelerator: str, pid: int, workspace: str, command: list[str]) -> Iterator[None]:
+    def track(
+        self,
+        vm_id: str,
+        backend: str,
+        accelerator: str,
+        pid: int,
+        workspace: str,
+        command: list[str],
+    ) -> Iterator[None]:
         """Record a machine for as long as the context lasts."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        entry = RunningVM(vm_id, backend, accelerator, pid, _started(pid), os.getpid(), workspace, command, time.time_ns())
+        entry = RunningVM(
+            vm_id,
+            backend,
+            accelerator,
+            pid,
+            _started(pid),
+            os.getpid(),
+            workspace,
+            command,
+            time.time_ns(),
+        )
         path = self.folder / f"{vm_id}.json"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

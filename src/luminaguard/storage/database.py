@@ -108,7 +108,8 @@ class Database:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except OSError as error:
             raise StorageError(
-                f"{path} cannot be opened: {error.strerror}.", hint="Check the owner and mode of the state folder."
+                f"{path} cannot be opened: {error.strerror}.",
+                hint="Check the owner and mode of the state folder.",
             ) from error
         engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30.0})
         event.listen(engine, "connect", _configure)

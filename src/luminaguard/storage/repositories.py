@@ -149,7 +149,12 @@ class Approvals:
             "command": json.dumps(request.command), "state": request.state.value,
             "changeset": json.dumps(changeset.to_json()), "outcome": "",
         }  # fmt: skip
-        body = {"request": request.id, "workspace": request.workspace, "digest": request.digest, "changes": len(changeset)}
+        body = {
+            "request": request.id,
+            "workspace": request.workspace,
+            "digest": request.digest,
+            "changes": len(changeset),
+        }
         with self._database.write() as connection:
             connection.execute(insert(tables.requests).values(**values))
             entry = self._ledger.append_in(connection, "request.created", body)
@@ -179,7 +184,12 @@ class Approvals:
 
     def list(self, *, everything: bool = False) -> list[Request]:
         """Requests, newest last: those that wait, or all."""
-        waiting = (State.PENDING.value, State.APPROVED.value, State.CLAIMED.value, State.UNKNOWN.value)
+        waiting = (
+            State.PENDING.value,
+            State.APPROVED.value,
+            State.CLAIMED.value,
+            State.UNKNOWN.value,
+        )
         query = select(tables.requests).order_by(tables.requests.c.created_ns)
         if not everything:
             query = query.where(tables.requests.c.state.in_(waiting))
@@ -201,7 +211,8 @@ class Approvals:
             request = _request(self._row(connection, decision.request_id))
             if (decision.digest, decision.workspace) != (request.digest, request.workspace):
                 raise ApprovalError(
-                    f"The decision about {request.id} is for other changes.", hint="Look at the request again."
+                    f"The decision about {request.id} is for other changes.",
+                    hint="Look at the request again.",
                 )
             self._move(connection, request, state)
             try:
@@ -209,7 +220,8 @@ class Approvals:
                 connection.execute(insert(tables.decisions).values(**values))
             except IntegrityError:
                 raise ApprovalError(
-                    f"{request.id} has been decided already.", hint="Look at it with 'luminaguard approvals show'."
+                    f"{request.id} has been decided already.",
+                    hint="Look at it with 'luminaguard approvals show'.",
                 ) from None
             body = {"request": request.id, "digest": decision.digest, "verdict": decision.verdict.value,
                     "means": decision.means, "approver": decision.approver}  # fmt: skip
@@ -230,7 +242,9 @@ class Approvals:
         with self._database.write() as connection:
             self._expire(connection)
             request = _request(self._row(connection, request_id))
-            row = connection.execute(select(tables.decisions).where(tables.decisions.c.request_id == request_id)).first()
+            row = connection.execute(
+                select(tables.decisions).where(tables.decisions.c.request_id == request_id)
+            ).first()
             if row is None:
                 raise ApprovalError(
                     f"{request_id} is {request.state.value}: nobody has approved it.",
@@ -260,7 +274,12 @@ class Approvals:
             connection.execute(
                 update(tables.requests).where(tables.requests.c.id == request_id).values(outcome=outcome)
             )
-            body = {"request": request_id, "digest": request.digest, "state": state.value, "outcome": visible(outcome)}
+            body = {
+                "request": request_id,
+                "digest": request.digest,
+                "state": state.value,
+                "outcome": visible(outcome),
+            }
             entry = self._ledger.append_in(connection, "request.finished", body)
         self._ledger.publish_head(entry)
 
@@ -268,7 +287,7 @@ class Approvals:
         if not may_become(request.state, state):
             raise ApprovalError(
                 f"{request.id} is {request.state.value} and cannot become {state.value}.",
-                hint="Look at it with 'luminaguard approvals show'; run the command again if its changes are still wanted.",
+                hint="Look at it with 'luminaguard approvals show'; run the command again if it is still wanted.",
             )
         done = connection.execute(
             update(tables.requests)

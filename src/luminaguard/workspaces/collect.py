@@ -43,7 +43,7 @@ class Collector:
             )
         if kind == "file" and self._size + size > self._limits.size:
             raise ChangesetRefused(
-                f"The changed files have more than {self._limits.size >> 20:,} MiB (at {ascii(path[:200])}).",
+                f"The changed files have more than {self._limits.size >> 20:,} MiB (at {path[:200]!a}).",
                 hint="Raise changeset_max_mib; note that sparse files count with their full size.",
                 kept="The workspace was not touched.",
             )

@@ -173,7 +173,7 @@ class _Tar:
     @staticmethod
     def _changed(path: str) -> WorkspaceChanged:
         return WorkspaceChanged(
-            f"{ascii(path)} changed while the workspace was packed.",
+            f"{path!a} changed while the workspace was packed.",
             hint="Run the command again when nothing else writes to the folder.",
         )
 

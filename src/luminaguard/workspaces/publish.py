@@ -25,8 +25,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from luminaguard.effects.changes import Change, Changeset, DirEntry, Entry, FileEntry, LinkEntry, encode
-from luminaguard.errors import Conflict, LuminaGuardError, OutcomeUnknown, PublishError, WorkspaceError
+from luminaguard.effects.changes import (
+    Change,
+    Changeset,
+    DirEntry,
+    Entry,
+    FileEntry,
+    LinkEntry,
+    encode,
+)
+from luminaguard.errors import (
+    Conflict,
+    LuminaGuardError,
+    OutcomeUnknown,
+    PublishError,
+    WorkspaceError,
+)
 from luminaguard.workspaces.blobs import BlobStore
 from luminaguard.workspaces.journal import Journal
 from luminaguard.workspaces.opening import entry_at, entry_in, open_root, parent_of
@@ -64,7 +78,8 @@ class Publisher:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise PublishError(
-                    f"Another process is publishing into {workspace}.", hint="Run the command again in a moment."
+                    f"Another process is publishing into {workspace}.",
+                    hint="Run the command again in a moment.",
                 ) from None
             yield
         finally:
@@ -79,7 +94,13 @@ class Publisher:
             os.close(root)
 
     def publish(
-        self, request_id: str, workspace: str, device: int, inode: int, changeset: Changeset, step: Step = lambda _: None
+        self,
+        request_id: str,
+        workspace: str,
+        device: int,
+        inode: int,
+        changeset: Changeset,
+        step: Step = lambda _: None,
     ) -> None:
         """Publish; the caller holds :meth:`lock`, has claimed the request, and calls :meth:`close` after it.
 
@@ -160,18 +181,22 @@ class Publisher:
             if entry_at(root, change.path) != change.before or (
                 change.before is None and _something_at(root, change.path)
             ):
-                raise _conflict(f"{ascii(change.path)} was changed on the host since the command ran")
+                raise _conflict(f"{change.path!a} was changed on the host since the command ran")
         gone = {c.path for c in changeset.changes if c.after is None or not isinstance(c.after, DirEntry)}
         for change in changeset.changes:
             if isinstance(change.before, DirEntry) and change.path in gone:
                 with parent_of(root, change.path) as (parent, name):
-                    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+                    fd = os.open(
+                        name,
+                        os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                        dir_fd=parent,
+                    )
                     try:
                         left = [n for n in os.listdir(fd) if f"{change.path}/{n}" not in gone]
                     finally:
                         os.close(fd)
                 if left:
-                    raise _conflict(f"the folder {ascii(change.path)} has contents that the command did not see")
+                    raise _conflict(f"the folder {change.path!a} has contents that the command did not see")
 
 
 class _Work:
@@ -204,21 +229,20 @@ class _Work:
                 )
             os.fsync(folder)
 
-    def _stage_one(
-        self, folder: int, number: int, change: Change, after: Entry, blob: Callable[[str], int]
-    ) -> Entry:
+    def _stage_one(self, folder: int, number: int, change: Change, after: Entry, blob: Callable[[str], int]) -> Entry:
         name = f"new-{number}"
+        entry: Entry = after
         match after:
             case FileEntry(mode, _, sha256):
                 source = blob(sha256) if not _same_content(change) else self._open_before(change)
                 try:
-                    entry: Entry = _copy_file(source, folder, name, mode)
+                    entry = _copy_file(source, folder, name, mode)
                 finally:
                     os.close(source)
             case DirEntry(mode):
                 os.mkdir(name, 0o700, dir_fd=folder)
                 entry = after
-            case LinkEntry(target):
+            case LinkEntry(target=target):
                 os.symlink(encode(target), name.encode(), dir_fd=folder)
                 entry = LinkEntry(os.fsdecode(os.readlink(name.encode(), dir_fd=folder)))
         self._give_owner(folder, name, change)
@@ -268,22 +292,22 @@ class _Work:
         with parent_of(self._root, change.path) as (parent, name):
             _rename(parent, name, folder, b"old-%d" % number, _NOREPLACE)
         if entry_in(folder, b"old-%d" % number) != change.before:
-            raise _conflict(f"{ascii(change.path)} was changed while it was being published")
+            raise _conflict(f"{change.path!a} was changed while it was being published")
         if isinstance(change.before, DirEntry) and _listing(folder, b"old-%d" % number):
-            raise _conflict(f"the folder {ascii(change.path)} was filled while it was being removed")
+            raise _conflict(f"the folder {change.path!a} was filled while it was being removed")
 
     def _put_in(self, folder: int, number: int, change: Change) -> None:
         with parent_of(self._root, change.path) as (parent, name):
             try:
                 _rename(folder, b"new-%d" % number, parent, name, _NOREPLACE)
             except FileExistsError:
-                raise _conflict(f"{ascii(change.path)} appeared while it was being published") from None
+                raise _conflict(f"{change.path!a} appeared while it was being published") from None
 
     def _exchange(self, folder: int, number: int, change: Change) -> None:
         with parent_of(self._root, change.path) as (parent, name):
             _rename(folder, b"new-%d" % number, parent, name, _EXCHANGE)
         if entry_in(folder, b"new-%d" % number) != change.before:
-            raise _conflict(f"{ascii(change.path)} was changed while it was being published")
+            raise _conflict(f"{change.path!a} was changed while it was being published")
 
     def _set_mode(self, change: Change, entry: Entry | None) -> None:
         assert isinstance(entry, FileEntry | DirEntry)
@@ -298,7 +322,10 @@ class _Work:
 
     def _sync(self) -> None:
         for parent in {change.path.rpartition("/")[0] for _, change in self._changes}:
-            with contextlib.suppress(FileNotFoundError), parent_of(self._root, f"{parent}/x" if parent else "x") as (fd, _):
+            with (
+                contextlib.suppress(FileNotFoundError),
+                parent_of(self._root, f"{parent}/x" if parent else "x") as (fd, _),
+            ):
                 os.fsync(fd)
 
     # -- undoing and cleaning up ------------------------------------------------------------------
@@ -330,13 +357,13 @@ class _Work:
                     self._open_up(number, change)
             for number, change in reversed(self._changes):
                 if change.after is not None and not _is_mode_only(change):
-                    self._attempt(left, change, lambda n=number, c=change: self._undo_place(folder, n, c))  # type: ignore[misc]
+                    self._attempt(left, change, self._undo_place, folder, number, change)
             for number, change in self._changes:
                 if change.before is not None and not _is_exchanged(change):
-                    self._attempt(left, change, lambda n=number, c=change: self._undo_removal(folder, n, c))  # type: ignore[misc]
+                    self._attempt(left, change, self._undo_removal, folder, number, change)
             for _, change in reversed(self._changes):
                 if _is_mode_only(change):
-                    self._attempt(left, change, lambda c=change: self._undo_mode(c))  # type: ignore[misc]
+                    self._attempt(left, change, self._undo_mode, change)
         self._sync()
         return left
 
@@ -346,14 +373,17 @@ class _Work:
             if isinstance(entry_at(self._root, change.path), DirEntry):
                 self._set_mode(change, DirEntry(0o700))
             return
-        with contextlib.suppress(FileNotFoundError), parent_of(self._root, change.path) as (parent, name):
+        with (
+            contextlib.suppress(FileNotFoundError),
+            parent_of(self._root, change.path) as (parent, name),
+        ):
             if _inode(parent, name) == self._journal.inodes.get(number):
                 self._set_mode(change, DirEntry(0o700))
 
     @staticmethod
-    def _attempt(left: list[str], change: Change, action: Callable[[], bool]) -> None:
+    def _attempt(left: list[str], change: Change, action: Callable[..., bool], *arguments: object) -> None:
         try:
-            restored = action()
+            restored = action(*arguments)
         except OSError:
             restored = False
         if not restored:
@@ -517,7 +547,10 @@ def _failure(error: OSError | LuminaGuardError) -> LuminaGuardError:
         why = "the file system cannot exchange or protect names atomically"
         hint = "Move the folder to ext4, xfs, btrfs or tmpfs."
     elif error.errno == errno.EXDEV:
-        why, hint = "another file system is mounted inside", "Publish into a folder without mounts in it."
+        why, hint = (
+            "another file system is mounted inside",
+            "Publish into a folder without mounts in it.",
+        )
     else:
         why, hint = str(error), "Check the owner and modes of the folder and run the command again."
     return PublishError(f"Publishing failed: {why}.", hint=hint, kept="Everything was put back as it was.")
@@ -526,6 +559,7 @@ def _failure(error: OSError | LuminaGuardError) -> LuminaGuardError:
 def _unknown(journal: Journal, why: str) -> OutcomeUnknown:
     return OutcomeUnknown(
         f"Publishing {journal.request_id} into {journal.workspace} was interrupted and not undone completely: {why}.",
-        hint=f"Look into {journal.staging} in that folder: it holds the old and new files. Then delete it and {journal.path}.",
+        hint=f"Look into {journal.staging} in that folder: it holds the old and new files. "
+        f"Then delete it and {journal.path}.",
         kept="Old and new contents were all kept.",
     )

@@ -16,7 +16,14 @@ from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
-from luminaguard.effects.changes import RESERVED_PREFIX, DirEntry, Entry, FileEntry, LinkEntry, encode
+from luminaguard.effects.changes import (
+    RESERVED_PREFIX,
+    DirEntry,
+    Entry,
+    FileEntry,
+    LinkEntry,
+    encode,
+)
 from luminaguard.errors import WorkspaceChanged, WorkspaceError
 from luminaguard.workspaces.opening import hash_fd, open_root
 
@@ -95,7 +102,11 @@ def read_state(path: Path, limits: Limits, step: Callable[[int], None] | None = 
 
 class _Reader:
     def __init__(
-        self, state: WorkspaceState, limits: Limits, ignore: GitIgnoreSpec | None, step: Callable[[int], None] | None
+        self,
+        state: WorkspaceState,
+        limits: Limits,
+        ignore: GitIgnoreSpec | None,
+        step: Callable[[int], None] | None,
     ) -> None:
         self._state = state
         self._limits = limits
@@ -154,7 +165,11 @@ class _Reader:
             after = os.fstat(fd)
         finally:
             os.close(fd)
-        if (size, after.st_mtime_ns, after.st_ctime_ns) != (before.st_size, before.st_mtime_ns, before.st_ctime_ns):
+        if (size, after.st_mtime_ns, after.st_ctime_ns) != (
+            before.st_size,
+            before.st_mtime_ns,
+            before.st_ctime_ns,
+        ):
             raise self._changed(path)
         self._state.size += size
         if before.st_nlink > 1:
@@ -177,19 +192,18 @@ class _Reader:
 
     def _too_large(self, path: str, size: int) -> WorkspaceError:
         return WorkspaceError(
-            f"The workspace has more than {self._limits.size >> 20:,} MiB of files "
-            f"(at {ascii(path)}, {size >> 20:,} MiB).",
+            f"The workspace has more than {self._limits.size >> 20:,} MiB of files (at {path!a}, {size >> 20:,} MiB).",
             hint=f"Name what is not needed in {IGNORE_FILE}, or raise workspace_max_mib.",
         )
 
     @staticmethod
     def _refused(path: str, why: str, hint: str = "") -> WorkspaceError:
-        return WorkspaceError(f"{ascii(path)} in the workspace {why}.", hint=hint or f"Name it in {IGNORE_FILE}.")
+        return WorkspaceError(f"{path!a} in the workspace {why}.", hint=hint or f"Name it in {IGNORE_FILE}.")
 
     @staticmethod
     def _changed(path: str) -> WorkspaceChanged:
         return WorkspaceChanged(
-            f"{ascii(path)} changed while the workspace was read.",
+            f"{path!a} changed while the workspace was read.",
             hint="Run the command again when nothing else writes to the folder.",
         )
 
@@ -201,7 +215,8 @@ def _ignore_rules(root: int) -> GitIgnoreSpec | None:
         return None
     except OSError as error:
         raise WorkspaceError(
-            f"{IGNORE_FILE} cannot be read: {error.strerror}.", hint="It must be a readable file, not a link."
+            f"{IGNORE_FILE} cannot be read: {error.strerror}.",
+            hint="It must be a readable file, not a link.",
         ) from error
     with os.fdopen(fd, "rb") as file:
         text = file.read(_MAX_IGNORE + 1)

@@ -114,9 +114,7 @@ class QemuHypervisor:
     @asynccontextmanager
     async def boot(self, source: BootSource, ram: int) -> AsyncIterator[QemuMachine]:
         """Cold-boot a machine; see :class:`luminaguard.microvm.port.Hypervisor`."""
-        append = command.kernel_command_line(
-            self.accelerator, probe.tsc_khz() if self.accelerator == "tcg" else 0
-        )
+        append = command.kernel_command_line(self.accelerator, probe.tsc_khz() if self.accelerator == "tcg" else 0)
         with ExitStack() as stack:
             agent, channel = _socketpair(stack)
             monitor, control = _socketpair(stack)
@@ -125,7 +123,14 @@ class QemuHypervisor:
                 control=control.fileno(), disks=source.disks, kernel=source.kernel,
                 initramfs=source.initramfs, append=append,
             )  # fmt: skip
-            inherited = (ram, channel.fileno(), control.fileno(), source.kernel, source.initramfs, *source.disks)
+            inherited = (
+                ram,
+                channel.fileno(),
+                control.fileno(),
+                source.kernel,
+                source.initramfs,
+                *source.disks,
+            )
             async with self._process(arguments, inherited) as (process, said):
                 channel.close()
                 control.close()
@@ -162,7 +167,7 @@ class QemuHypervisor:
     ) -> AsyncIterator[tuple[subprocess.Popen[bytes], int]]:
         said = os.memfd_create("qemu-stderr", os.MFD_CLOEXEC)
         try:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: ASYNC220  # a vfork of about 1 ms; the owner must be this thread (pdeathsig)
                 [*command.jail_prefix(os.geteuid()), *arguments],
                 pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
                 cwd="/", env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR": tempfile.gettempdir()},

@@ -22,7 +22,16 @@ from dataclasses import dataclass
 
 from luminaguard.errors import HypervisorUnavailable
 
-__all__ = ["KVM_LIMIT_MS", "MINIMUM", "RECOMMENDED", "KvmProbe", "Qemu", "find_qemu", "probe_kvm", "tsc_khz"]
+__all__ = [
+    "KVM_LIMIT_MS",
+    "MINIMUM",
+    "RECOMMENDED",
+    "KvmProbe",
+    "Qemu",
+    "find_qemu",
+    "probe_kvm",
+    "tsc_khz",
+]
 
 MINIMUM, RECOMMENDED = (7, 2), (10, 0)
 KVM_LIMIT_MS = 5.0
@@ -64,7 +73,12 @@ def find_qemu(name: str) -> Qemu:
         raise HypervisorUnavailable(f"'{name}' was not found.", hint=install)
     try:
         said = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=10, check=True, stdin=subprocess.DEVNULL
+            [path, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            stdin=subprocess.DEVNULL,
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise HypervisorUnavailable(f"'{path}' cannot be run: {error}.", hint=install) from error
@@ -74,7 +88,8 @@ def find_qemu(name: str) -> Qemu:
     version = (int(match[1]), int(match[2]), int(match[3]))
     if version[:2] < MINIMUM:
         raise HypervisorUnavailable(
-            f"QEMU {match[0][8:]} is too old; {MINIMUM[0]}.{MINIMUM[1]} or newer is needed.", hint=install
+            f"QEMU {match[0][8:]} is too old; {MINIMUM[0]}.{MINIMUM[1]} or newer is needed.",
+            hint=install,
         )
     return Qemu(path, version, said.splitlines()[0].strip())
 
@@ -105,7 +120,7 @@ def tsc_khz() -> int:
     Under TCG the guest reads the host's counter, and a guest without PIT or kvmclock cannot
     calibrate it: the kernel is told instead (``tsc_early_khz``).
     """
-    code = bytes.fromhex("0f31" "48c1e220" "4809d0" "c3")  # rdtsc; shl rdx, 32; or rax, rdx; ret
+    code = bytes.fromhex("0f3148c1e2204809d0c3")  # rdtsc; shl rdx, 32; or rax, rdx; ret
     with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
         page.write(code)
         address = ctypes.addressof(ctypes.c_char.from_buffer(page))
@@ -120,7 +135,7 @@ def tsc_khz() -> int:
         import gc  # noqa: PLC0415  # needed in this one place
 
         gc.collect()
-    return sorted(best)[1]
+    return int(sorted(best)[1])
 
 
 def _run_guest() -> float:

@@ -1,0 +1,166 @@
+"""``luminaguard doctor``: try everything that is needed; each failure says what to do about it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from luminaguard.cli.output import colours, print_json
+from luminaguard.errors import EXIT_UNAVAILABLE, LuminaGuardError
+from luminaguard.runtime import Runtime
+from luminaguard.settings import Folders, Settings, load_settings
+
+__all__ = ["Finding", "run"]
+
+Level = Literal["ok", "note", "fail"]
+_WORDS = {"ok": "ok  ", "note": "note", "fail": "FAIL"}
+_COLOURS = {"ok": "\x1b[32m", "note": "\x1b[33m", "fail": "\x1b[1;31m"}
+_NEEDED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: what was tried, how it went, and the remedy where there is something to mend."""
+
+    check: str
+    level: Level
+    detail: str
+    remedy: str = ""
+
+
+def run(*, as_json: bool) -> int:
+    """Run all checks; return 0, or the status of something missing."""
+    findings: list[Finding] = []
+    folders = Folders.from_environment()
+    try:
+        settings = load_settings(folders)
+        folders.ensure()
+        findings.append(Finding("settings", "ok", f"state in {folders.state}"))
+    except LuminaGuardError as error:
+        findings.append(Finding("settings", "fail", error.message, error.hint))
+        settings = Settings.model_construct()
+    else:
+        runtime = Runtime(settings, folders)
+        checks = (_hypervisor, _kvm, _tools, _namespaces, _disk, _image, _database)
+        findings.extend(_tried(check, runtime) for check in checks)
+    failed = any(finding.level == "fail" for finding in findings)
+    if as_json:
+        print_json({"status": "fail" if failed else "ok", "checks": [asdict(f) for f in findings]})
+    else:
+        for finding in findings:
+            _show(finding)
+    return EXIT_UNAVAILABLE if failed else 0
+
+
+def _tried(check: Callable[[Runtime], Finding], runtime: Runtime) -> Finding:
+    try:
+        return check(runtime)
+    except LuminaGuardError as error:
+        return Finding(check.__name__.strip("_"), "fail", error.message, error.hint)
+    except OSError as error:
+        return Finding(check.__name__.strip("_"), "fail", str(error), "Check the permissions of that path.")
+
+
+def _show(finding: Finding) -> None:
+    coloured = colours(sys.stdout)
+    start, end = (_COLOURS[finding.level], "\x1b[0m") if coloured else ("", "")
+    print(f"{start}{_WORDS[finding.level]}{end}  {finding.check:11} {finding.detail}")
+    if finding.remedy:
+        print(f"                  remedy: {finding.remedy}")
+
+
+def _hypervisor(runtime: Runtime) -> Finding:
+    from luminaguard.microvm.qemu.probe import RECOMMENDED, find_qemu
+
+    found = find_qemu(runtime.settings.qemu)
+    version = ".".join(map(str, found.version))
+    if found.version[:2] < RECOMMENDED:
+        wanted = ".".join(map(str, RECOMMENDED))
+        return Finding("hypervisor", "note", f"QEMU {version} at {found.path} works",
+                       f"QEMU {wanted} or newer starts programs faster under emulation (in backports)")  # fmt: skip
+    return Finding("hypervisor", "ok", f"QEMU {version} at {found.path}")
+
+
+def _kvm(_runtime: Runtime) -> Finding:
+    from luminaguard.microvm.qemu.probe import probe_kvm
+
+    probe = probe_kvm()
+    if probe.usable:
+        return Finding("kvm", "ok", probe.reason)
+    return Finding("kvm", "note", f"not used: {probe.reason}",
+                   "emulation (TCG) is used; it is slower, and QEMU does not call it a security boundary")  # fmt: skip
+
+
+def _tools(_runtime: Runtime) -> Finding:
+    needed = {"mksquashfs": "squashfs-tools", "setpriv": "util-linux", "apt-get": "apt"}
+    missing = [package for program, package in needed.items() if shutil.which(program) is None]
+    if missing:
+        return Finding(
+            "tools",
+            "fail",
+            f"missing: {', '.join(missing)}",
+            f"apt-get install {' '.join(missing)}",
+        )
+    return Finding("tools", "ok", ", ".join(needed))
+
+
+def _namespaces(_runtime: Runtime) -> Finding:
+    """Try to make a user namespace, as a jail around the hypervisor needs it."""
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return Finding("namespaces", "ok", "unprivileged user namespaces work (for jails; not needed to run)")
+    for path, setting in (
+        (
+            "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
+            "kernel.apparmor_restrict_unprivileged_userns=0",
+        ),
+        ("/proc/sys/kernel/unprivileged_userns_clone", "kernel.unprivileged_userns_clone=1"),
+    ):
+        if os.path.exists(path) and Path(path).read_text(encoding="ascii").strip() != setting[-1]:
+            return Finding(
+                "namespaces",
+                "note",
+                "unprivileged user namespaces are forbidden",
+                f"sysctl -w {setting}",
+            )
+    return Finding("namespaces", "note", "unprivileged user namespaces do not work",
+                   "sysctl -w user.max_user_namespaces=10000")  # fmt: skip
+
+
+def _disk(runtime: Runtime) -> Finding:
+    free = shutil.disk_usage(runtime.folders.cache).free
+    if free < _NEEDED_BYTES:
+        return Finding(
+            "disk",
+            "fail",
+            f"{free >> 20} MiB free for the cache",
+            f"free 1 GiB at {runtime.folders.cache}",
+        )
+    return Finding("disk", "ok", f"{free >> 30} GiB free at {runtime.folders.cache}")
+
+
+def _image(runtime: Runtime) -> Finding:
+    image = runtime.images.current()
+    image.verify()
+    return Finding(
+        "image",
+        "ok",
+        f"{image.id}, {image.manifest.distribution}, kernel {image.manifest.kernel_release}; verified",
+    )
+
+
+def _database(runtime: Runtime) -> Finding:
+    count = runtime.ledger.verify()
+    waiting = len(runtime.approvals.list())
+    return Finding("database", "ok", f"the ledger verifies ({count} entries); {waiting} requests wait")

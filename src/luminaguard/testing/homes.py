@@ -1,0 +1,62 @@
+"""A LuminaGuard home of its own for a test, and the real command line run in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CommandResult", "Home"]
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The object that ``--json`` printed."""
+        return json.loads(self.out)
+
+
+class Home:
+    """``LUMINAGUARD_HOME`` in a temporary folder; its cache may be shared with other homes."""
+
+    def __init__(self, folder: Path, cache: Path | None = None) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if cache is not None:
+            (folder / "cache").symlink_to(cache)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment in which commands use this home."""
+        return os.environ | {"LUMINAGUARD_HOME": str(self.folder), "NO_COLOR": "1"}
+
+    def argv(self, *arguments: str) -> list[str]:
+        """The command line of the real program."""
+        return [sys.executable, "-W", "error", "-m", "luminaguard", *arguments]
+
+    def run(self, *arguments: str, stdin: bytes = b"", timeout_s: float = 120, **variables: str) -> CommandResult:
+        """Run ``luminaguard`` to its end; raises subprocess.TimeoutExpired."""
+        done = subprocess.run(
+            self.argv(*arguments),
+            env=self.environment | variables,
+            input=stdin,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        return CommandResult(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def exec(self, workspace: Path, *command: str, flags: tuple[str, ...] = (), **options: Any) -> CommandResult:
+        """``luminaguard exec --json`` on a folder."""
+        return self.run("exec", "--workspace", str(workspace), "--json", *flags, "--", *command, **options)

@@ -1,0 +1,42 @@
+"""Fixtures: a home for each test over one shared cache with the guest image, and a small workspace."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from luminaguard.testing import Home
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """The cache with the guest image; built by tools/test, or here when run by hand."""
+    configured = os.environ.get("LUMINAGUARD_TEST_CACHE")
+    base = Path(configured) if configured else Path.home() / ".cache" / "luminaguard-tests"
+    home = Home(base)
+    built = home.run("image", "build", timeout_s=600)
+    assert built.code == 0, built.err
+    return base / "cache"
+
+
+@pytest.fixture
+def home(tmp_path, cache) -> Home:
+    return Home(tmp_path / "home", cache)
+
+
+@pytest.fixture
+def bare_home(tmp_path) -> Home:
+    """A home without an image, for what needs no machine."""
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Path:
+    folder = tmp_path / "workspace"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_text("one\ntwo\n")
+    (folder / "sub" / "b.txt").write_text("b\n")
+    (folder / "run.sh").write_text("#!/bin/sh\necho ran\n")
+    (folder / "run.sh").chmod(0o755)
+    (folder / "link").symlink_to("a.txt")
+    return folder
