@@ -43,7 +43,7 @@ from luminaguard.errors import (
 )
 from luminaguard.workspaces.blobs import BlobStore
 from luminaguard.workspaces.journal import Journal
-from luminaguard.workspaces.opening import entry_at, entry_in, open_root, parent_of
+from luminaguard.workspaces.opening import entry_at, entry_in, open_folder, open_root, parent_of
 
 __all__ = ["Publisher", "Step"]
 
@@ -322,11 +322,13 @@ class _Work:
 
     def _sync(self) -> None:
         for parent in {change.path.rpartition("/")[0] for _, change in self._changes}:
-            with (
-                contextlib.suppress(FileNotFoundError),
-                parent_of(self._root, f"{parent}/x" if parent else "x") as (fd, _),
-            ):
-                os.fsync(fd)
+            # A folder that went, or became a file, has nothing to be made durable.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                fd = open_folder(self._root, parent)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
 
     # -- undoing and cleaning up ------------------------------------------------------------------
 
