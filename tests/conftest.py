@@ -16,6 +16,9 @@ def cache(tmp_path_factory) -> Path:
     home = Home(base)
     built = home.run("image", "build", timeout_s=600)
     assert built.code == 0, built.err
+    folder = tmp_path_factory.mktemp("warm")
+    warm = home.exec(folder, "true", timeout_s=300)  # builds the template, so that no test waits for it
+    assert warm.code == 0, warm
     return base / "cache"
 
 

@@ -1,0 +1,306 @@
+"""Requests, decisions, claims and the ledger, in a real SQLite database."""
+
+import dataclasses
+import sqlite3
+import threading
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from luminaguard.approvals import Decision, Request, State, Verdict, sign
+from luminaguard.effects import Change, Changeset, FileEntry
+from luminaguard.errors import ApprovalError, LedgerError, RequestNotFound, StorageError
+from luminaguard.storage.database import Database
+from luminaguard.storage.keys import load_key
+from luminaguard.storage.repositories import Approvals, Ledger
+
+CHANGES = Changeset.of([Change("a", None, FileEntry(0o644, 1, "a" * 64))])
+HOUR = 3600 * 10**9
+
+
+class Desk:
+    """A database with its repositories and a clock that tests set."""
+
+    def __init__(self, folder):
+        self.now = 10**18
+        self.folder = folder
+        self.key = Ed25519PrivateKey.generate()
+        self.ledger_key = Ed25519PrivateKey.generate()
+        self.open()
+
+    def open(self):
+        self.database = Database.open(self.folder / "db")
+        self.ledger = Ledger(self.database, self.ledger_key, self.folder / "head.json", lambda: self.now)
+        self.approvals = Approvals(self.database, self.ledger)
+
+    def request(self, request_id="req-1", ttl=HOUR):
+        request = Request(request_id, "/w", 1, 2, CHANGES.digest, ("true",), 0, self.now, self.now + ttl, State.PENDING)
+        self.approvals.create(request, CHANGES)
+        return request
+
+    def decision(self, request, verdict=Verdict.APPROVE):
+        plain = Decision(request.id, request.digest, request.workspace, verdict, "test", self.now, request.expires_ns,
+                         f"nonce-{request.id}-{verdict.value}-{self.now}", "")  # fmt: skip
+        return sign(plain, self.key)
+
+    def decide(self, request, verdict=Verdict.APPROVE):
+        self.approvals.decide(self.decision(request, verdict), self.key.public_key())
+
+    def claim(self, request, digest=None):
+        return self.approvals.claim(request.id, digest or request.digest, self.key.public_key())
+
+
+@pytest.fixture
+def desk(tmp_path):
+    desk = Desk(tmp_path)
+    yield desk
+    desk.database.close()
+
+
+def test_an_approval_is_used_up_by_its_claim(desk):
+    request = desk.request()
+    desk.decide(request)
+    assert desk.claim(request).state is State.CLAIMED
+    with pytest.raises(ApprovalError):
+        desk.claim(request)
+    desk.approvals.finish(request.id, State.PUBLISHED, "")
+    with pytest.raises(ApprovalError):
+        desk.claim(request)
+    assert desk.ledger.verify() == 4
+
+
+def test_nothing_is_claimed_without_an_approval_for_exactly_it(desk):
+    request = desk.request()
+    with pytest.raises(ApprovalError, match="nobody has approved"):
+        desk.claim(request)
+    desk.decide(request)
+    with pytest.raises(ApprovalError, match="not what was approved"):
+        desk.claim(request, "sha256:" + "0" * 64)
+    denied = desk.request("req-2")
+    desk.decide(denied, Verdict.DENY)
+    with pytest.raises(ApprovalError):
+        desk.claim(denied)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [{"digest": "sha256:" + "1" * 64}, {"workspace": "/other"}, {"verdict": Verdict.DENY}, {"expires_ns": 2 * 10**18},
+     {"signature": bytes(64)}, {"approver": "0" * 16}, {"means": "terminal"}],
+)  # fmt: skip
+def test_a_decision_that_was_changed_is_refused(desk, forged):
+    request = desk.request()
+    with pytest.raises(ApprovalError):
+        desk.approvals.decide(dataclasses.replace(desk.decision(request), **forged), desk.key.public_key())
+    assert desk.approvals.get(request.id).state is State.PENDING
+
+
+def test_a_decision_by_another_key_is_refused(desk):
+    request = desk.request()
+    with pytest.raises(ApprovalError):
+        desk.approvals.decide(desk.decision(request), Ed25519PrivateKey.generate().public_key())
+
+
+def test_a_row_edited_in_the_database_does_not_approve(desk, tmp_path):
+    request = desk.request()
+    with sqlite3.connect(tmp_path / "db") as raw:
+        raw.execute("UPDATE requests SET state = 'approved'")
+        raw.execute(
+            "INSERT INTO decisions VALUES (?, ?, '/w', 'approve', 'x', 1, ?, 'n', 'x', x'00')",
+            (request.id, request.digest, request.expires_ns),
+        )
+    raw.close()
+    with pytest.raises(ApprovalError, match="not validly signed"):
+        desk.claim(request)
+
+
+def test_a_stored_changeset_that_was_edited_is_refused(desk, tmp_path):
+    desk.request()
+    with sqlite3.connect(tmp_path / "db") as raw:
+        raw.execute("UPDATE requests SET changeset = replace(changeset, '\"a\"', '\"b\"')")
+    raw.close()
+    with pytest.raises(ApprovalError, match="not the ones"):
+        desk.approvals.changeset("req-1")
+
+
+def test_time_ends_requests_and_setting_the_clock_back_revives_none(desk):
+    request = desk.request()
+    desk.decide(request)
+    desk.now += 2 * HOUR
+    desk.ledger.append("something")
+    desk.now -= 4 * HOUR
+    with pytest.raises(ApprovalError):
+        desk.claim(request)
+    assert desk.approvals.get(request.id).state is State.EXPIRED
+    assert desk.ledger.verify() == 3
+
+
+def test_of_many_claims_at_once_one_wins(desk):
+    request = desk.request()
+    desk.decide(request)
+    wins = []
+
+    def claim():
+        try:
+            desk.claim(request)
+            wins.append(1)
+        except ApprovalError:
+            pass
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+
+
+def test_unknown_requests_are_told(desk):
+    with pytest.raises(RequestNotFound):
+        desk.approvals.get("req-\x1b[2J")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "UPDATE ledger SET body = '{}' WHERE seq = 3",
+        "UPDATE ledger SET time_ns = time_ns + 1 WHERE seq = 2",
+        "DELETE FROM ledger WHERE seq = 2",
+        "DELETE FROM ledger WHERE seq = (SELECT max(seq) FROM ledger)",
+        "DELETE FROM ledger",
+        "UPDATE ledger SET seq = 99 WHERE seq = 5",
+        "UPDATE checkpoints SET signature = zeroblob(64) WHERE seq = 4",
+        "DELETE FROM ledger WHERE seq > 3; DELETE FROM checkpoints WHERE seq > 3",
+    ],
+)
+def test_a_ledger_that_was_touched_does_not_verify(desk, tmp_path, attack):
+    for number in range(5):
+        desk.ledger.append("kind", number=number)
+    assert desk.ledger.verify() == 5
+    with sqlite3.connect(tmp_path / "db") as raw:
+        raw.executescript(attack)
+    raw.close()
+    with pytest.raises(LedgerError):
+        desk.ledger.verify()
+
+
+def test_an_older_copy_of_the_database_does_not_verify(desk, tmp_path):
+    desk.ledger.append("one")
+    desk.database.close()
+    (tmp_path / "copy").write_bytes((tmp_path / "db").read_bytes())
+    desk.open()
+    desk.ledger.append("two")
+    desk.database.close()
+    for leftover in tmp_path.glob("db-*"):
+        leftover.unlink()
+    (tmp_path / "copy").replace(tmp_path / "db")
+    desk.open()
+    with pytest.raises(LedgerError):
+        desk.ledger.verify()
+
+
+def test_a_removed_head_does_not_verify(desk, tmp_path):
+    desk.ledger.append("one")
+    (tmp_path / "head.json").unlink()
+    with pytest.raises(LedgerError, match="missing"):
+        desk.ledger.verify()
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage" * 1000])
+def test_a_damaged_database_is_refused_and_kept(tmp_path, damage):
+    Desk(tmp_path).database.close()
+    path = tmp_path / "db"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if not damage else damage)
+    kept = path.read_bytes()
+    with pytest.raises(StorageError) as caught:
+        Desk(tmp_path).request()
+    assert caught.value.hint
+    assert path.read_bytes() == kept
+
+
+def test_a_newer_schema_is_refused(tmp_path):
+    Desk(tmp_path).database.close()
+    with sqlite3.connect(tmp_path / "db") as raw:
+        raw.execute("UPDATE schema_version SET version = 99")
+    raw.close()
+    with pytest.raises(StorageError, match="99"):
+        Desk(tmp_path)
+
+
+def test_keys_are_private_and_refused_when_they_are_not(tmp_path):
+    key = load_key(tmp_path / "keys", "approver")
+    path = tmp_path / "keys" / "approver.key"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert load_key(tmp_path / "keys", "approver").private_bytes_raw() == key.private_bytes_raw()
+    path.chmod(0o644)
+    with pytest.raises(StorageError):
+        load_key(tmp_path / "keys", "approver")
+    path.chmod(0o600)
+    path.write_bytes(b"short")
+    with pytest.raises(StorageError):
+        load_key(tmp_path / "keys", "approver")
+
+
+class ApprovalMachine(RuleBasedStateMachine):
+    """Any order of deciding, claiming, finishing and waiting: at most one claim, only after approval."""
+
+    @initialize()
+    def start(self):
+        import tempfile
+        from pathlib import Path
+
+        self.temporary = tempfile.TemporaryDirectory()
+        self.desk = Desk(Path(self.temporary.name))
+        self.request = self.desk.request()
+        self.approved = self.claims = 0
+
+    @rule(verdict=st.sampled_from(list(Verdict)))
+    def decide(self, verdict):
+        try:
+            self.desk.decide(self.request, verdict)
+            assert self.approved == 0
+            self.approved = 1 if verdict is Verdict.APPROVE else -1
+        except ApprovalError:
+            pass
+
+    @rule()
+    def claim(self):
+        try:
+            self.desk.claim(self.request)
+        except ApprovalError:
+            return
+        self.claims += 1
+        assert self.approved == 1
+        assert self.desk.now < self.request.expires_ns
+
+    @rule(state=st.sampled_from([State.PUBLISHED, State.REFUSED, State.UNKNOWN]))
+    def finish(self, state):
+        try:
+            self.desk.approvals.finish(self.request.id, state, "")
+            assert self.claims == 1
+        except ApprovalError:
+            pass
+
+    @rule(hours=st.sampled_from([-3, 1, 2]))
+    def wait(self, hours):
+        self.desk.now += hours * HOUR // 2
+
+    @invariant()
+    def at_most_one_claim_and_a_whole_ledger(self):
+        if hasattr(self, "desk"):
+            assert self.claims <= 1
+            self.desk.ledger.verify()
+
+    def teardown(self):
+        if hasattr(self, "desk"):
+            self.desk.database.close()
+            self.temporary.cleanup()
+
+
+TestApprovalMachine = ApprovalMachine.TestCase
+TestApprovalMachine.settings = settings(
+    max_examples=15, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+)

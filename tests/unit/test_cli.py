@@ -1,0 +1,129 @@
+"""The command line on bad input: a clear sentence, a hint, a documented code, no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from luminaguard import errors
+from luminaguard.testing import Home
+
+
+def says(result, code, *words):
+    assert result.code == code, (result.code, result.err)
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.err, result.err
+    assert "hint:" in result.err
+
+
+def test_the_version_needs_no_heavy_import(bare_home):
+    script = "import sys; sys.argv = ['l', '--version']; from luminaguard.__main__ import main; main(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("luminaguard ")
+    for heavy in ("typer", "pydantic", "sqlalchemy", "rich", "anyio", "cryptography"):
+        assert heavy not in done.stdout.split()
+
+
+def test_help_loads_none_of_the_parts():
+    script = (
+        "import sys; sys.argv = ['l', '--help']\nfrom luminaguard.__main__ import main\n"
+        "try: main()\nexcept SystemExit: pass\nprint(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for heavy in ("pydantic", "sqlalchemy", "cryptography", "anyio"):
+        assert heavy not in done.stdout.split()
+
+
+def test_without_an_image_the_hint_says_how_to_build_one(bare_home, workspace):
+    says(bare_home.run("exec", "--workspace", str(workspace), "--", "true"), 123, "guest image", "image build")
+
+
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_bad_qemu(bare_home, name, tmp_path):
+    fake = tmp_path / "qemu"
+    fake.write_text("#!/bin/sh\necho QEMU emulator version 5.2.0\n")
+    fake.chmod(0o755)
+    qemu = str(fake) if name == "file" else "/nonexistent/qemu"
+    result = bare_home.run("doctor", LUMINAGUARD_QEMU=qemu)
+    assert result.code == 123
+    assert ("too old" if name == "file" else "not found") in result.out
+    assert "remedy: Install it" in result.out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("memory_mib = 'many'", "memory_mib"), ("memory_mib = ", "cannot be read"), ("unknown = 1", "unknown"),
+     ("timeout_s = -1", "timeout_s"), ("\x00", "cannot be read")],
+)  # fmt: skip
+def test_bad_settings(bare_home, text, words):
+    (bare_home.folder / "config").mkdir(mode=0o700)
+    (bare_home.folder / "config" / "luminaguard.toml").write_text(text)
+    says(bare_home.run("approvals", "list"), 123, words)
+
+
+def test_bad_environment(bare_home):
+    says(bare_home.run("approvals", "list", LUMINAGUARD_MEMORY_MIB="x"), 123, "memory_mib")
+
+
+def test_flags_beat_the_environment_which_beats_the_file(bare_home, monkeypatch):
+    from luminaguard.settings import Folders, load_settings
+
+    monkeypatch.setenv("LUMINAGUARD_HOME", str(bare_home.folder))
+    folders = Folders.from_environment().ensure()
+    (folders.config / "luminaguard.toml").write_text("memory_mib = 512\nprocesses = 99\ntimeout_s = 5\n")
+    monkeypatch.setenv("LUMINAGUARD_PROCESSES", "77")
+    monkeypatch.setenv("LUMINAGUARD_TIMEOUT_S", "6")
+    settings = load_settings(folders, {"timeout_s": 7.0, "publish": None})
+    assert (settings.memory_mib, settings.processes, settings.timeout_s) == (512, 77, 7.0)
+
+
+def test_unknown_requests(bare_home):
+    for verb in ("show", "approve", "deny"):
+        says(bare_home.run("approvals", verb, "req-nope"), 122, "no request")
+
+
+def test_errors_are_json_when_asked_for(bare_home, workspace):
+    result = bare_home.exec(workspace, "true")
+    assert result.code == 123
+    assert result.json["error"]["type"] == "ImageMissing"
+    assert result.json["error"]["hint"]
+
+
+def test_state_is_private(bare_home):
+    assert bare_home.run("ledger", "verify").code == 0
+    for path in [bare_home.folder / "state", *(bare_home.folder / "state").rglob("*")]:
+        wanted = 0o700 if path.is_dir() else 0o600
+        assert path.stat().st_mode & 0o777 == wanted, path
+
+
+def test_debug_shows_the_traceback(bare_home):
+    assert "Traceback" in bare_home.run("--debug", "approvals", "show", "x").err
+
+
+def test_every_error_is_in_the_tree_and_has_an_exit_code():
+    for name in errors.__all__:
+        value = getattr(errors, name)
+        if isinstance(value, type):
+            assert issubclass(value, errors.LuminaGuardError)
+            assert 120 <= value.exit_code <= 130
+            assert name in errors.__doc__
+
+
+def test_a_home_of_someone_else_is_refused(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make a folder of someone else")
+    home = Home(tmp_path / "home")
+    (home.folder / "state").mkdir()
+    os.chown(home.folder / "state", 12345, 12345)
+    says(home.run("approvals", "list"), 123, "another user")
+
+
+def test_doctor_as_json(bare_home):
+    report = json.loads(bare_home.run("doctor", "--json").out)
+    checks = {check["check"]: check for check in report["checks"]}
+    assert checks["image"]["level"] == "fail"
+    assert checks["image"]["remedy"]
+    assert checks["hypervisor"]["level"] in {"ok", "note"}

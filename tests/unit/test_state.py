@@ -1,0 +1,134 @@
+"""Reading and packing workspaces."""
+
+import os
+import subprocess
+import threading
+
+import pytest
+
+from luminaguard.effects import DirEntry, FileEntry, LinkEntry
+from luminaguard.errors import StorageError, WorkspaceChanged, WorkspaceError
+from luminaguard.workspaces.pack import WorkspaceImages
+from luminaguard.workspaces.state import IGNORE_FILE, Limits, read_state
+
+LIMITS = Limits(1000, 1 << 24)
+
+
+def test_entries_have_kind_mode_and_hash(workspace):
+    state = read_state(workspace, LIMITS)
+    assert isinstance(state.entries["sub"], DirEntry)
+    assert state.entries["link"] == LinkEntry("a.txt")
+    assert isinstance(state.entries["run.sh"], FileEntry)
+    assert state.entries["run.sh"].mode == 0o755
+
+
+def test_ignored_paths_stay_out(workspace):
+    (workspace / "node_modules" / "x").mkdir(parents=True)
+    (workspace / "node_modules" / "x" / "y").write_text("y")
+    (workspace / IGNORE_FILE).write_text("node_modules/\n*.tmp\n")
+    (workspace / "z.tmp").write_text("z")
+    entries = read_state(workspace, LIMITS).entries
+    assert "node_modules" not in entries
+    assert "z.tmp" not in entries
+    assert IGNORE_FILE in entries
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda w: os.mkfifo(w / "pipe"), "a device, a socket or a pipe"),
+        (lambda w: (w / "big").write_bytes(bytes((1 << 24) + 1)), "MiB of files"),
+        (lambda w: [(w / f"f{n}").touch() for n in range(1001)], "more than 1,000 entries"),
+        (lambda w: (w / IGNORE_FILE).symlink_to("/etc/passwd"), "cannot be read"),
+        (lambda w: (w / IGNORE_FILE).write_bytes(b"\xff\xfe"), "cannot be used"),
+    ],
+)
+def test_what_cannot_be_a_workspace_is_refused_with_a_hint(workspace, spoil, words):
+    spoil(workspace)
+    with pytest.raises(WorkspaceError, match=words) as caught:
+        read_state(workspace, LIMITS)
+    assert caught.value.hint
+
+
+def test_missing_file_link_and_root_are_told_apart(tmp_path, workspace):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "alias").symlink_to(workspace)
+    for path, words in (("nowhere", "does not exist"), ("file", "is not a folder"), ("alias", "symbolic link")):
+        with pytest.raises(WorkspaceError, match=words):
+            read_state(tmp_path / path, LIMITS)
+    with pytest.raises(WorkspaceError, match="root of the file system"):
+        read_state(tmp_path.parent.joinpath("/"), LIMITS)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_named(workspace):
+    (workspace / "secret").write_text("x")
+    (workspace / "secret").chmod(0)
+    with pytest.raises(WorkspaceError, match="secret.*cannot be read"):
+        read_state(workspace, LIMITS)
+
+
+def test_a_file_that_grows_while_it_is_read_is_noticed(workspace):
+    (workspace / "log").write_bytes(bytes(8 << 20))
+    stop = threading.Event()
+
+    def write():
+        with (workspace / "log").open("ab") as file:
+            while not stop.is_set():
+                file.write(b"x")
+                file.flush()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with pytest.raises(WorkspaceChanged):
+            for _ in range(50):
+                read_state(workspace, LIMITS)
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_a_change_between_reading_and_packing_is_noticed(tmp_path, workspace):
+    state = read_state(workspace, LIMITS)
+    (workspace / "a.txt").write_text("one\nTWO\n")
+    with pytest.raises(WorkspaceChanged):
+        WorkspaceImages(tmp_path).open(state)
+    assert list((tmp_path / "workspaces").iterdir()) == []
+
+
+def test_the_image_holds_odd_names_links_and_modes(tmp_path, workspace):
+    odd = os.fsencode(workspace) + b"/caf\xe9\n" + b"x" * 200
+    with open(odd, "wb") as file:
+        file.write(b"odd")
+    os.link(workspace / "a.txt", workspace / "hard")
+    os.chmod(workspace / "run.sh", 0o4755)
+    with (workspace / "sparse").open("wb") as file:
+        file.truncate(1 << 22)
+    state = read_state(workspace, LIMITS)
+    os.close(WorkspaceImages(tmp_path).open(state))
+    image = next((tmp_path / "workspaces").glob("*.squashfs"))
+    assert image.stat().st_size < 1 << 20
+    listing = subprocess.run(["unsquashfs", "-lln", str(image)], capture_output=True, check=True).stdout
+    assert b"-rwxr-xr-x" in listing
+    assert b"-rwsr-xr-x" not in listing
+    assert b"1000" in listing
+    assert b"caf\xe9" in listing
+    before = image.stat().st_ino
+    os.close(WorkspaceImages(tmp_path).open(state))
+    assert image.stat().st_ino == before  # the same state is not packed twice
+
+
+def test_a_full_disk_while_packing_is_an_error_with_a_hint(tmp_path, workspace, monkeypatch):
+    (workspace / "big").write_bytes(os.urandom(4 << 20))
+    state = read_state(workspace, LIMITS)
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # mksquashfs inherits it
+    try:
+        with pytest.raises(StorageError, match="could not be packed"):
+            WorkspaceImages(tmp_path).open(state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "workspaces").iterdir()) == []

@@ -1,0 +1,252 @@
+"""The main job with real machines: effects come out as they happened, and only what is approved goes in."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.vm
+
+
+def listing(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        elif path.is_dir():
+            found[name] = oct(path.stat().st_mode)
+        else:
+            found[name] = (oct(path.stat().st_mode), path.read_bytes())
+    return found
+
+
+def hypervisors_of(home) -> list[int]:
+    """QEMU processes whose command line or owner belongs to this home: none may outlive a command."""
+    found = home.run("vm", "list", "--json").json["vms"]
+    return [vm["pid"] for vm in found]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except FileNotFoundError:
+        return False
+
+
+def test_output_and_status_are_the_commands_own(home, workspace):
+    before = listing(workspace)
+    result = home.run(
+        "exec", "-w", str(workspace), "--", "sh", "-c", "cat; echo err >&2; cat a.txt; exit 7", stdin=b"from stdin\n"
+    )
+    assert (result.code, result.out, result.err) == (7, "from stdin\none\ntwo\n", "err\n")
+    assert listing(workspace) == before
+
+
+def test_json_names_everything(home, workspace):
+    result = home.exec(workspace, "sh", "-c", "echo new > n; rm a.txt; echo out; exit 3")
+    value = result.json
+    assert result.code == 120
+    assert (value["status"], value["exit_code"], value["stdout"], value["stderr"]) == ("pending", 3, "out\n", "")
+    assert value["changeset"]["digest"].startswith("sha256:")
+    assert [(c["path"], c["kind"]) for c in value["changeset"]["changes"]] == [("a.txt", "delete"), ("n", "create")]
+    assert value["vm"]["backend"] == "qemu"
+    assert value["vm"]["accelerator"] in {"tcg", "kvm"}
+    assert value["vm"]["spawn_ms"] > 0
+    assert value["request_id"].startswith("req-")
+
+
+def test_a_pending_request_is_published_by_another_process(home, workspace):
+    request = home.exec(workspace, "sh", "-c", "echo new > n; chmod 700 a.txt").json["request_id"]
+    assert not (workspace / "n").exists()
+    shown = home.run("approvals", "show", request)
+    assert "+new" in shown.err
+    assert "0644 to 0700" in shown.err
+    assert home.run("approvals", "approve", request).code == 0
+    assert (workspace / "n").read_text() == "new\n"
+    assert (workspace / "a.txt").stat().st_mode & 0o777 == 0o700
+    again = home.run("approvals", "approve", request)
+    assert again.code == 122
+    assert home.run("approvals", "list", "--json").json == {"requests": []}
+    assert home.run("ledger", "verify").code == 0
+    kinds = [json.loads(line)["kind"] for line in home.run("ledger", "export").out.splitlines()[1:]]
+    assert kinds == ["exec.started", "exec.finished", "request.created", "request.decided", "request.claimed",
+                     "request.finished"]  # fmt: skip
+
+
+def test_denied_and_never_leave_the_folder_alone(home, workspace):
+    before = listing(workspace)
+    request = home.exec(workspace, "touch", "n").json["request_id"]
+    assert home.run("approvals", "deny", request).code == 0
+    assert home.run("approvals", "approve", request).code == 122
+    never = home.exec(workspace, "touch", "n", flags=("--publish", "never"))
+    assert (never.code, never.json["status"]) == (0, "denied")
+    assert listing(workspace) == before
+    assert list((home.folder / "state" / "blobs").iterdir()) == []
+
+
+def test_a_folder_that_changed_since_is_a_conflict(home, workspace):
+    request = home.exec(workspace, "sh", "-c", "echo mine > a.txt; echo n > n").json["request_id"]
+    (workspace / "a.txt").write_text("the user's\n")
+    result = home.run("approvals", "approve", request)
+    assert result.code == 122
+    assert "changed on the host" in result.err
+    assert (workspace / "a.txt").read_text() == "the user's\n"
+    assert not (workspace / "n").exists()
+    assert home.run("approvals", "list", "--all", "--json").json["requests"][0]["state"] == "refused"
+
+
+CHANGES = r"""
+set -e
+printf 'more\n' >> a.txt
+touch sub/b.txt
+chmod 600 run.sh
+mkdir -p empty/inner
+ln -s /etc/passwd outside
+rm link
+head -c 100000 /dev/urandom > binary
+printf odd > $'caf\351 \n'
+ln binary hard
+truncate -s 3M sparse
+rm -r tree && mkdir tree && echo again > tree/same
+mv moved renamed
+rm -r swap && echo file > swap
+rm file2dir && mkdir file2dir && echo x > file2dir/x
+chmod +x .git/hooks/x
+"""
+
+
+def test_every_kind_of_change_comes_out_and_goes_in(home, workspace):
+    (workspace / "tree" / "below").mkdir(parents=True)
+    (workspace / "tree" / "same").write_text("same\n")
+    (workspace / "tree" / "below" / "f").write_text("f\n")
+    (workspace / "moved").write_text("a file that moves\n")
+    (workspace / "swap").mkdir()
+    (workspace / "swap" / "in").write_text("in\n")
+    (workspace / "file2dir").write_text("file\n")
+    (workspace / ".git" / "hooks").mkdir(parents=True)
+    (workspace / ".git" / "hooks" / "x").write_text("#!/bin/sh\n")
+    result = home.exec(workspace, "bash", "-c", CHANGES, flags=("--publish", "always"))
+    assert result.json["status"] == "published", result.json
+    kinds = {c["path"]: c["kind"] for c in result.json["changeset"]["changes"]}
+    assert kinds == {
+        "a.txt": "modify", "run.sh": "mode", "empty": "create", "empty/inner": "create", "outside": "symlink",
+        "link": "delete", "binary": "create", "caf\udce9 \n": "create", "hard": "create", "sparse": "create",
+        "tree/below": "delete", "tree/below/f": "delete", "tree/same": "modify", "moved": "delete",
+        "renamed": "create", "swap": "modify", "swap/in": "delete", "file2dir": "modify", "file2dir/x": "create",
+        ".git/hooks/x": "mode",
+    }  # fmt: skip
+    renamed = next(c for c in result.json["changeset"]["changes"] if c["path"] == "renamed")
+    assert renamed["renamed_from"] == "moved"
+    assert (workspace / "hard").read_bytes() == (workspace / "binary").read_bytes()
+    assert (workspace / "sparse").stat().st_size == 3 << 20
+    assert os.readlink(workspace / "outside") == "/etc/passwd"
+    assert (workspace / "tree" / "same").read_text() == "again\n"
+    assert os.path.exists(os.fsencode(workspace) + b"/caf\xe9 \n")
+    second = home.exec(workspace, "true")
+    assert second.json["status"] == "unchanged"
+
+
+def test_git_works_inside_without_noise(home, workspace):
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@x", "-C", str(workspace)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "base"], check=True)
+    result = home.exec(workspace, "sh", "-c", "git status --short; git log --oneline | wc -l; python3 -c 'print(6*7)'")
+    assert result.json["stdout"] == "1\n42\n"
+    assert {c["path"] for c in result.json["changeset"]["changes"]} <= {".git/index"}
+
+
+def test_commands_that_cannot_start_are_told_apart(home, workspace):
+    missing = home.exec(workspace, "no-such-command")
+    assert missing.code == 127
+    assert "was not found" in missing.json["error"]["message"]
+    assert home.exec(workspace, "./a.txt").code == 126
+    assert home.exec(workspace, "sh", "-c", "kill -9 $$").json["exit_code"] == 137
+
+
+def test_a_time_limit_ends_everything_and_publishes_nothing(home, workspace):
+    before = listing(workspace)
+    start = time.monotonic()
+    result = home.exec(
+        workspace, "sh", "-c", "touch n; sleep 600 & sleep 600", flags=("--timeout", "1", "--publish", "always")
+    )
+    assert (result.code, result.json["status"]) == (124, "refused")
+    assert time.monotonic() - start < 60
+    assert listing(workspace) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_command_and_a_second_ends_the_machine(home, workspace, number):
+    script = "trap 'echo caught' INT TERM; echo ready; while :; do sleep 0.1; done"
+    argv = home.argv("exec", "-w", str(workspace), "--", "bash", "-c", script)
+    with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        machines = hypervisors_of(home)
+        assert len(machines) == 1
+        process.send_signal(number)
+        assert process.stdout.readline() == b"caught\n"
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    assert not any(alive(pid) for pid in machines)
+    assert list((home.folder / "run" / "vms").glob("*")) == []
+
+
+def test_kill_9_leaves_no_machine(home, workspace):
+    argv = home.argv("exec", "-w", str(workspace), "--", "sh", "-c", "echo ready; sleep 600")
+    with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        (machine,) = hypervisors_of(home)
+        assert alive(machine)
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 10
+    while alive(machine) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(machine)
+    assert hypervisors_of(home) == []
+
+
+def read_until(fd: int, wanted: bytes, timeout_s: float = 60) -> bytes:
+    data, deadline = b"", time.monotonic() + timeout_s
+    while wanted not in data:
+        ready, _, _ = select.select([fd], [], [], max(0, deadline - time.monotonic()))
+        assert ready, data
+        try:
+            piece = os.read(fd, 4096)
+        except OSError:
+            piece = b""
+        assert piece, data
+        data += piece
+    return data
+
+
+def test_a_shell_on_a_terminal_asks_and_publishes(home, workspace):
+    pid, fd = pty.fork()
+    if pid == 0:
+        argv = home.argv("shell", "-w", str(workspace))
+        os.execvpe(argv[0], argv, home.environment | {"TERM": "xterm"})
+    try:
+        read_until(fd, b"$ ")
+        os.write(fd, b"stty size; tty; echo typed > t\n")
+        read_until(fd, b"/dev/pts/")
+        os.write(fd, b"exit\n")
+        asked = read_until(fd, b"[l]ater: ")
+        assert b"+typed" in asked
+        assert not (workspace / "t").exists()
+        os.write(fd, b"y\n")
+        read_until(fd, b"published 1 changes")
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        os.close(fd)
+    assert (workspace / "t").read_text() == "typed\n"
