@@ -146,7 +146,9 @@ def take_changes(payload: bytes, claimed):
 
 
 def test_records_and_contents_are_told_apart():
-    payload = record({"p": "a", "t": "file", "m": 0o644, "s": 5}, b"hello") + record({"p": "b", "t": "whiteout", "m": 0})
+    payload = record({"p": "a", "t": "file", "m": 0o644, "s": 5}, b"hello") + record(
+        {"p": "b", "t": "whiteout", "m": 0}
+    )
     entries, content = take_changes(payload, 2)
     assert [e.path for e in entries] == ["a", "b"]
     assert content == b"hello"

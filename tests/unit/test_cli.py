@@ -20,7 +20,9 @@ def says(result, code, *words):
 
 
 def test_the_version_needs_no_heavy_import(bare_home):
-    script = "import sys; sys.argv = ['l', '--version']; from luminaguard.__main__ import main; main(); print(*sys.modules)"
+    script = (
+        "import sys; sys.argv = ['l', '--version']; from luminaguard.__main__ import main; main(); print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("luminaguard ")
     for heavy in ("typer", "pydantic", "sqlalchemy", "rich", "anyio", "cryptography"):

@@ -392,9 +392,7 @@ def test_any_tree_becomes_any_other_or_stays(tmp_path_factory, one, two, fail_at
             writer.write(Path(os.fsencode(str(top / "two")).decode() + "/" + path).read_bytes())
             writer.end()
     changeset = Changeset.of(
-        Change(path, base.get(path), goal.get(path))
-        for path in {*base, *goal}
-        if base.get(path) != goal.get(path)
+        Change(path, base.get(path), goal.get(path)) for path in {*base, *goal} if base.get(path) != goal.get(path)
     )
     publisher, count = Publisher(top, blobs), 0
 
@@ -410,5 +408,3 @@ def test_any_tree_becomes_any_other_or_stays(tmp_path_factory, one, two, fail_at
         assert snapshot(top / "one") == base
     else:
         assert snapshot(top / "one") == goal
-
-

@@ -144,14 +144,16 @@ def test_what_it_leaves_running_is_gone_before_its_files_are_read(home, workspac
     [
         ("mkfifo pipe", "a device, a socket or a pipe"),
         ("cp /bin/true x; chmod u+s x", "set-user-id"),
-        ("truncate -s 5T huge", "more than 1,024 MiB"),
+        ("truncate -s 900G huge", "more than 1,024 MiB"),
         ("mkdir .luminaguard-x", "publishing uses itself"),
         ("for i in $(seq 60); do : > f$i; done", "more than 50 files"),
     ],
 )
 def test_effects_that_may_not_be_published_are_refused(home, workspace, command, words):
     before = sorted(workspace.rglob("*"))
-    result = home.exec(workspace, "sh", "-c", command, flags=("--publish", "always"), LUMINAGUARD_CHANGESET_MAX_FILES="50")
+    result = home.exec(
+        workspace, "sh", "-c", command, flags=("--publish", "always"), LUMINAGUARD_CHANGESET_MAX_FILES="50"
+    )
     assert result.code == 122, result.json
     assert words in result.json["error"]["message"]
     assert sorted(workspace.rglob("*")) == before
@@ -181,7 +183,9 @@ def test_a_tampered_image_or_template_starts_nothing(tmp_path, cache, workspace,
     own = copy_cache(cache, tmp_path / "cache")
     home = Home(tmp_path / "home", own)
     current = (own / "images" / "current").read_text().strip()
-    files = [own / "images" / current / part] if part == "root.squashfs" else list((own / "templates").glob(f"*/{part}"))
+    files = (
+        [own / "images" / current / part] if part == "root.squashfs" else list((own / "templates").glob(f"*/{part}"))
+    )
     assert files
     for file in files:
         file.chmod(0o600)

@@ -274,11 +274,13 @@ class Supervisor:
             file.write(f"{name}\n")
         with open("/etc/machine-id", "w", encoding="ascii") as file:
             file.write(f"{params['machine_id']}\n")
+        if not params["workspace"]:
+            # The machine that clones are copied from: the kernel makes its boot id when it is first
+            # read, and every clone would inherit one that was read here.
+            return {}
+        self._mount_workspace(str(params["upper_size"]))
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot_id = file.read().strip()
-        if params["workspace"]:
-            self._mount_workspace(str(params["upper_size"]))
-        return {"boot_id": boot_id}
+            return {"boot_id": file.read().strip()}
 
     def _mount_workspace(self, size: str) -> None:
         base = f"{BASE}/workspace"

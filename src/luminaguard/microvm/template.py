@@ -56,11 +56,16 @@ class _Manifest:
 
     def dumps(self) -> str:
         parts = {name: {"size": p.size, "sha256": p.sha256} for name, p in (("ram", self.ram), ("state", self.state))}
-        return json.dumps({"format": 1, "memory_mib": self.memory_mib, "ranges": self.ranges, **parts})
+        body = json.dumps({"format": 1, "memory_mib": self.memory_mib, "ranges": self.ranges, **parts})
+        # Where the RAM goes matters as much as what it is.
+        return json.dumps({"body": body, "sha256": hashlib.sha256(body.encode()).hexdigest()})
 
     @classmethod
     def loads(cls, text: str) -> _Manifest:
-        raw: dict[str, Any] = json.loads(text)
+        sealed: dict[str, Any] = json.loads(text)
+        if hashlib.sha256(sealed["body"].encode()).hexdigest() != sealed["sha256"]:
+            raise ValueError("it was changed")
+        raw: dict[str, Any] = json.loads(sealed["body"])
         ranges = [(int(start), int(length)) for start, length in raw["ranges"]]
         return cls(int(raw["memory_mib"]), ranges, Part(**raw["ram"]), Part(**raw["state"]))
 
@@ -163,7 +168,7 @@ class TemplateStore:
         folder = self.folder / key
         try:
             manifest = _Manifest.loads((folder / "manifest.json").read_text(encoding="ascii"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _tampered(folder, f"its manifest cannot be read ({error})") from error
         state = open_verified(folder / "state", manifest.state, folder)
         stack.callback(os.close, state)
