@@ -4,8 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from luminaguard.testing import Home
+
+# On a busy machine slow is no finding; what a test claims never depends on time.
+settings.register_profile("luminaguard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("luminaguard")
 
 
 @pytest.fixture(scope="session")

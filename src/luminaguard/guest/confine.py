@@ -1,7 +1,7 @@
 """Take everything away from the process that is about to become the workload.
 
-Runs between fork and exec, as uid 0, in this order: resource limits, capability bounding set,
-groups and uid, no_new_privs, landlock, seccomp. Constants are those of the kernel's uapi headers
+Runs between fork and exec, in this order: capability bounding set, groups and uid, no_new_privs,
+resource limits, landlock, seccomp. Constants are those of the kernel's uapi headers
 for x86-64; the guest kernel is 6.1 or later (landlock ABI 2, no TCP rules), so seccomp covers what
 landlock does not.
 """
@@ -112,8 +112,25 @@ class Confinement:
         self._buffer = ctypes.create_string_buffer(self._program)
         self._fprog = struct.pack("<HxxxxxxQ", len(self._program) // 8, ctypes.addressof(self._buffer))
 
-    def apply(self, limits: dict[str, int]) -> None:
-        """Confine the calling process for good.
+    @staticmethod
+    def drop_privileges() -> None:
+        """First half, which needs no knowledge of the command: capabilities, groups, uid, no_new_privs.
+
+        Raises:
+            OSError: a step failed; the caller must not go on.
+        """
+        _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+        for capability in range(64):
+            if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
+                break  # EINVAL: one past the last capability of this kernel
+        os.setgroups([])
+        os.setresgid(UID, UID, UID)
+        os.setresuid(UID, UID, UID)
+        os.umask(0o022)
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+    def seal(self, limits: dict[str, int]) -> None:
+        """Second half, right before exec: limits, landlock (the workspace is mounted now), seccomp.
 
         Args:
             limits: ``nofile``, ``fsize`` (bytes).
@@ -125,16 +142,7 @@ class Confinement:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits["nofile"], limits["nofile"]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["fsize"], limits["fsize"]))
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
-        _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-        for capability in range(64):
-            if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
-                break  # EINVAL: one past the last capability of this kernel
         ruleset = self._landlock()
-        os.setgroups([])
-        os.setresgid(UID, UID, UID)
-        os.setresuid(UID, UID, UID)
-        os.umask(0o022)
-        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
         _syscall(_LANDLOCK_RESTRICT, ruleset, 0)
         os.close(ruleset)
         fprog = ctypes.create_string_buffer(self._fprog)

@@ -142,6 +142,71 @@ class Workload:
         self.status: int | None = None
 
 
+class Launcher:
+    """A child that has already given up its rights, waiting to be told which command to become.
+
+    Forking a Python process and dropping rights cost more than the rest of an exec under emulation;
+    done in the template, every clone gets them for nothing.
+    """
+
+    def __init__(self, confinement: Confinement) -> None:
+        self._socket, inside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(inside.detach(), confinement)
+        inside.close()
+
+    def launch(self, order: dict[str, Any], ends: tuple[int, int, int]) -> str:
+        """Give the order and the three descriptors; return why it failed, or nothing."""
+        try:
+            socket.send_fds(self._socket, [json.dumps(order).encode()], list(ends))
+            # Ends with nothing when exec closes the other end.
+            return self._socket.recv(512).decode("utf-8", "replace")
+        except OSError as error:
+            return f"os-error:the launcher is gone ({error.strerror})"
+        finally:
+            self._socket.close()
+
+
+def _become(fd: int, confinement: Confinement) -> None:
+    """In the launcher: give up rights, wait for the order, turn into the command; never return."""
+    code = "os-error"
+    try:
+        os.dup2(fd, 3)
+        os.closerange(4, 64)  # the port and the selector are not for here
+        inside = socket.socket(fileno=3)
+        inside.set_inheritable(False)
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        confinement.drop_privileges()
+        data, ends, _, _ = socket.recv_fds(inside, 1 << 18, 3)
+        order = json.loads(data)
+        # They may have come as 0 to 2 themselves: move them out of the way, and out of the command's.
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
+        for end in ends:
+            os.close(end)
+        for target, end in enumerate(high):
+            os.dup2(end, target)
+        if order["tty"]:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        confinement.seal(order["limits"])
+        code = "bad-cwd"
+        os.chdir(order["cwd"])
+        code = "not-executable"
+        os.execvpe(order["argv"][0], order["argv"], order["env"])  # noqa: S606  # the point of the machine
+    except FileNotFoundError as error:
+        code = "not-found" if code == "not-executable" else code
+        os.write(3, f"{code}:{error.strerror}".encode())
+    except OSError as error:
+        os.write(3, f"{code}:{error.strerror} {error.filename or ''}".encode())
+    except BaseException as error:  # noqa: BLE001  # a forked child must never return
+        os.write(3, f"os-error:{error!r}".encode()[:500])
+    finally:
+        os._exit(127)
+
+
 class Supervisor:
     """The selector loop and the calls of the protocol."""
 
@@ -159,6 +224,7 @@ class Supervisor:
         self._changes_count = 0
         self._mounted = False
         self._groups = 0
+        self._launcher: Launcher | None = None
         self._woken, waker = socket.socketpair()
         self._woken.setblocking(False)
         waker.setblocking(False)
@@ -305,7 +371,6 @@ class Supervisor:
         environment = {str(k): str(v) for k, v in params["env"].items()}
         terminal = params["tty"]
         group = self._make_group(params["limits"])
-        report_read, report_write = os.pipe2(os.O_CLOEXEC)
         pty = -1
         if terminal:
             pty, inside = os.openpty()
@@ -317,55 +382,38 @@ class Supervisor:
             pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
             child_ends = (pipes[0][0], pipes[1][1], pipes[2][1])
             stdin, outputs = pipes[0][1], {frames.STDOUT: pipes[1][0], frames.STDERR: pipes[2][0]}
-        pid = os.fork()
-        if pid == 0:
-            self._become(argv, environment, str(params["cwd"]), child_ends, bool(terminal), group,
-                         params["limits"], report_write)  # fmt: skip
-        os.close(report_write)
+        launcher, self._launcher = self._launcher or Launcher(self._confinement), None
+        _write(f"{group}/cgroup.procs", str(launcher.pid))
+        order = {
+            "argv": argv,
+            "env": environment,
+            "cwd": str(params["cwd"]),
+            "tty": bool(terminal),
+            "limits": params["limits"],
+        }
+        trouble = launcher.launch(order, child_ends)
         for end in set(child_ends):
             os.close(end)
-        trouble = os.read(report_read, 512)  # ends when exec closes the other end
-        os.close(report_read)
         if trouble:
             for end in {stdin, *outputs.values()}:
                 os.close(end)
-            os.waitpid(pid, 0)
-            code, _, message = trouble.decode("utf-8", "replace").partition(":")
+            os.waitpid(launcher.pid, 0)
+            self._launch_ahead()
+            code, _, message = trouble.partition(":")
             raise CallError(code, message)
         for end in {stdin, *outputs.values()}:
             os.set_blocking(end, False)
-        self._workload = Workload(channel, pid, stdin, outputs, pty)
+        self._workload = Workload(channel, launcher.pid, stdin, outputs, pty)
         for stream in outputs:
             self._watch_output(stream)
 
-    def _become(self, argv: list[str], environment: dict[str, str], cwd: str, ends: tuple[int, int, int],
-                terminal: bool, group: str, limits: dict[str, int], report: int) -> None:  # fmt: skip
-        """In the child: turn into the workload, or say why not and leave."""
-        code = "os-error"
-        try:
-            os.setsid()
-            for target, end in enumerate(ends):
-                os.dup2(end, target)
-            if terminal:
-                fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)
-            _write(f"{group}/cgroup.procs", "0")
-            self._confinement.apply(limits)
-            code = "bad-cwd"
-            os.chdir(cwd)
-            code = "not-executable"
-            os.execvpe(argv[0], argv, environment)  # noqa: S606  # this is the point of the machine
-        except FileNotFoundError as error:
-            code = "not-found" if code == "not-executable" else code
-            os.write(report, f"{code}:{error.strerror}".encode())
-        except OSError as error:
-            os.write(report, f"{code}:{error.strerror} {error.filename or ''}".encode())
-        except BaseException as error:  # noqa: BLE001  # a forked child must never return
-            os.write(report, f"os-error:{error!r}".encode()[:500])
-        finally:
-            os._exit(127)
+    def _launch_ahead(self) -> None:
+        """In a template, fork the launcher that each clone finds ready.
+
+        Not beside a workload: the two would have the same uid.
+        """
+        if not self._mounted and self._launcher is None:
+            self._launcher = Launcher(self._confinement)
 
     def _make_group(self, limits: dict[str, int]) -> str:
         self._groups += 1
@@ -514,6 +562,7 @@ class Supervisor:
         else:
             value["exit"] = os.WEXITSTATUS(work.status)
         self._workload = None
+        self._launch_ahead()
         self._result(work.channel, value)
 
     def _reap_group(self) -> None:

@@ -1,0 +1,229 @@
+"""Measure what people wait for, and print JSON: medians and p99, facts of this host, ratios to a baseline.
+
+``.venv/bin/python bench/run.py [--quick] [NAME ...]``; names are the keys of the output. The
+baseline of the machine numbers is a bare QEMU process of the same kind, from its start to its QMP
+greeting, measured in the same run; of the command numbers, ``python -c pass``. Goals stand beside
+the numbers; nothing fails when one is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from luminaguard.effects.card import MAX_TEXT, make_card
+from luminaguard.effects.changes import FileEntry
+from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT
+from luminaguard.microvm.machine import Command, boot, clone
+from luminaguard.microvm.port import BootSource
+from luminaguard.microvm.template import TemplateStore
+from luminaguard.runtime import Runtime
+from luminaguard.settings import Folders, load_settings
+from luminaguard.testing import Home
+from luminaguard.workspaces.base import base_contents
+from luminaguard.workspaces.blobs import BlobStore
+from luminaguard.workspaces.collect import Collector
+from luminaguard.workspaces.pack import WorkspaceImages
+from luminaguard.workspaces.state import Limits, read_state
+
+QUICK = "--quick" in sys.argv
+LIMITS = Limits(1_000_000, 1 << 34)
+
+
+def spread(values_ms: list[float], goal_ms: float | None = None) -> dict[str, Any]:
+    """Median, p99 and count of milliseconds."""
+    ordered = sorted(values_ms)
+    p99 = ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
+    found: dict[str, Any] = {"p50_ms": round(statistics.median(ordered), 1), "p99_ms": round(p99, 1), "n": len(ordered)}
+    if goal_ms is not None:
+        found |= {"goal_p50_ms": goal_ms, "met": found["p50_ms"] <= goal_ms}
+    return found
+
+
+def times(count: int, action: Callable[[], object]) -> list[float]:
+    """Milliseconds of each of ``count`` runs."""
+    found = []
+    for _ in range(max(3, count // 8) if QUICK else count):
+        start = time.perf_counter()
+        action()
+        found.append((time.perf_counter() - start) * 1000)
+    return found
+
+
+async def _quiet(_stream: int, _data: bytes) -> None:
+    return
+
+
+class Bench:
+    """Holds what several measurements share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folders = Folders.from_environment()
+        self.runtime = Runtime(load_settings(folders), folders)
+        self.home = Home(folder / "home", folders.cache)
+        self.baselines: dict[str, float] = {}
+
+    def facts(self) -> dict[str, Any]:
+        """Of this host, beside every number."""
+        rows = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((x.split(":", 1)[1].strip() for x in rows if x.startswith("model name")), "")
+        hypervisor = self.runtime.hypervisor
+        return {
+            "cpu": cpu,
+            "cores": os.cpu_count(),
+            "kernel": os.uname().release,
+            "load": os.getloadavg()[0],
+            "python": sys.version.split()[0],
+            "qemu": hypervisor.qemu.build,
+            "accelerator": hypervisor.accelerator,
+        }
+
+    def baseline(self) -> dict[str, Any]:
+        """What cannot be undercut here: the bare programs."""
+        qemu = self.runtime.hypervisor.qemu.path
+        command = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-M", "microvm,accel=tcg", "-m", "256",
+                   "-S", "-bios", "qboot.rom", "-qmp", "stdio"]  # fmt: skip
+
+        def greeting() -> None:
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                process.stdout.readline()
+                process.kill()
+
+        found = {
+            "qemu_to_greeting": spread(times(20, greeting)),
+            "python_pass": spread(times(20, lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))),
+        }
+        self.baselines = {name: value["p50_ms"] for name, value in found.items()}
+        return found
+
+    def cold_boot(self) -> dict[str, Any]:
+        """From the start of QEMU to the supervisor's HELLO."""
+        image = self.runtime.images.current()
+
+        async def once() -> float:
+            parts = [os.open(image.folder / name, os.O_RDONLY) for name in (KERNEL, INITRAMFS, ROOT)]
+            empty = self.folder / "empty"
+            with empty.open("wb") as file:
+                file.truncate(1 << 20)
+            parts.append(os.open(empty, os.O_RDONLY))
+            ram = os.memfd_create("ram")
+            os.ftruncate(ram, 256 << 20)
+            start = time.perf_counter()
+            async with boot(self.runtime.hypervisor, BootSource(parts[0], parts[1], (parts[2], parts[3]), 256), ram):
+                took = (time.perf_counter() - start) * 1000
+            for fd in (*parts, ram):
+                os.close(fd)
+            return took
+
+        return spread([anyio.run(once) for _ in range(2 if QUICK else 5)], 2000)
+
+    def clone_to_true(self) -> dict[str, Any]:
+        """From the start of QEMU to the end of the first /bin/true; and the wake alone."""
+        workspace = self.folder / "small"
+        workspace.mkdir(exist_ok=True)
+        state = read_state(workspace, LIMITS)
+        count = 6 if QUICK else 40
+
+        async def all_of_them() -> tuple[list[float], list[float]]:
+            image = self.runtime.images.current()
+            root, disk = image.open_part(ROOT), WorkspaceImages(self.folder).open(state)
+            woken, done = [], []
+            hypervisor = self.runtime.hypervisor
+            store = TemplateStore(self.runtime.folders.cache)
+            async with store.saved(hypervisor, image, 256, lambda _: None) as saved:
+                for _ in range(count):
+                    start = time.perf_counter()
+                    async with clone(hypervisor, saved, (root, disk)) as vm:
+                        woken.append((time.perf_counter() - start) * 1000)
+                        await vm.run(Command(["/bin/true"]), output=_quiet)
+                        done.append((time.perf_counter() - start) * 1000)
+            return woken, done
+
+        woken, done = anyio.run(all_of_them)
+        found = spread(done, 150) | {"woken": spread(woken)}
+        return found | {"ratio_to_bare_qemu": round(found["p50_ms"] / self.baselines["qemu_to_greeting"], 1)}
+
+    def version(self) -> dict[str, Any]:
+        """``luminaguard --version``."""
+        found = spread(times(20, lambda: self.home.run("--version")), 120)
+        return found | {"ratio_to_python": round(found["p50_ms"] / self.baselines["python_pass"], 1)}
+
+    def exec_true(self) -> dict[str, Any]:
+        """``luminaguard exec -- true`` end to end with a cached template, and where the time goes."""
+        workspace = self.folder / "small"
+        workspace.mkdir(exist_ok=True)
+        self.home.exec(workspace, "true")
+        laps: list[dict[str, float]] = []
+        found = spread(times(12, lambda: laps.append(self.home.exec(workspace, "true").json["timings_ms"])), 700)
+        return found | {"laps_p50_ms": {k: round(statistics.median(lap[k] for lap in laps), 1) for k in laps[0]}}
+
+    def workspace_10_mib(self) -> dict[str, Any]:
+        """What 1,000 files of 10 KiB add to ``exec -- true``; new content each time, so nothing is cached."""
+        small, large = self.folder / "small", self.folder / "large"
+        large.mkdir(exist_ok=True)
+        small.mkdir(exist_ok=True)
+
+        def fill(large: Path = large) -> None:
+            for number in range(1000):
+                (large / f"f{number}").write_bytes(os.urandom(10 << 10))
+
+        without, with_files = [], []
+        for _ in range(2 if QUICK else 8):
+            fill()
+            without += times(1, lambda: self.home.exec(small, "true"))[:1]
+            with_files += times(1, lambda: self.home.exec(large, "true"))[:1]
+        added = [b - a for a, b in zip(without, with_files, strict=True)]
+        return spread(added, 600)
+
+    def card_10_000_files(self) -> dict[str, Any]:
+        """The host's part of 100 changes in 10,000 files: entries and contents in, changeset and card out."""
+        workspace = self.folder / "many"
+        for number in range(10_000):
+            path = workspace / f"d{number % 100}" / f"f{number}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"file {number}\n" * 20)
+        state = read_state(workspace, LIMITS)
+        blobs = BlobStore(self.folder / "blobs")
+        changed = [path for path, entry in state.entries.items() if isinstance(entry, FileEntry)][:100]
+
+        def once() -> None:
+            collector = Collector(blobs.writer("bench"), LIMITS)
+            for path in changed:
+                content = f"changed {path}\n".encode() * 20
+                collector.entry(path, "file", 0o644, len(content), "", False)
+                collector.content(content)
+            changeset = collector.changeset(state.entries)
+            with base_contents(workspace, changeset, MAX_TEXT) as before:
+                card = make_card(changeset, before, lambda sha: blobs.read("bench", sha, MAX_TEXT))
+            assert len(card.items) == 100
+
+        return spread(times(20, once), 300)
+
+
+def main() -> None:
+    """Run what was asked for, or everything."""
+    wanted = [name for name in sys.argv[1:] if not name.startswith("-")]
+    with tempfile.TemporaryDirectory(prefix="luminaguard-bench-") as folder:
+        bench = Bench(Path(folder))
+        report: dict[str, Any] = {"host": bench.facts(), "baseline": bench.baseline()}
+        for name in ("cold_boot", "clone_to_true", "version", "exec_true", "workspace_10_mib", "card_10_000_files"):
+            if not wanted or name in wanted:
+                print(f"measuring {name} ...", file=sys.stderr, flush=True)
+                report[name] = getattr(bench, name)()
+        print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
