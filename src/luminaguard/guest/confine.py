@@ -34,7 +34,8 @@ _OWN = _FS_ALL & ~(_FS_MAKE_CHAR | _FS_MAKE_BLOCK)
 READABLE = ("/usr", "/etc", "/proc", "/var", "/dev")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty",
            "/dev/ptmx", "/dev/pts")  # fmt: skip
-OWNED = ("/workspace", "/tmp", "/var/tmp", "/home/user", "/dev/shm")  # noqa: S108  # the guest's own
+WORKSPACE = "/workspace"
+OWNED = ("/tmp", "/var/tmp", "/home/user", "/dev/shm")  # noqa: S108  # the guest's own
 
 # Refused with EPERM. What a workload inside a machine of its own never needs, and what kernel
 # exploits like to start from.
@@ -108,12 +109,12 @@ class Confinement:
     """Everything that can be prepared once, before any workload runs."""
 
     def __init__(self) -> None:
+        self._ruleset = -1
         self._program = seccomp_program()
         self._buffer = ctypes.create_string_buffer(self._program)
         self._fprog = struct.pack("<HxxxxxxQ", len(self._program) // 8, ctypes.addressof(self._buffer))
 
-    @staticmethod
-    def drop_privileges() -> None:
+    def drop_privileges(self) -> None:
         """First half, which needs no knowledge of the command: capabilities, groups, uid, no_new_privs.
 
         Raises:
@@ -128,6 +129,7 @@ class Confinement:
         os.setresuid(UID, UID, UID)
         os.umask(0o022)
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        self._ruleset = _make_ruleset()
 
     def seal(self, limits: dict[str, int]) -> None:
         """Second half, right before exec: limits, landlock (the workspace is mounted now), seccomp.
@@ -142,27 +144,31 @@ class Confinement:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits["nofile"], limits["nofile"]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["fsize"], limits["fsize"]))
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
-        ruleset = self._landlock()
-        _syscall(_LANDLOCK_RESTRICT, ruleset, 0)
-        os.close(ruleset)
+        _allow(self._ruleset, WORKSPACE, _OWN)
+        _syscall(_LANDLOCK_RESTRICT, self._ruleset, 0)
+        os.close(self._ruleset)
         fprog = ctypes.create_string_buffer(self._fprog)
         _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(fprog))
 
-    @staticmethod
-    def _landlock() -> int:
-        attributes = ctypes.create_string_buffer(struct.pack("<Q", _FS_ALL))
-        ruleset = _syscall(_LANDLOCK_CREATE, ctypes.addressof(attributes), 8, 0)
-        rules = (
-            *((path, _READ) for path in READABLE),
-            *((path, _DEVICE | (_FS_READ_DIR if path == "/dev/pts" else 0)) for path in DEVICES),
-            *((path, _OWN) for path in OWNED),
-        )
-        for path, access in rules:
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            rule = ctypes.create_string_buffer(struct.pack("<Qi", access, fd))
-            _syscall(_LANDLOCK_ADD, ruleset, 1, ctypes.addressof(rule), 0)
-            os.close(fd)
-        return ruleset
+
+def _make_ruleset() -> int:
+    """A landlock ruleset of all but the workspace, which is not mounted yet."""
+    attributes = ctypes.create_string_buffer(struct.pack("<Q", _FS_ALL))
+    ruleset = _syscall(_LANDLOCK_CREATE, ctypes.addressof(attributes), 8, 0)
+    for path in READABLE:
+        _allow(ruleset, path, _READ)
+    for path in DEVICES:
+        _allow(ruleset, path, _DEVICE | (_FS_READ_DIR if path == "/dev/pts" else 0))
+    for path in OWNED:
+        _allow(ruleset, path, _OWN)
+    return ruleset
+
+
+def _allow(ruleset: int, path: str, access: int) -> None:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    rule = ctypes.create_string_buffer(struct.pack("<Qi", access, fd))
+    _syscall(_LANDLOCK_ADD, ruleset, 1, ctypes.addressof(rule), 0)
+    os.close(fd)
 
 
 def _prctl(option: int, *arguments: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import ctypes
 import fcntl
+import gc
 import json
 import os
 import selectors
@@ -64,6 +65,8 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
 
 def main() -> None:
     """Set the machine up, say HELLO, serve until the machine is destroyed."""
+    # Objects live as long as the machine: a collection would only touch, and copy, every page.
+    gc.disable()
     fd = _prepare()
     if len(sys.argv) > 1:
         raise SystemExit("the supervisor takes no arguments")
@@ -343,16 +346,21 @@ class Supervisor:
         if not params["workspace"]:
             # The machine that clones are copied from: the kernel makes its boot id when it is first
             # read, and every clone would inherit one that was read here.
+            self._make_upper(str(params["upper_size"]))
             return {}
-        self._mount_workspace(str(params["upper_size"]))
+        self._mount_workspace()
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return {"boot_id": file.read().strip()}
 
-    def _mount_workspace(self, size: str) -> None:
+    @staticmethod
+    def _make_upper(size: str) -> None:
         base = f"{BASE}/workspace"
         mount("tmpfs", base, "tmpfs", _SAFE, f"mode=700,size={size}")
         for folder in ("lower", "upper", "work"):
             os.mkdir(f"{base}/{folder}", 0o755)
+
+    def _mount_workspace(self) -> None:
+        base = f"{BASE}/workspace"
         mount(f"{BASE}/dev/vdb", f"{base}/lower", "squashfs", _SAFE | _MS_RDONLY)
         root = os.stat(f"{base}/lower")
         os.chmod(UPPER, stat.S_IMODE(root.st_mode) | 0o700)

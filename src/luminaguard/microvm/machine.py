@@ -110,8 +110,13 @@ class MicroVM:
         """The hypervisor's process id."""
         return self._machine.pid
 
-    async def wake(self, *, workspace: bool, upper_mib: int) -> None:
-        """Give the clone its own clock, entropy and names; mount the workspace if there is one."""
+    async def wake(self, *, upper_mib: int = 0) -> None:
+        """Give the clone its own clock, entropy and names, and mount the workspace.
+
+        Args:
+            upper_mib: only for the machine that clones are copied from, which gets no workspace:
+                how much the clones may change, in MiB.
+        """
         call = await self._channel.call(
             "wake",
             {
@@ -119,7 +124,7 @@ class MicroVM:
                 "entropy": base64.b64encode(secrets.token_bytes(64)).decode(),
                 "hostname": self.id,
                 "machine_id": secrets.token_hex(16),
-                "workspace": workspace,
+                "workspace": not upper_mib,
                 "upper_size": f"{upper_mib}m",
             },
         )
@@ -222,13 +227,12 @@ async def clone(
     disks: tuple[int, ...],
     *,
     vm_id: str | None = None,
-    workspace: bool = True,
 ) -> AsyncIterator[MicroVM]:
     """A woken copy of a saved machine, with ``disks`` (the root, and the workspace) behind it."""
     async with hypervisor.clone(saved, disks) as machine, open_channel(machine.channel) as channel:
         vm = MicroVM(vm_id or new_id(), machine, channel)
         try:
-            await vm.wake(workspace=workspace, upper_mib=saved.memory_mib // 2)
+            await vm.wake()
             yield vm
         except MachineError as error:
             error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")

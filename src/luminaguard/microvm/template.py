@@ -158,7 +158,7 @@ class TemplateStore:
             parts.callback(os.close, empty)
             source = BootSource(kernel, initramfs, (root, empty), memory_mib)
             async with boot(hypervisor, source, ram) as (vm, machine):
-                await vm.wake(workspace=False, upper_mib=0)
+                await vm.wake(upper_mib=memory_mib // 2)
                 for argv in _WARM_UP:
                     await vm.run(Command(argv, cwd="/"), output=_discard, timeout_s=60)
                 await machine.save(state)
