@@ -44,6 +44,8 @@ attempt('port', lambda: [n for n in os.listdir('/dev') if n.startswith(('vport',
 attempt('kill init', lambda: os.kill(1, signal.SIGKILL))
 attempt('see init', lambda: open('/proc/1/environ').read())
 attempt('other processes', lambda: [p for p in os.listdir('/proc') if p.isdigit() and os.stat(f'/proc/{p}').st_uid != os.getuid()] or 'none')
+attempt('write root', lambda: open('/x', 'w'))
+attempt('write run', lambda: open('/run/x', 'w'))
 attempt('write usr', lambda: open('/usr/bin/x', 'w'))
 attempt('write etc', lambda: open('/etc/passwd', 'a'))
 attempt('setuid', lambda: os.setuid(0))
@@ -74,6 +76,7 @@ attempt('kcore', lambda: open('/proc/kcore', 'rb').read(1))
 status = dict(line.split(':\t', 1) for line in open('/proc/self/status').read().splitlines() if ':\t' in line)
 found['capabilities'] = {k: int(status[k], 16) for k in ('CapInh', 'CapPrm', 'CapEff', 'CapBnd', 'CapAmb')}
 found['confined'] = (status['NoNewPrivs'], status['Seccomp'], status['Uid'].split()[0])
+found['modes'] = [oct(os.stat(p).st_mode & 0o7777) for p in ('/', '/usr', '/etc', '/run', '/workspace')]
 setuid = [os.path.join(d, f) for d, _, fs in os.walk('/usr') for f in fs if os.lstat(os.path.join(d, f)).st_mode & 0o6000]
 found['set-id files'] = setuid
 found['may work'] = [open('/workspace/ok', 'w').write('x'), open('/tmp/ok', 'w').write('x'), os.getpid() > 1]
@@ -85,7 +88,7 @@ def test_the_workload_can_reach_nothing_but_its_copy(home, workspace):
     result = home.exec(workspace, "python3", "-c", PROBE)
     found = json.loads(result.json["stdout"])
     denied = {"EACCES", "EPERM", "EROFS"}
-    for name in ("read supervisor", "read sys", "make disk", "make whiteout", "kill init", "write usr", "write etc",
+    for name in ("read supervisor", "read sys", "make disk", "make whiteout", "kill init", "write root", "write run", "write usr", "write etc",
                  "setuid", "chroot", "ptrace", "mount", "unshare", "clone newuser", "bpf", "io_uring", "userfaultfd",
                  "keyctl", "kexec", "module", "clock", "hostname", "sysctl", "sysrq", "kmsg", "kcore"):  # fmt: skip
         assert found.pop(name) in denied, name
@@ -101,6 +104,7 @@ def test_the_workload_can_reach_nothing_but_its_copy(home, workspace):
     assert set(found.pop("capabilities").values()) == {0}
     assert found.pop("confined") == ["1", "2", "1000"]
     assert found.pop("set-id files") == []
+    assert found.pop("modes")[:4] == ["0o755"] * 4
     assert found.pop("may work") == [1, 1, True]
     assert found == {}
 

@@ -40,8 +40,11 @@ from luminaguard.images.manifest import (
 
 __all__ = ["ImageStore"]
 
-_MKSQUASHFS = ("mksquashfs", "-", "{out}", "-tar", "-comp", "lz4", "-no-xattrs", "-mkfs-time", "0",
-               "-noappend", "-quiet", "-no-progress", "-mem", "256M")  # fmt: skip
+_MKSQUASHFS = (
+    *("mksquashfs", "-", "{out}", "-tar", "-comp", "lz4", "-no-xattrs", "-noappend", "-quiet", "-no-progress"),
+    # The tar has no entry for the root itself; left alone it would be writable by all, with today's time.
+    *("-mkfs-time", "0", "-all-time", "0", "-root-mode", "755", "-root-uid", "0", "-root-gid", "0", "-mem", "256M"),
+)
 _RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py")
 
 

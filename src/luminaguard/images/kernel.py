@@ -73,12 +73,15 @@ def vmlinux(bzimage: bytes) -> bytes:
     payload = bzimage[start : start + length]
     for magic, unpack in _UNPACKERS.items():
         if payload.startswith(magic):
-            elf = unpack(payload)
+            try:
+                elf = unpack(payload)
+            except (OSError, EOFError, ValueError, lzma.LZMAError, lz4.block.LZ4BlockError, zstandard.ZstdError):
+                break
             if not elf.startswith(b"\x7fELF"):
                 break
             return elf
     raise ImageBuildFailed(
-        f"The kernel payload starts with {payload[:4].hex()}, which is no known compression.",
+        f"The kernel payload (it starts with {payload[:4].hex()}) cannot be unpacked.",
         hint="Rebuild with another kernel package.",
     )
 

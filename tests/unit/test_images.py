@@ -1,0 +1,138 @@
+"""Building guest images: reproducible, complete, bounded, and clear when something is wrong."""
+
+import gzip
+import io
+import json
+import tarfile
+
+import lz4.block
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luminaguard.errors import ImageBuildFailed, ImageMissing
+from luminaguard.images import deb, elf, kernel, lock, rootfs
+from luminaguard.images.build import ImageStore
+from luminaguard.testing import Home
+
+
+def make_deb(path, members):
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as tar:
+        for info, data in members:
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    data = gzip.compress(raw.getvalue())
+    header = f"{'data.tar.gz':16}{0:<12}{0:<6}{0:<6}{'100644':8}{len(data):<10}`\n".encode()
+    path.write_bytes(b"!<arch>\n" + header + data)
+    return path
+
+
+def info(name, mode=0o644, kind=tarfile.REGTYPE, target=""):
+    member = tarfile.TarInfo(name)
+    member.mode, member.type, member.linkname = mode, kind, target
+    return member
+
+
+def test_packages_merge_without_set_id_bits_devices_or_documentation(tmp_path):
+    package = make_deb(
+        tmp_path / "x_1_amd64.deb",
+        [
+            (info("./bin/su", 0o4755), b"su"),
+            (info("./usr/share/doc/x/readme"), b"doc"),
+            (info("./dev/null", kind=tarfile.CHRTYPE), b""),
+            (info("./usr/bin/alias", kind=tarfile.LNKTYPE, target="./bin/su"), b""),
+            (info("./usr/lib/python3.11/m.py"), b"x = 1\n"),
+        ],
+    )
+    tree = rootfs.build_tree([package], lambda _: None)
+    assert tree["usr/bin/su"].mode == 0o755
+    assert tree["usr/bin/alias"].data == b"su"
+    assert "usr/share/doc/x/readme" not in tree
+    assert "dev/null" not in tree
+    assert tree["bin"].target == "usr/bin"
+    assert all(not node.mode & 0o6000 for node in tree.values())
+    one, two = io.BytesIO(), io.BytesIO()
+    rootfs.write_tar(tree, one)
+    rootfs.write_tar(rootfs.build_tree([package], lambda _: None), two)
+    assert one.getvalue() == two.getvalue()
+
+
+def test_a_package_that_escapes_is_refused(tmp_path):
+    package = make_deb(tmp_path / "x_1_amd64.deb", [(info("../../etc/passwd"), b"x")])
+    with pytest.raises(ImageBuildFailed):
+        rootfs.build_tree([package], lambda _: None)
+
+
+@given(st.binary(max_size=400))
+def test_arbitrary_bytes_are_no_package(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("deb") / "x.deb"
+    path.write_bytes(b"!<arch>\n" + data)
+    with pytest.raises(ImageBuildFailed):
+        list(deb.data_members(path))
+
+
+def bzimage(payload: bytes) -> bytes:
+    head = bytearray(0x400)
+    head[0x1F1] = 1
+    head[0x202:0x206] = b"HdrS"
+    head[0x248:0x250] = (0).to_bytes(4, "little") + len(payload).to_bytes(4, "little")
+    return bytes(head) + payload
+
+
+def test_a_kernel_is_unpacked_from_the_kernels_own_lz4_framing():
+    image = b"\x7fELF" + bytes(range(256)) * 100
+    block = lz4.block.compress(image, store_size=False)
+    payload = b"\x02\x21\x4c\x18" + len(block).to_bytes(4, "little") + block + len(image).to_bytes(4, "little")
+    assert kernel.vmlinux(bzimage(payload)) == image
+
+
+@pytest.mark.parametrize("payload", [b"unknown!", b"\x1f\x8b" + bytes(20), b"\x02\x21\x4c\x18" + bytes(20), b""])
+def test_a_kernel_that_cannot_be_unpacked_is_refused(payload):
+    with pytest.raises(ImageBuildFailed):
+        kernel.vmlinux(bzimage(payload))
+
+
+def test_the_shipped_locks_are_whole_and_name_no_address():
+    from importlib import resources
+
+    for entry in (resources.files("luminaguard.images") / "locks").iterdir():
+        text = entry.read_text()
+        assert "http" not in text
+        found = lock.PackageLock.loads(text, entry.name)
+        assert found.dumps() == text
+        assert len(found.role("kernel")) >= 1
+        assert all(len(p.sha256) == 64 for p in found.packages)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"format": 2}', '{"format": 1, "distribution": "x", "packages": [{}]}']
+)
+def test_a_bad_lock_is_refused(text):
+    with pytest.raises(ImageBuildFailed):
+        lock.PackageLock.loads(text, "x")
+
+
+def test_elf_dependencies_of_a_real_program():
+    with open("/bin/ls", "rb") as file:
+        assert "libc.so.6" in elf.needed(file.read())
+
+
+def test_without_an_image_and_with_a_strange_current(tmp_path):
+    store = ImageStore(tmp_path)
+    with pytest.raises(ImageMissing):
+        store.current()
+
+
+@pytest.mark.vm
+def test_the_same_packages_give_the_same_image(tmp_path, cache):
+    """A forced second build, from the same downloads, has the same digest."""
+    own = tmp_path / "home"
+    (own / "cache").mkdir(parents=True)
+    (own / "cache" / "packages").symlink_to(cache / "packages")
+    built = Home(own).run("image", "build", "--force", "--json", timeout_s=300)
+    assert built.code == 0, built.err
+    assert json.loads(built.out)["id"] == (cache / "images" / "current").read_text().strip()
+    (own / "cache" / "images" / ".building-1").mkdir()
+    assert Home(own).run("image", "build", timeout_s=300).code == 0
+    assert not (own / "cache" / "images" / ".building-1").exists()
