@@ -25,6 +25,7 @@ from luminaguard.errors import (
     GuestProtocolError,
     LuminaGuardError,
     OutcomeUnknown,
+    RequestNotFound,
     WorkspaceError,
 )
 from luminaguard.settings import Folders, Settings
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Execution", "Runtime", "Status"]
 
+_ORPHAN_AGE_S = 3600
 Status = Literal["published", "pending", "denied", "unchanged", "refused"]
 Output = Callable[[int, bytes], Awaitable[None]]
 Feed = Callable[["Call"], Awaitable[None]]
@@ -361,12 +363,18 @@ class Runtime:
 
         told: list[str] = []
         for path in self.publisher.interrupted():
-            journal = Journal.load(path)
-            with self._if_free(journal.workspace) as free:
-                if free and path.exists():
-                    told.append(self._recover_one(path))
+            # One that cannot be recovered blocks its own workspace, not the others.
+            try:
+                workspace = Journal.load(path).workspace
+                with self._if_free(workspace) as free:
+                    if free and path.exists():
+                        told.append(self._recover_one(path))
+            except LuminaGuardError as error:
+                self._mark_unknown(path.stem, error.message)
+                told.append(f"{path.stem}: {error.message} {error.hint}")
+        self._forget_orphans()
         for request in self.approvals.list():
-            if request.state is not State.CLAIMED:
+            if request.state is not State.CLAIMED or (self.folders.state / "journal" / f"{request.id}.json").exists():
                 continue
             with self._if_free(request.workspace) as free:
                 # Claimed, nobody at it, and no journal: it ended before anything was written.
@@ -394,8 +402,31 @@ class Runtime:
         from luminaguard.workspaces.journal import Journal
 
         for path in self.publisher.interrupted():
-            if Journal.load(path).workspace == workspace:
+            try:
+                concerned = Journal.load(path).workspace == workspace
+            except LuminaGuardError as error:
+                self._mark_unknown(path.stem, error.message)
+                concerned = False
+            if concerned:
                 self._recover_one(path)
+
+    def _mark_unknown(self, request_id: str, why: str) -> None:
+        from luminaguard.approvals import State
+
+        try:
+            if self.approvals.get(request_id).state is State.CLAIMED:
+                self.approvals.finish(request_id, State.UNKNOWN, why)
+        except RequestNotFound:
+            pass  # the database is newer than the journal: the file alone says that something is open
+
+    def _forget_orphans(self) -> None:
+        """Delete contents that no open request and no running machine needs any more."""
+        kept = {request.id for request in self.approvals.list()} | {vm.id for vm in self.tracker.running()}
+        # A request that is being made has its contents for a moment before its row.
+        kept |= {vm_id.replace("vm-", "req-") for vm_id in kept}
+        for owner in self.blobs.owners():
+            if owner not in kept and self.blobs.age_s(owner) > _ORPHAN_AGE_S:
+                self.blobs.forget(owner)
 
     def _recover_one(self, path: Path) -> str:
         from luminaguard.approvals import State

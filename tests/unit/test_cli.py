@@ -129,3 +129,20 @@ def test_doctor_as_json(bare_home):
     assert checks["image"]["level"] == "fail"
     assert checks["image"]["remedy"]
     assert checks["hypervisor"]["level"] in {"ok", "note"}
+
+
+def test_folders_that_cannot_be_resolved_are_refused(bare_home, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    says(bare_home.run("exec", "-w", str(tmp_path / "loop" / "x"), "--", "true"), 122, "workspace")
+
+
+def test_a_journal_that_cannot_be_recovered_blocks_no_other_folder(bare_home, tmp_path):
+    assert bare_home.run("ledger", "verify").code == 0
+    journals = bare_home.folder / "state" / "journal"
+    journals.mkdir(mode=0o700)
+    (journals / "req-damaged.json").write_text("{")
+    assert bare_home.run("approvals", "list").code == 0
+    told = bare_home.run("recover")
+    assert told.code == 0
+    assert "req-damaged" in told.out
+    assert (journals / "req-damaged.json").exists()

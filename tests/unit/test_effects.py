@@ -215,3 +215,24 @@ def test_renames_are_recognised():
     changeset = Changeset.of([Change("old", entry, None), Change("new", None, entry)])
     assert changeset.renames == {"new": "old"}
     assert "renamed from old" in card_text(changeset, {}, {})[1]
+
+
+@pytest.mark.parametrize("hidden", ["\ufe01", "\U000e0120", "\u034f", "\u17b4", "\u180b"])
+def test_characters_that_show_nothing_are_escaped(hidden):
+    assert hidden not in visible(f"a{hidden}b")
+    assert Mark.CONTROL in mark(f"a{hidden}b")
+
+
+def test_a_card_has_a_limit_and_says_what_it_did_not_compare():
+    text = b"a\n" * 7900
+    entry = FileEntry(0o644, len(text), SHA)
+    changeset = Changeset.of([Change(f"g{n:04}", None, entry) for n in range(2000)])
+    card, _ = card_text(changeset, {}, {SHA: text})
+    assert len(card.items) == 2000
+    assert card.items[0].diff
+    assert "reached its limit" in card.items[-1].note
+
+
+def test_a_link_target_that_is_no_name_is_refused():
+    with pytest.raises(ChangesetRefused):
+        changeset_from_layer(BASE, [Observed("l", "symlink", target="\ud800")])

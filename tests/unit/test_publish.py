@@ -408,3 +408,41 @@ def test_any_tree_becomes_any_other_or_stays(tmp_path_factory, one, two, fail_at
         assert snapshot(top / "one") == base
     else:
         assert snapshot(top / "one") == goal
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root opens everything")
+@pytest.mark.parametrize("mode", [0, 0o311, 0o111])
+def test_folders_that_may_not_be_read_are_published_and_undone(tmp_path, mode):
+    for fail in (False, True):
+        folder, state = tmp_path / f"ws{fail}", tmp_path / f"state{fail}"
+        folder.mkdir()
+        state.mkdir()
+        blobs = BlobStore(state)
+        writer = blobs.writer(REQUEST)
+        writer.begin()
+        writer.write(b"x")
+        writer.end()
+        changeset = Changeset.of([Change("d", None, DirEntry(mode)), Change("d/x", None, entry(b"x"))])
+
+        def step(name, fail=fail):
+            if fail and name == "journal committed":
+                raise OSError(errno.EIO, "broken")
+
+        publisher = Publisher(state, blobs)
+        if fail:
+            with pytest.raises(PublishError, match="Publishing failed"):
+                publisher.publish(REQUEST, *identity(folder), changeset, step)
+            assert list(folder.iterdir()) == []
+        else:
+            publisher.publish(REQUEST, *identity(folder), changeset, step)
+            assert (folder / "d").stat().st_mode & 0o777 == mode
+            (folder / "d").chmod(0o700)
+            assert (folder / "d" / "x").read_bytes() == b"x"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root opens everything")
+def test_a_base_that_cannot_be_read_any_more_is_a_conflict(folder, state):
+    publisher, changeset = scenario(folder, state)
+    (folder / "edit.txt").chmod(0)
+    with pytest.raises(Conflict):
+        publisher.publish(REQUEST, *identity(folder), changeset)

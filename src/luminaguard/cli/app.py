@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from luminaguard.errors import EXIT_INTERRUPTED, LuminaGuardError
+from luminaguard.errors import EXIT_INTERRUPTED, LuminaGuardError, WorkspaceError
 
 __all__ = ["app", "run"]
 
@@ -96,6 +96,15 @@ def shell(
 
 def _absolute(path: Path) -> Path:
     # Links above the folder are the user's own; whether the folder itself is one is checked later.
+    try:
+        return _resolved(path)
+    except (OSError, RuntimeError) as error:
+        raise WorkspaceError(
+            f"The workspace {str(path)!a} cannot be found: {error}.", hint="Check the path after --workspace."
+        ) from error
+
+
+def _resolved(path: Path) -> Path:
     absolute = path.absolute()
     return absolute.parent.resolve() / absolute.name if absolute.name not in {"", ".."} else absolute.resolve()
 

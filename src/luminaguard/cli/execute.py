@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["Options", "execute"]
 
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+_TERMINAL_RESET = (
+    "\x18\x1b\\\x1b[?1049l\x1b[!p\x1b[r\x1b(B\x1b)B\x0f\x1b[?7h\x1b[?25h\x1b]104\x07\x1b]110\x07\x1b]111\x07\x1b[0m\r\n"
+)
+"""The command had the terminal: end a started sequence, leave the alternate screen, and put back
+scroll region, character sets, palette, colours and cursor (xterm's ctlseqs), or it could redraw the card."""
 _START_FAILURES = {"not-found": _NOT_FOUND, "not-executable": _NOT_EXECUTABLE}
 
 
@@ -128,7 +134,7 @@ async def _write(fd: int, data: bytes) -> None:
     """Write all of it; a slow reader slows the command down, by the credit that it is not given."""
     view = memoryview(data)
     while view:
-        count = await anyio.to_thread.run_sync(os.write, fd, view)
+        count = await anyio.to_thread.run_sync(os.write, fd, view, abandon_on_cancel=True)
         view = view[count:]
 
 
@@ -205,6 +211,7 @@ def ask(runtime: Runtime, request: Request) -> bool | None:
     while True:
         sys.stderr.write(question)
         sys.stderr.flush()
+        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)  # keys typed before the card was there answer nothing
         try:
             answer = sys.stdin.readline()
         except KeyboardInterrupt:
@@ -229,6 +236,8 @@ def show_card(runtime: Runtime, request: Request, *, full: bool = False) -> None
     from luminaguard.effects.text import visible
 
     card = runtime.card(request)
+    if sys.stderr.isatty():
+        sys.stderr.write(_TERMINAL_RESET)
     sys.stderr.write(f"\n{request.id}   {visible(' '.join(request.command))[:200]}   (exit {request.exit_code})\n")
     print_lines(render(card, max_diff_lines=None if full else 40))
 

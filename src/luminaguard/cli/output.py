@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from luminaguard.effects.text import visible
 from luminaguard.errors import LuminaGuardError
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def print_error(error: LuminaGuardError, *, as_json: bool) -> None:
         print_json({"status": "refused", "error": fields})
         return
     head = "\x1b[1;31merror:\x1b[0m" if colours(sys.stderr) else "error:"
-    sys.stderr.write(f"{head} {error.message}\n  kept: {error.kept}\n  hint: {error.hint}\n")
+    message, kept, hint = visible(error.message), visible(error.kept), visible(error.hint)
+    sys.stderr.write(f"{head} {message}\n  kept: {kept}\n  hint: {hint}\n")
     for note in getattr(error, "__notes__", []):
         sys.stderr.write(f"  note: {ascii(note)[1:-1][:1000]}\n")
     sys.stderr.flush()

@@ -18,6 +18,8 @@ from luminaguard.effects.text import hides_something, visible
 __all__ = ["CardItem", "DiffCard", "Summary", "make_card"]
 
 MAX_TEXT = 256 << 10
+MAX_CARD = 4 << 20
+"""Bytes of text that one card compares; changes after that are listed without their diffs, and say so."""
 _MAX_LINES = 8000
 _MAX_LINE = 500
 Contents = Callable[[str], bytes | None]
@@ -81,8 +83,12 @@ def make_card(changeset: Changeset, before: Contents, after: Contents) -> DiffCa
     """
     items = []
     added = removed = 0
+    budget = MAX_CARD
     for change in changeset.changes:
-        item, plus, minus = _item(change, changeset.renames, before, after)
+        sizes = [e.size for e in (change.before, change.after) if isinstance(e, FileEntry)]
+        budget -= sum(size for size in sizes if size <= MAX_TEXT)
+        within = budget >= 0
+        item, plus, minus = _item(change, changeset.renames, before if within else None, after if within else None)
         items.append(item)
         added, removed = added + plus, removed + minus
     kinds = Counter(change.kind for change in changeset.changes)
@@ -94,7 +100,9 @@ def make_card(changeset: Changeset, before: Contents, after: Contents) -> DiffCa
     return DiffCard(changeset.digest, summary, tuple(items))
 
 
-def _item(change: Change, renames: Mapping[str, str], before: Contents, after: Contents) -> tuple[CardItem, int, int]:
+def _item(
+    change: Change, renames: Mapping[str, str], before: Contents | None, after: Contents | None
+) -> tuple[CardItem, int, int]:
     source = renames.get(change.path)
     marks = list(marks_of(change))
     path = visible(change.path)
@@ -164,12 +172,14 @@ def _has_content(change: Change) -> bool:
     return isinstance(change.before, FileEntry) or isinstance(change.after, FileEntry)
 
 
-def _text(entry: Entry | None, contents: Contents) -> tuple[list[str] | None, str]:
+def _text(entry: Entry | None, contents: Contents | None) -> tuple[list[str] | None, str]:
     """The lines of a text file; or why there are none to show."""
     if not isinstance(entry, FileEntry):
         return [], ""
     if entry.size > MAX_TEXT:
         return None, f"too large to compare here ({_size(entry.size)})"
+    if contents is None:
+        return None, "not compared: this card has reached its limit of text"
     data = contents(entry.sha256)
     if data is None:
         return None, "the base content is no longer at hand"

@@ -19,6 +19,7 @@ from luminaguard.effects.changes import (
     LinkEntry,
     Manifest,
     check_path,
+    encode,
 )
 from luminaguard.errors import ChangesetRefused
 
@@ -90,7 +91,11 @@ def _entry(seen: Observed) -> Entry:
         case "dir":
             return DirEntry(seen.mode & 0o777)
         case "symlink":
-            if not seen.target or "\0" in seen.target or len(seen.target) > _MAX_TARGET:
+            try:
+                target = encode(seen.target)
+            except UnicodeEncodeError:
+                target = b""
+            if not target or b"\0" in target or len(target) > _MAX_TARGET:
                 raise _refused(seen, "its target cannot be one")
             return LinkEntry(seen.target)
         case _:

@@ -8,7 +8,9 @@ __all__ = ["hides_something", "mixes_scripts", "visible"]
 
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _LOOKALIKE_SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE")
-_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u17b5")
+_SELECTORS = ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
+"""Variation selectors: marks that change nothing to be seen, and can carry a whole message."""
 
 
 def visible(text: str, *, keep_tab: bool = False) -> str:
@@ -43,7 +45,7 @@ def mixes_scripts(text: str) -> bool:
 
 
 def _is_plain(c: str) -> bool:
-    if c in _BLANK:
+    if c in _BLANK or any(first <= ord(c) <= last for first, last in _SELECTORS):
         return False
     category = unicodedata.category(c)
     return category not in _INVISIBLE_CATEGORIES and (category != "Zs" or c == " ")

@@ -150,7 +150,7 @@ class MicroVM:
             output: called with each piece of standard output (1) and standard error (2).
             feed: writes standard input and signals; cancelled when the command ends. Without it,
                 standard input is empty.
-            timeout_s: after this many seconds everything that the command started is killed.
+            timeout_s: after this many seconds the outcome says ``timed_out``; destroy the machine then.
 
         Raises:
             CallFailed: it could not be started (``not-found``, ``not-executable``, ``bad-cwd``).
@@ -170,7 +170,11 @@ class MicroVM:
                     readers.start_soon(_forward, call, frames.STDOUT, output)
                     if not command.terminal:
                         readers.start_soon(_forward, call, frames.STDERR, output)
-                    timed_out = await _killed_at_deadline(call, timeout_s)
+                    timed_out = await _ended_in_time(call, timeout_s)
+                    if timed_out:
+                        readers.cancel_scope.cancel()
+                if timed_out:
+                    return Outcome(128 + 9, 9, timed_out=True)
                 result = await call.result(CALL_TIMEOUT)
             except* Exception as group:  # noqa: BLE001  # raised again below, outside the task groups' wrapping
                 failure = _first(group)
@@ -178,7 +182,7 @@ class MicroVM:
                 tasks.cancel_scope.cancel()
         if failure is not None:
             raise failure
-        return _outcome(result, timed_out)
+        return _outcome(result)
 
     async def changes(
         self,
@@ -309,22 +313,19 @@ async def _forward(call: Call, stream: int, output: Output) -> None:
         await output(stream, data)
 
 
-async def _killed_at_deadline(call: Call, timeout_s: float | None) -> bool:
-    """Wait for the call's end; kill it at the deadline. Returns whether that was needed."""
+async def _ended_in_time(call: Call, timeout_s: float | None) -> bool:
+    """Wait for the call's end; True if the deadline came first (the machine is then of no more use)."""
     with anyio.move_on_after(timeout_s) as scope:
         await call.result()
-    if scope.cancelled_caught:
-        await call.signal(9)
-        await call.result(CALL_TIMEOUT)
     return scope.cancelled_caught
 
 
-def _outcome(result: dict[str, Any], timed_out: bool) -> Outcome:
+def _outcome(result: dict[str, Any]) -> Outcome:
     code, number = result.get("exit"), result.get("signal")
     if type(code) is int and 0 <= code <= 255:
-        return Outcome(code, None, bool(result.get("out_of_memory")), timed_out)
+        return Outcome(code, None, bool(result.get("out_of_memory")))
     if type(number) is int and 0 < number < 128:
-        return Outcome(128 + number, number, bool(result.get("out_of_memory")), timed_out)
+        return Outcome(128 + number, number, bool(result.get("out_of_memory")))
     raise GuestProtocolError(
         "The guest reported no usable exit status.",
         hint="Treat what ran in it as hostile.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 from luminaguard.errors import StorageError
@@ -61,6 +62,13 @@ class BlobStore:
     def forget(self, owner: str) -> None:
         """Delete the contents of one request."""
         shutil.rmtree(self.folder / owner, ignore_errors=True)
+
+    def age_s(self, owner: str) -> float:
+        """Seconds since the contents of one request last changed."""
+        try:
+            return time.time() - (self.folder / owner).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def owners(self) -> list[str]:
         """Whose contents are kept."""

@@ -133,9 +133,7 @@ class Publisher:
 
     def close(self, request_id: str) -> None:
         """Forget the journal of a publish whose end has been recorded."""
-        path = self._journals / f"{request_id}.json"
-        if path.exists():
-            Journal.load(path).remove()
+        (self._journals / f"{request_id}.json").unlink(missing_ok=True)
 
     def interrupted(self) -> list[Path]:
         """Journals of publishes that have not ended."""
@@ -177,6 +175,13 @@ class Publisher:
 
     @staticmethod
     def _check_base(root: int, changeset: Changeset) -> None:
+        try:
+            Publisher._compare_base(root, changeset)
+        except OSError as error:
+            raise _conflict(f"the folder cannot be compared with what the command saw ({error})") from error
+
+    @staticmethod
+    def _compare_base(root: int, changeset: Changeset) -> None:
         for change in changeset.changes:
             if entry_at(root, change.path) != change.before or (
                 change.before is None and _something_at(root, change.path)
@@ -281,12 +286,13 @@ class _Work:
                     self._exchange(folder, number, change)
                 else:
                     self._put_in(folder, number, change)
+            # While every folder can still be opened.
+            self._sync()
             # Last, from the leaves up: a mode may take away the right to write into a folder.
             for _, change in reversed(self._changes):
                 if isinstance(change.after, DirEntry) or _is_mode_only(change):
                     self._step(f"mode {change.path}")
                     self._set_mode(change, change.after)
-        self._sync()
 
     def _take_out(self, folder: int, number: int, change: Change) -> None:
         with parent_of(self._root, change.path) as (parent, name):
@@ -311,19 +317,24 @@ class _Work:
 
     def _set_mode(self, change: Change, entry: Entry | None) -> None:
         assert isinstance(entry, FileEntry | DirEntry)
+        kind = os.O_DIRECTORY if isinstance(entry, DirEntry) else 0
         with parent_of(self._root, change.path) as (parent, name):
-            kind = os.O_DIRECTORY if isinstance(entry, DirEntry) else os.O_NONBLOCK
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | kind, dir_fd=parent)
+            # O_PATH opens what may not be read, and /proc gives chmod a path that cannot be swapped.
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC | kind, dir_fd=parent)
             try:
-                special = stat.S_IMODE(os.fstat(fd).st_mode) & 0o7000 if isinstance(entry, DirEntry) else 0
-                os.fchmod(fd, entry.mode | special)
+                now = os.fstat(fd).st_mode
+                if stat.S_ISDIR(now) != isinstance(entry, DirEntry) or stat.S_ISLNK(now):
+                    raise _conflict(f"{change.path!a} was replaced while it was being published")
+                special = stat.S_IMODE(now) & 0o7000 if stat.S_ISDIR(now) else 0
+                os.chmod(f"/proc/self/fd/{fd}", entry.mode | special)
             finally:
                 os.close(fd)
 
     def _sync(self) -> None:
         for parent in {change.path.rpartition("/")[0] for _, change in self._changes}:
-            # A folder that went, or became a file, has nothing to be made durable.
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            # A folder that went, or became a file, has nothing to be made durable; one that may not be
+            # opened is made durable by the file system in its own time.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 fd = open_folder(self._root, parent)
                 try:
                     os.fsync(fd)
@@ -356,7 +367,7 @@ class _Work:
         with self._staging() as folder:
             for number, change in self._changes:
                 if isinstance(change.after, DirEntry):
-                    self._open_up(number, change)
+                    self._attempt(left, change, self._open_up, number, change)
             for number, change in reversed(self._changes):
                 if change.after is not None and not _is_mode_only(change):
                     self._attempt(left, change, self._undo_place, folder, number, change)
@@ -369,26 +380,27 @@ class _Work:
         self._sync()
         return left
 
-    def _open_up(self, number: int, change: Change) -> None:
+    def _open_up(self, number: int, change: Change) -> bool:
         """A folder that may have got its final mode must be writable to take things out of it."""
         if _is_mode_only(change):
             if isinstance(entry_at(self._root, change.path), DirEntry):
                 self._set_mode(change, DirEntry(0o700))
-            return
+            return True
         with (
             contextlib.suppress(FileNotFoundError),
             parent_of(self._root, change.path) as (parent, name),
         ):
             if _inode(parent, name) == self._journal.inodes.get(number):
                 self._set_mode(change, DirEntry(0o700))
+        return True
 
     @staticmethod
     def _attempt(left: list[str], change: Change, action: Callable[..., bool], *arguments: object) -> None:
         try:
             restored = action(*arguments)
-        except OSError:
+        except (OSError, Conflict):
             restored = False
-        if not restored:
+        if not restored and change.path not in left:
             left.append(change.path)
 
     def _undo_mode(self, change: Change) -> bool:

@@ -2,7 +2,7 @@
 
 Each file is opened by descriptor and looked at before and after it is read; one that changes
 meanwhile ends in :class:`WorkspaceChanged`. Ignored paths (``.luminaguardignore``, the syntax of
-gitignore) neither go in nor can be written back. Git metadata is part of the state.
+gitignore) do not go in; a change that meets one on the host is a conflict. Git metadata is part of the state.
 """
 
 from __future__ import annotations
