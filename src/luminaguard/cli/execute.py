@@ -209,9 +209,10 @@ def ask(runtime: Runtime, request: Request) -> bool | None:
 
     question = f"\nPublish exactly this to {visible(request.workspace)}? [y]es, [n]o, [f]ull diffs, [l]ater: "
     while True:
+        # Keys typed before the question stood there answer nothing.
+        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
         sys.stderr.write(question)
         sys.stderr.flush()
-        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)  # keys typed before the card was there answer nothing
         try:
             answer = sys.stdin.readline()
         except KeyboardInterrupt:
