@@ -43,6 +43,7 @@ def test_different_changesets_have_different_digests(one, two):
 @pytest.mark.parametrize(
     "path",
     ["", "/etc/passwd", "..", "a/../b", "a//b", "./a", "a/.", "a\0b", "x" * 256, "/".join(["abc"] * 1100),
+     "/".join("a" * 201),
      ".luminaguard-x/y", "\ud800"],
 )  # fmt: skip
 def test_paths_that_leave_or_confuse_are_refused(path):
@@ -185,6 +186,13 @@ def test_a_card_shows_the_diff_and_says_what_is_cut():
     _, full = card_text(changeset, {SHA: b"x\n"}, {OTHER: new}, None)
     assert "+line 99" in full
     assert "not shown" not in full
+
+
+def test_what_is_loud_stands_at_the_end_too():
+    changeset = Changeset.of([Change(".git/hooks/x", None, FileEntry(0o755, 2, OTHER))])
+    _, text = card_text(changeset, {}, {OTHER: b"x\n"})
+    assert text.splitlines()[-1].startswith("LOOK TWICE")
+    assert ".git/hooks/x" in text.splitlines()[-1]
 
 
 def test_content_cannot_forge_the_card():

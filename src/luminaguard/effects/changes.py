@@ -35,7 +35,7 @@ Kind = Literal["create", "modify", "delete", "mode", "symlink"]
 RESERVED_PREFIX = ".luminaguard-"
 """Names at the top of a workspace that publishing uses itself."""
 
-_MAX_PATH, _MAX_NAME = 4095, 255
+_MAX_PATH, _MAX_NAME, _MAX_DEPTH = 4095, 255, 200
 _DOMAIN = b"luminaguard changeset 1\0"
 
 
@@ -186,6 +186,8 @@ def check_path(path: str) -> None:
     except UnicodeEncodeError:
         raise _refused(path, "cannot be a file name") from None
     components = raw.split(b"/")
+    if len(components) > _MAX_DEPTH:
+        raise _refused(path, f"is nested deeper than {_MAX_DEPTH} folders")
     if len(raw) > _MAX_PATH or any(len(component) > _MAX_NAME for component in components):
         raise _refused(path, "is too long")
     if b"\0" in raw or any(component in {b"", b".", b".."} for component in components):

@@ -15,6 +15,7 @@ __all__ = ["Line", "Style", "render"]
 
 Style = Literal["plain", "title", "loud", "path", "dim", "plus", "minus", "hunk"]
 Line = tuple[Style, str]
+_REPEATED = 10
 _SIGNS = {"create": "+", "modify": "~", "delete": "-", "mode": "m", "symlink": "@"}
 
 
@@ -42,6 +43,12 @@ def render(card: DiffCard, *, max_diff_lines: int | None = 40) -> Iterator[Line]
     for item in card.items:
         yield "plain", ""
         yield from _item(item, max_diff_lines)
+    if loud:
+        # The list at the top may have scrolled away: the question must not stand without it.
+        names = ", ".join(item.path for item in loud[:_REPEATED])
+        more = f" and {len(loud) - _REPEATED} more" if len(loud) > _REPEATED else ""
+        yield "plain", ""
+        yield "loud", f"LOOK TWICE (see the top of this card): {names}{more}"
 
 
 def _item(item: CardItem, most: int | None) -> Iterator[Line]:

@@ -612,9 +612,10 @@ class Supervisor:
             if not self._changes_pending:
                 try:
                     self._changes_pending = next(self._changes, b"")
-                except (CallError, OSError) as error:
+                except (CallError, OSError, RecursionError) as error:
                     self._changes = None
-                    self._fail(self._changes_channel, getattr(error, "code", "os-error"), str(error))
+                    code = "bad-layer" if isinstance(error, RecursionError) else getattr(error, "code", "os-error")
+                    self._fail(self._changes_channel, code, f"the changes cannot be read: {error}")
                     return
                 if not self._changes_pending:
                     self._changes = None

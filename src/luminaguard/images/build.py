@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -290,7 +291,8 @@ def _sbom(lock: locks.PackageLock) -> str:
 
 def _recipe_digest() -> str:
     folder = resources.files("luminaguard.images")
-    digest = hashlib.sha256("\0".join(_MKSQUASHFS).encode())
+    # The byte code in the image is this interpreter's: another patch release may compile differently.
+    digest = hashlib.sha256("\0".join((sys.version.split()[0], *_MKSQUASHFS)).encode())
     for name in _RECIPE_SOURCES:
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()

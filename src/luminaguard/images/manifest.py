@@ -38,7 +38,7 @@ class Manifest:
     Attributes:
         lock: digest of the package lock that it was built from.
         locked: whether that is the lock that came with LuminaGuard (else: resolved on this machine).
-        recipe: digest of the code and lists that put the root file system together.
+        recipe: digest of the code, lists and interpreter version that put the root file system together.
         guest: digest of the guest supervisor's sources.
     """
 
