@@ -15,6 +15,7 @@ __all__ = ["Line", "Style", "render"]
 
 Style = Literal["plain", "title", "loud", "path", "dim", "plus", "minus", "hunk"]
 Line = tuple[Style, str]
+_DIFF_STYLES: dict[str, Style] = {"+": "plus", "-": "minus", "@": "hunk"}
 _REPEATED = 10
 _SIGNS = {"create": "+", "modify": "~", "delete": "-", "mode": "m", "symlink": "@"}
 
@@ -57,7 +58,6 @@ def _item(item: CardItem, most: int | None) -> Iterator[Line]:
     if item.note:
         yield "dim", f"    ({item.note})"
     for line in item.diff[:most]:
-        style: Style = {"+": "plus", "-": "minus", "@": "hunk"}.get(line[0], "plain")  # type: ignore[assignment]
-        yield style, f"    {line}"
+        yield _DIFF_STYLES.get(line[0], "plain"), f"    {line}"
     if most is not None and len(item.diff) > most:
         yield "loud", f"    … {len(item.diff) - most} more lines of this diff are not shown here"

@@ -131,7 +131,7 @@ def open_verified(path: Path, part: Part, owner: Path) -> int:
             raise _tampered(owner, f"{path.name} has {size} bytes instead of {part.size}")
         if sha256_fd(fd) != part.sha256:
             raise _tampered(owner, f"{path.name} does not have the recorded SHA-256")
-    except BaseException:
+    except BaseException:  # whatever ends this, the descriptor must not leak
         os.close(fd)
         raise
     return fd

@@ -293,7 +293,7 @@ def _fill(ram: int, folder: Path, manifest: _Manifest) -> None:
                 done += count
             position += length
             copied.release()
-    except BaseException:
+    except BaseException:  # the checking thread must end before this one may leave
         failed.set()
         copied.release(len(pieces) + 1)
         raise

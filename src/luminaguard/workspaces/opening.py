@@ -60,7 +60,7 @@ def open_folder(root: int, path: str) -> int:
             step = os.open(component, _FOLDER, dir_fd=fd)
             os.close(fd)
             fd = step
-    except BaseException:
+    except BaseException:  # whatever ends this, the descriptor must not leak
         os.close(fd)
         raise
     return fd

@@ -88,7 +88,7 @@ class WorkspaceImages:
                     _Tar(state, process.stdin).write()
             except BrokenPipeError:
                 broken = True
-            except BaseException:
+            except BaseException:  # a cancelled packing must not leave mksquashfs waiting for more
                 process.kill()
                 raise
             said = process.stderr.read().decode("utf-8", "replace").strip()
