@@ -244,6 +244,7 @@ def vm_list(as_json: Json = False) -> None:
     from dataclasses import asdict
 
     from luminaguard.cli.output import print_json
+    from luminaguard.effects.text import visible
 
     _State.as_json = as_json
     running = _runtime().tracker.running()
@@ -251,7 +252,8 @@ def vm_list(as_json: Json = False) -> None:
         print_json({"vms": [asdict(vm) for vm in running]})
         return
     for vm in running:
-        print(f"{vm.id}  {vm.backend}/{vm.accelerator}  pid {vm.pid}  {vm.workspace}  {' '.join(vm.command)[:80]}")
+        where, what = visible(vm.workspace), visible(" ".join(vm.command))[:80]
+        print(f"{vm.id}  {vm.backend}/{vm.accelerator}  pid {vm.pid}  {where}  {what}")
     if not running:
         print("no machine is running")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from luminaguard.cli.execute import deferred_signals, show_card
 from luminaguard.cli.output import print_json
+from luminaguard.effects.text import visible
 from luminaguard.runtime import Runtime
 
 __all__ = ["approve", "deny", "show_list", "show_one"]
@@ -15,8 +16,6 @@ __all__ = ["approve", "deny", "show_list", "show_one"]
 
 def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
     """Print the requests, oldest first."""
-    from luminaguard.effects.text import visible
-
     runtime.recover()
     found = runtime.approvals.list(everything=everything)
     if as_json:
@@ -65,7 +64,7 @@ def _tell(runtime: Runtime, request_id: str, as_json: bool, text: str) -> None:
     if as_json:
         print_json(_fields(runtime.approvals.get(request_id)))
     else:
-        print(text)
+        print(visible(text))
 
 
 def _fields(request: Any) -> dict[str, Any]:

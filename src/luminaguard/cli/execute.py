@@ -15,6 +15,7 @@ import anyio
 
 from luminaguard.cli.output import Progress, print_json, print_lines
 from luminaguard.cli.relay import Relay, raw_terminal, terminal_size
+from luminaguard.effects.text import visible
 from luminaguard.errors import (
     EXIT_DENIED,
     EXIT_INTERRUPTED,
@@ -185,7 +186,7 @@ def _settle(runtime: Runtime, execution: Execution, options: Options) -> int:
         runtime.publish(request.id)
     execution.status = "published"
     if not options.as_json:
-        sys.stderr.write(f"published {len(execution.changeset)} changes to {request.workspace}\n")
+        sys.stderr.write(f"published {len(execution.changeset)} changes to {visible(request.workspace)}\n")
     return execution.outcome.exit_code
 
 
@@ -205,8 +206,6 @@ def _verdict(runtime: Runtime, request: Request, options: Options) -> tuple[bool
 
 def ask(runtime: Runtime, request: Request) -> bool | None:
     """Ask on the terminal; None leaves the request pending."""
-    from luminaguard.effects.text import visible
-
     question = f"\nPublish exactly this to {visible(request.workspace)}? [y]es, [n]o, [f]ull diffs, [l]ater: "
     while True:
         # Keys typed before the question stood there answer nothing.
@@ -234,7 +233,6 @@ def ask(runtime: Runtime, request: Request) -> bool | None:
 def show_card(runtime: Runtime, request: Request, *, full: bool = False) -> None:
     """Print the card of a request to standard error."""
     from luminaguard.effects.render import render
-    from luminaguard.effects.text import visible
 
     card = runtime.card(request)
     if sys.stderr.isatty():
