@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from luminaguard.effects import Changeset
     from luminaguard.effects.card import DiffCard
     from luminaguard.images.build import ImageStore
+    from luminaguard.images.manifest import Image
     from luminaguard.microvm.channel import Call
     from luminaguard.microvm.machine import Command, Outcome
     from luminaguard.microvm.port import SavedMachine
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from luminaguard.workspaces.state import WorkspaceState
 
 __all__ = ["Execution", "Runtime", "Status"]
+
+T = TypeVar("T")
 
 _ORPHAN_AGE_S = 3600
 Status = Literal["published", "pending", "denied", "unchanged", "refused"]
@@ -164,7 +168,6 @@ class Runtime:
             CallFailed: the command could not be started in the guest.
             LuminaGuardError: anything else that went wrong; the workspace was not touched.
         """
-        from luminaguard.images.manifest import ROOT
         from luminaguard.microvm.machine import clone, new_id
         from luminaguard.microvm.template import TemplateStore
         from luminaguard.workspaces.collect import Collector
@@ -175,38 +178,37 @@ class Runtime:
             image = self.images.current()
             hypervisor = self.hypervisor
             template = TemplateStore(self.folders.cache)
-            prepared = _Prepared()
+            prepared = _Prepared(stack)
             saved: SavedMachine | None = None
-            root = await anyio.to_thread.run_sync(image.open_part, ROOT)
-            stack.callback(os.close, root)
-            marks.lap("image")
-            # The workspace is read and the ledger opened while the template is verified.
+            if self.publisher.interrupted():  # what is half published must be settled before it is read
+                await anyio.to_thread.run_sync(self.recover)
             async with anyio.create_task_group() as tasks:
+                tasks.start_soon(anyio.to_thread.run_sync, prepared.open_root, image)
                 tasks.start_soon(anyio.to_thread.run_sync, self._prepare_workspace, workspace, prepared, progress)
-                tasks.start_soon(anyio.to_thread.run_sync, self._prepare_ledger, prepared)
                 try:
                     saved = await stack.enter_async_context(
                         template.saved(hypervisor, image, self.settings.memory_mib, progress)
                     )
                 except LuminaGuardError as error:
                     prepared.failures.append(error)
-            if prepared.image >= 0:
-                stack.callback(os.close, prepared.image)
             if prepared.failures:
                 raise prepared.failures[0]
             assert saved is not None and prepared.state is not None
             marks.lap("prepare")
-            ledger = self.ledger
-            ledger.append("exec.started", vm=vm_id, workspace=str(workspace), command=_shown(command.argv),
-                          image=image.folder.name, backend=hypervisor.name,
-                          accelerator=hypervisor.accelerator)  # fmt: skip
             state = prepared.state
             writer = self.blobs.writer(vm_id)
             collector = Collector(writer, self._limits("changeset"))
+            # The database is opened while the machine wakes: nothing runs in it before that is recorded.
+            opening = stack.enter_context(_Background(self._open_ledger))
             try:
-                async with clone(hypervisor, saved, (root, prepared.image), vm_id=vm_id) as vm:
+                async with clone(hypervisor, saved, (prepared.root, prepared.image), vm_id=vm_id) as vm:
                     spawn_ms = marks.lap("spawn")
+                    ledger = await opening.result()
                     argv = _shown(command.argv)
+                    ledger.append("exec.started", vm=vm_id, workspace=str(workspace), command=argv,
+                                  image=image.folder.name, backend=hypervisor.name,
+                                  accelerator=hypervisor.accelerator)  # fmt: skip
+                    marks.lap("ledger")
                     with self.tracker.track(
                         vm_id, hypervisor.name, hypervisor.accelerator, vm.pid, str(workspace), argv
                     ):
@@ -223,7 +225,8 @@ class Runtime:
             except BaseException as error:
                 writer.discard()
                 kind = "exec.refused" if isinstance(error, ChangesetRefused | GuestProtocolError) else "exec.failed"
-                ledger.append(kind, vm=vm_id, reason=type(error).__name__, message=ascii(str(error))[:500])
+                # Not awaited: this may be a cancellation, and the record is owed all the same.
+                opening.join().append(kind, vm=vm_id, reason=type(error).__name__, message=ascii(str(error))[:500])
                 raise
         ledger.append("exec.finished", vm=vm_id, exit_code=outcome.exit_code, timed_out=outcome.timed_out,
                       out_of_memory=outcome.out_of_memory, changes=len(changeset), digest=changeset.digest)  # fmt: skip
@@ -250,7 +253,7 @@ class Runtime:
 
         try:
             prepared.state = read_state(workspace, self._limits("workspace"), told)
-            prepared.image = WorkspaceImages(self.folders.cache).open(prepared.state)
+            prepared.image = prepared.keep(WorkspaceImages(self.folders.cache).open(prepared.state))
         except LuminaGuardError as error:
             prepared.failures.append(error)
         except OSError as error:
@@ -260,11 +263,9 @@ class Runtime:
             )
             prepared.failures.append(failure)
 
-    def _prepare_ledger(self, prepared: _Prepared) -> None:
-        try:
-            self.recover()
-        except LuminaGuardError as error:
-            prepared.failures.append(error)
+    def _open_ledger(self) -> Ledger:
+        self.recover()
+        return self.ledger
 
     def _request(self, execution: Execution, state: WorkspaceState, command: Command) -> Request:
         """Store the effects and ask for approval: after this they survive a reboot."""
@@ -449,10 +450,57 @@ class Runtime:
 class _Prepared:
     """What the preparations hand over; all of them end before the first failure is raised."""
 
-    def __init__(self) -> None:
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
         self.state: WorkspaceState | None = None
-        self.image = -1
+        self.image = self.root = -1
         self.failures: list[LuminaGuardError] = []
+
+    def open_root(self, image: Image) -> None:
+        from luminaguard.images.manifest import ROOT
+
+        try:
+            self.root = self.keep(image.open_part(ROOT))
+        except LuminaGuardError as error:
+            self.failures.append(error)
+
+    def keep(self, fd: int) -> int:
+        self._stack.callback(os.close, fd)
+        return fd
+
+
+class _Background(Generic[T]):
+    """A function that runs in a thread of its own, which ends before this context does."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._value: T | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="background")
+
+    def __enter__(self) -> _Background[T]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+    def join(self) -> T:
+        """Block until it has ended; return or raise what it did."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return cast("T", self._value)
+
+    async def result(self) -> T:
+        """Like :meth:`join`, without blocking the event loop."""
+        return await anyio.to_thread.run_sync(self.join)
+
+    def _run(self) -> None:
+        try:
+            self._value = self._function()
+        except BaseException as error:  # noqa: BLE001  # raised where the value is asked for
+            self._failure = error
 
 
 class _Stopwatch:

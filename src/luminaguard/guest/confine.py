@@ -1,7 +1,7 @@
 """Take everything away from the process that is about to become the workload.
 
-Runs between fork and exec, in this order: capability bounding set, groups and uid, no_new_privs,
-resource limits, landlock, seccomp. Constants are those of the kernel's uapi headers
+Runs between fork and exec, in this order: capability bounding set, groups and uid, resource limits,
+no_new_privs, seccomp, landlock. Constants are those of the kernel's uapi headers
 for x86-64; the guest kernel is 6.1 or later (landlock ABI 2, no TCP rules), so seccomp covers what
 landlock does not.
 """
@@ -115,7 +115,7 @@ class Confinement:
         self._fprog = struct.pack("<HxxxxxxQ", len(self._program) // 8, ctypes.addressof(self._buffer))
 
     def drop_privileges(self) -> None:
-        """First half, which needs no knowledge of the command: capabilities, groups, uid, no_new_privs.
+        """All that needs no knowledge of the command; done ahead, in the template.
 
         Raises:
             OSError: a step failed; the caller must not go on.
@@ -128,27 +128,22 @@ class Confinement:
         os.setresgid(UID, UID, UID)
         os.setresuid(UID, UID, UID)
         os.umask(0o022)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
         self._ruleset = _make_ruleset()
+        fprog = ctypes.create_string_buffer(self._fprog)
+        _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(fprog))
 
-    def seal(self, limits: dict[str, int]) -> None:
-        """Second half, right before exec: limits, landlock (the workspace is mounted now), seccomp.
-
-        Args:
-            limits: ``nofile``, ``fsize`` (bytes).
+    def seal(self) -> None:
+        """Right before exec: landlock, which has to wait until the workspace is mounted.
 
         Raises:
             OSError: a step failed; the caller must not go on.
         """
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limits["nofile"], limits["nofile"]))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limits["fsize"], limits["fsize"]))
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
         _allow(self._ruleset, WORKSPACE, _OWN)
         _syscall(_LANDLOCK_RESTRICT, self._ruleset, 0)
         os.close(self._ruleset)
-        fprog = ctypes.create_string_buffer(self._fprog)
-        _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(fprog))
 
 
 def _make_ruleset() -> int:

@@ -110,12 +110,13 @@ class MicroVM:
         """The hypervisor's process id."""
         return self._machine.pid
 
-    async def wake(self, *, upper_mib: int = 0) -> None:
+    async def wake(self, *, upper_mib: int = 0, randomize: bool = True) -> None:
         """Give the clone its own clock, entropy and names, and mount the workspace.
 
         Args:
             upper_mib: only for the machine that clones are copied from, which gets no workspace:
                 how much the clones may change, in MiB.
+            randomize: for that machine too: whether commands get random addresses.
         """
         call = await self._channel.call(
             "wake",
@@ -126,6 +127,7 @@ class MicroVM:
                 "machine_id": secrets.token_hex(16),
                 "workspace": not upper_mib,
                 "upper_size": f"{upper_mib}m",
+                "randomize": randomize,
             },
         )
         self.boot_id = str((await _answer(call, CALL_TIMEOUT)).get("boot_id", ""))[:64]

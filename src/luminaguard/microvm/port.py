@@ -21,11 +21,16 @@ __all__ = ["BootSource", "Capabilities", "Hypervisor", "SavedMachine", "VirtualM
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend can do beyond booting and stopping."""
+    """What a backend can do beyond booting and stopping.
+
+    ``random_addresses`` is whether the guest should give each command random addresses: an emulator
+    that translates code again for each address at which it appears makes that cost half of an exec.
+    """
 
     snapshot: bool
     clone: bool
     pause: bool
+    random_addresses: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ _WARM_UP = (
     ("python3", "-c", "import json, os, re, subprocess, pathlib, shutil"),
     ("/bin/true",),
 )
+_SETTLE_S = 0.5
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _CHUNK = 4 << 20
 _PAGE = 4096
@@ -158,9 +159,11 @@ class TemplateStore:
             parts.callback(os.close, empty)
             source = BootSource(kernel, initramfs, (root, empty), memory_mib)
             async with boot(hypervisor, source, ram) as (vm, machine):
-                await vm.wake(upper_mib=memory_mib // 2)
+                await vm.wake(upper_mib=memory_mib // 2, randomize=hypervisor.capabilities.random_addresses)
                 for argv in _WARM_UP:
                     await vm.run(Command(argv, cwd="/"), output=_discard, timeout_s=60)
+                # What the warm-up left to do in the background, every clone would do again.
+                await anyio.sleep(_SETTLE_S)
                 await machine.save(state)
         return ram, state
 

@@ -13,7 +13,7 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 _NOBODY = "65534"
 _KERNEL_OPTIONS = (
     "quiet loglevel=0 panic=-1 reboot=t no_timer_check random.trust_cpu=on rcupdate.rcu_expedited=1 "
-    "8250.nr_uarts=0 cryptomgr.notests nowatchdog audit=0 lsm=landlock,lockdown,yama "
+    "8250.nr_uarts=0 cryptomgr.notests nowatchdog audit=0 psi=0 lsm=landlock,lockdown,yama "
     "lockdown=integrity slab_nomerge randomize_kstack_offset=1 vsyscall=none debugfs=off "
     "oops=panic pci=off rdinit=/init"
 )
@@ -76,7 +76,7 @@ def _machine(
         "-sandbox", _SANDBOX,
         "-M", f"microvm,accel={accelerator},acpi=on,isa-serial=off,memory-backend=mem,dump-guest-core=off",
         "-object", f"memory-backend-file,id=mem,size={memory_mib}M,mem-path=/proc/self/fd/{ram},share={share}",
-        "-cpu", "Nehalem,+rdrand,+smep,+smap,-spec-ctrl" if accelerator == "tcg" else "host",
+        "-cpu", "Nehalem,+arat,+rdrand,+smep,+smap,-spec-ctrl" if accelerator == "tcg" else "host",
         "-smp", "1", "-m", str(memory_mib),
         "-device", "virtio-serial-device,max_ports=2",
         "-chardev", f"socket,id=agent,fd={channel}",

@@ -1,0 +1,154 @@
+"""What PID 1 does to the machine itself: mounts, kernel settings, identity, the workspace.
+
+A clone runs :func:`give_identity` and :func:`mount_workspace` before anything else, with an empty
+translation cache under emulation: every new path through the interpreter or the kernel is paid for
+there. So these functions use system calls and no text files, and what can be done in the template
+(:func:`prepare`, :func:`make_upper`) is done there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+import stat
+import struct
+import time
+
+from luminaguard.guest.confine import UID
+
+__all__ = [
+    "CGROUP",
+    "UPPER",
+    "give_identity",
+    "make_upper",
+    "mount_workspace",
+    "open_port",
+    "prepare",
+    "read_boot_id",
+    "read_small",
+    "write",
+]
+
+BASE = "/run/luminaguard"
+CGROUP = f"{BASE}/cgroup"
+UPPER = f"{BASE}/workspace/upper"
+WORKSPACE = "/workspace"
+PORT_NAME = "lumina.agent"
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_MOVE = 1, 2, 4, 8, 8192
+_SAFE = _MS_NOSUID | _MS_NODEV
+_RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
+_SYSCTLS = (
+    ("kernel/yama/ptrace_scope", "3"), ("kernel/dmesg_restrict", "1"), ("kernel/kptr_restrict", "2"),
+    ("kernel/unprivileged_bpf_disabled", "1"), ("user/max_user_namespaces", "0"),
+    ("kernel/perf_event_paranoid", "3"), ("fs/suid_dumpable", "0"), ("vm/unprivileged_userfaultfd", "0"),
+    ("kernel/sysrq", "0"), ("kernel/kexec_load_disabled", "1"), ("kernel/modules_disabled", "1"),
+    ("kernel/core_pattern", "|/bin/false"),
+)  # fmt: skip
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def write(path: str, data: bytes) -> None:
+    """Write ``data`` to an existing file in one system call; raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def read_small(path: str) -> bytes:
+    """Up to 4 KiB of a file of the kernel's; raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+def prepare() -> None:
+    """Mount what the workload may see, hide the rest, and close what the kernel leaves open."""
+    for folder in ("dev", "sys", "cgroup", "workspace"):
+        os.mkdir(f"{BASE}/{folder}", 0o700)
+    _mount("sysfs", f"{BASE}/sys", "sysfs", _SAFE | _MS_NOEXEC)
+    _mount("/dev", f"{BASE}/dev", "", _MS_MOVE)
+    _make_devices()
+    _mount("proc", "/proc", "proc", _SAFE | _MS_NOEXEC, "hidepid=invisible")
+    for folder, mode, size in (("/tmp", 0o1777, "25%"), ("/var/tmp", 0o1777, "10%"),  # noqa: S108
+                               ("/dev/shm", 0o1777, "10%"), ("/home/user", 0o755, "25%")):  # noqa: S108  # fmt: skip
+        owner = f",uid={UID},gid={UID}" if folder == "/home/user" else ""
+        _mount("tmpfs", folder, "tmpfs", _SAFE, f"mode={mode:o},size={size}{owner}")
+    _mount("cgroup", CGROUP, "cgroup2", _SAFE | _MS_NOEXEC)
+    write(f"{CGROUP}/cgroup.subtree_control", b"+memory +pids")
+    for name, value in _SYSCTLS:
+        write(f"/proc/sys/{name}", value.encode())
+
+
+def open_port() -> int:
+    """The virtio-serial port that leads to the host, non-blocking; raises OSError."""
+    ports = f"{BASE}/sys/class/virtio-ports"
+    for name in os.listdir(ports):
+        if read_small(f"{ports}/{name}/name").strip() == PORT_NAME.encode():
+            return os.open(f"{BASE}/dev/{name}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    raise OSError(f"no virtio port is called {PORT_NAME}")
+
+
+def give_identity(time_ns: int, entropy: bytes, hostname: str, machine_id: str) -> None:
+    """Make the machine differ from every other copy of its template; raises OSError."""
+    time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
+    device = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+    fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("<ii", len(entropy) * 8, len(entropy)) + entropy)
+    fcntl.ioctl(device, _RNDRESEEDCRNG)
+    os.close(device)
+    socket.sethostname(hostname)
+    for path, text in (("/etc/hostname", hostname), ("/etc/machine-id", machine_id)):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        os.write(fd, text.encode() + b"\n")
+        os.close(fd)
+
+
+def read_boot_id() -> str:
+    """The kernel makes it when it is first read: never to be called in a template."""
+    return read_small("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def make_upper(size: str) -> None:
+    """In the template: the tmpfs on which each clone's changes will lie."""
+    base = f"{BASE}/workspace"
+    _mount("tmpfs", base, "tmpfs", _SAFE, f"mode=700,size={size}")
+    for folder in ("lower", "upper", "work"):
+        os.mkdir(f"{base}/{folder}", 0o755)
+
+
+def mount_workspace() -> None:
+    """In a clone: the second disk, read-only, under an overlay."""
+    base = f"{BASE}/workspace"
+    _mount(f"{BASE}/dev/vdb", f"{base}/lower", "squashfs", _SAFE | _MS_RDONLY)
+    root = os.stat(f"{base}/lower")
+    os.chmod(UPPER, stat.S_IMODE(root.st_mode) | 0o700)
+    os.chown(UPPER, UID, UID)
+    _mount("overlay", WORKSPACE, "overlay", _SAFE,
+           f"lowerdir={base}/lower,upperdir={UPPER},workdir={base}/work,"
+           "redirect_dir=off,metacopy=off,index=off,xino=off")  # fmt: skip
+
+
+def _make_devices() -> None:
+    _mount("tmpfs", "/dev", "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=755,size=64k,nr_inodes=64")
+    old = os.umask(0)
+    for name, major, minor in (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8),
+                               ("urandom", 1, 9), ("tty", 5, 0)):  # fmt: skip
+        os.mknod(f"/dev/{name}", stat.S_IFCHR | 0o666, os.makedev(major, minor))
+    for name, target in (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"),
+                         ("stderr", "fd/2"), ("ptmx", "pts/ptmx")):  # fmt: skip
+        os.symlink(target, f"/dev/{name}")
+    for folder in ("pts", "shm"):
+        os.mkdir(f"/dev/{folder}", 0o755)
+    os.umask(old)
+    _mount("devpts", "/dev/pts", "devpts", _MS_NOSUID | _MS_NOEXEC, "ptmxmode=666,mode=620,newinstance")
+
+
+def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    if _libc.mount(source.encode(), target.encode(), kind.encode(), flags, data.encode()) != 0:
+        raise OSError(ctypes.get_errno(), f"mount {target}")
