@@ -117,6 +117,10 @@ class PackageUnavailable(Unavailable):
     """A package of the guest image cannot be had from the sources of this machine."""
 
 
+class LockOutdated(PackageUnavailable):
+    """The package sources do not offer the locked versions any more."""
+
+
 class ImageError(LuminaGuardError):
     """A guest image cannot be built or used."""
 

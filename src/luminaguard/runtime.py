@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 import anyio
 import anyio.to_thread
 
+from luminaguard import log
 from luminaguard.errors import (
     ChangesetRefused,
     GuestProtocolError,
@@ -224,6 +225,7 @@ class Runtime:
                 execution = Execution(vm_id, hypervisor.name, hypervisor.accelerator, spawn_ms, outcome, changeset)
             except BaseException as error:
                 writer.discard()
+                log.event("exec.failed", vm=vm_id, error=repr(error), notes=getattr(error, "__notes__", []))
                 kind = "exec.refused" if isinstance(error, ChangesetRefused | GuestProtocolError) else "exec.failed"
                 # Not awaited: this may be a cancellation, and the record is owed all the same.
                 opening.join().append(kind, vm=vm_id, reason=type(error).__name__, message=ascii(str(error))[:500])
@@ -242,14 +244,18 @@ class Runtime:
             writer.discard()
         marks.lap("record")
         execution.timings_ms = marks.laps
+        log.event("exec.finished", vm=vm_id, status=execution.status, **marks.laps)
         return execution
 
     def _prepare_workspace(self, workspace: Path, prepared: _Prepared, progress: Progress) -> None:
         from luminaguard.workspaces.pack import WorkspaceImages
         from luminaguard.workspaces.state import read_state
 
+        start = time.monotonic()
+
         def told(count: int) -> None:
-            progress(f"reading the workspace: {count:,} entries")
+            if time.monotonic() - start > 1:
+                progress(f"reading the workspace: {count:,} entries")
 
         try:
             prepared.state = read_state(workspace, self._limits("workspace"), told)
@@ -374,6 +380,8 @@ class Runtime:
                 self._mark_unknown(path.stem, error.message)
                 told.append(f"{path.stem}: {error.message} {error.hint}")
         self._forget_orphans()
+        for sentence in told:
+            log.event("publish.recovered", what=sentence)
         for request in self.approvals.list():
             if request.state is not State.CLAIMED or (self.folders.state / "journal" / f"{request.id}.json").exists():
                 continue

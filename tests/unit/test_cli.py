@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -146,3 +147,36 @@ def test_a_journal_that_cannot_be_recovered_blocks_no_other_folder(bare_home, tm
     assert told.code == 0
     assert "req-damaged" in told.out
     assert (journals / "req-damaged.json").exists()
+
+
+def test_contents_that_nobody_waits_for_are_deleted(bare_home):
+    assert bare_home.run("ledger", "verify").code == 0
+    blobs = bare_home.folder / "state" / "blobs"
+    for name, age in (("vm-dead000000", 7200), ("vm-new0000000", 10)):
+        (blobs / name).mkdir(parents=True)
+        (blobs / name / ("0" * 64)).write_bytes(b"x")
+        then = time.time() - age
+        os.utime(blobs / name, (then, then))
+    assert bare_home.run("recover").code == 0
+    assert [entry.name for entry in blobs.iterdir()] == ["vm-new0000000"]
+
+
+def test_what_a_hostile_path_says_is_escaped(bare_home, tmp_path):
+    loop = tmp_path / "x\x1b[2J\u202eloop"
+    loop.symlink_to(loop.name)
+    result = bare_home.run("exec", "-w", str(loop / "x"), "--", "true")
+    assert result.code == 122
+    assert "\x1b" not in result.err
+    assert "\u202e" not in result.err
+
+
+def test_no_secret_and_no_key_is_in_the_log_or_the_ledger(bare_home):
+    assert bare_home.run("ledger", "verify").code == 0
+    keys = [path.read_bytes() for path in (bare_home.folder / "state" / "keys").iterdir()]
+    assert keys
+    exported = bare_home.run("ledger", "export").out.encode()
+    logs = b"".join(path.read_bytes() for path in (bare_home.folder / "state").glob("log/*"))
+    for key in keys:
+        for shape in (key, key.hex().encode()):
+            assert shape not in exported
+            assert shape not in logs

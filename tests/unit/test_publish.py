@@ -197,8 +197,8 @@ def test_recovery_itself_may_be_killed(tmp_path):
 
                 try:
                     if recovering:
-                        work = publishing._Work
-                        publishing._Work = lambda root, journal, _step: work(root, journal, step)
+                        work = publishing.Work
+                        publishing.Work = lambda root, journal, _step: work(root, journal, step)
                         publisher.recover(publisher.interrupted()[0])
                     else:
                         publisher.publish(REQUEST, *identity(folder), changeset, step)
@@ -446,3 +446,36 @@ def test_a_base_that_cannot_be_read_any_more_is_a_conflict(folder, state):
     (folder / "edit.txt").chmod(0)
     with pytest.raises(Conflict):
         publisher.publish(REQUEST, *identity(folder), changeset)
+
+
+def test_a_workspace_that_is_gone_after_a_crash_is_told_to_a_person(folder, state):
+    publisher, changeset = scenario(folder, state)
+    if (pid := os.fork()) == 0:
+
+        def step(name):
+            if name == "journal committed":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            publisher.publish(REQUEST, *identity(folder), changeset, step)
+        finally:
+            os._exit(3)
+    os.waitpid(pid, 0)
+    folder.rename(folder.with_name("moved away"))
+    (journal,) = publisher.interrupted()
+    with pytest.raises(OutcomeUnknown) as caught:
+        publisher.recover(journal)
+    assert "gone or was replaced" in caught.value.message
+    assert journal.exists()
+
+
+def test_a_changeset_whose_journal_could_not_be_read_again_is_refused_before_anything_is_written(
+    folder, state, monkeypatch
+):
+    publisher, changeset = scenario(folder, state)
+    before = snapshot(folder)
+    monkeypatch.setattr("luminaguard.workspaces.journal._MAX", 1000)
+    with pytest.raises(PublishError, match="too many"):
+        publisher.publish(REQUEST, *identity(folder), changeset)
+    assert snapshot(folder) == before
+    assert publisher.interrupted() == []

@@ -6,6 +6,7 @@ import pty
 import select
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -250,3 +251,71 @@ def test_a_shell_on_a_terminal_asks_and_publishes(home, workspace):
     finally:
         os.close(fd)
     assert (workspace / "t").read_text() == "typed\n"
+
+
+def on_a_terminal(home, *arguments: str) -> tuple[int, int]:
+    pid, fd = pty.fork()
+    if pid == 0:
+        argv = home.argv(*arguments)
+        os.execvpe(argv[0], argv, home.environment | {"TERM": "xterm"})
+    return pid, fd
+
+
+def test_a_command_leaves_no_terminal_state_under_the_card(home, workspace):
+    """It had the terminal: alternate screen, scroll region, palette, invisible text."""
+    spoil = r"printf '\033[?1049h\033[5;6r\033]4;1;rgb:00/00/00\007\033[8m\033[?25l'; echo x > n"
+    pid, fd = on_a_terminal(home, "exec", "-w", str(workspace), "--", "sh", "-c", spoil)
+    try:
+        shown = read_until(fd, b"[l]ater: ")
+        card = shown[: shown.index(b"1 created")]
+        spoiled = card.rindex(b"\x1b[8m")
+        for reset in (b"\x1b[?1049l", b"\x1b[r", b"\x1b]104", b"\x1b[0m", b"\x1b[?25h"):
+            assert card.find(reset, spoiled) > 0, reset
+        os.write(fd, b"n\n")
+        read_until(fd, b"denied")
+        os.waitpid(pid, 0)
+    finally:
+        os.close(fd)
+    assert not (workspace / "n").exists()
+
+
+ASK = """
+import os, time
+from types import SimpleNamespace
+from luminaguard.cli.execute import ask
+os.write(2, b"ready")
+time.sleep(1)  # the keys arrive now
+print("answer", ask(None, SimpleNamespace(workspace="/w")), flush=True)
+"""
+
+
+def test_keys_typed_before_the_question_answer_nothing():
+    """The answer that was in the keyboard buffer belongs to something else."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", ASK])
+    try:
+        read_until(fd, b"ready")
+        os.write(fd, b"y\n")
+        read_until(fd, b"[l]ater: ")
+        os.write(fd, b"n\n")
+        read_until(fd, b"answer False")
+    finally:
+        os.close(fd)
+        os.waitpid(pid, 0)
+
+
+def test_a_reader_that_does_not_read_cannot_stop_the_time_limit(home, workspace):
+    argv = home.argv("exec", "-w", str(workspace), "--timeout", "2", "--", "yes")
+    with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE) as process:  # fmt: skip
+        assert process.wait(60) == 124
+
+
+def test_folders_nested_without_end_are_refused_and_nothing_breaks(home, workspace):
+    dig = "import os\nfor _ in range(3000):\n os.mkdir('d'); os.chdir('d')"
+    result = home.exec(workspace, "python3", "-c", dig, flags=("--publish", "always"), timeout_s=170)
+    assert result.code in {122, 125}
+    assert result.json["status"] == "refused"
+    assert result.json["error"]["hint"]
+    assert not (workspace / "d").exists()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from luminaguard import log
 from luminaguard.errors import EXIT_INTERRUPTED, LuminaGuardError, WorkspaceError
 
 __all__ = ["app", "run"]
@@ -46,7 +47,7 @@ class _State:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     del version  # answered before the command tree is loaded
@@ -58,6 +59,7 @@ def _runtime(**overrides: Any) -> Any:
     from luminaguard.settings import Folders, load_settings
 
     folders = Folders.from_environment()
+    log.configure(folders.state / "log", debug=_State.debug)
     return Runtime(load_settings(folders, overrides), folders)
 
 

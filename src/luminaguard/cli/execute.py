@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import termios
@@ -132,11 +133,18 @@ async def _run(
 
 
 async def _write(fd: int, data: bytes) -> None:
-    """Write all of it; a slow reader slows the command down, by the credit that it is not given."""
+    """Write all of it; a slow reader slows the command down, by the credit that it is not given.
+
+    No thread: one that is stuck in a write would keep this process from ending at a time limit.
+    """
     view = memoryview(data)
     while view:
-        count = await anyio.to_thread.run_sync(os.write, fd, view, abandon_on_cancel=True)
-        view = view[count:]
+        try:
+            await anyio.wait_writable(fd)
+            most = select.PIPE_BUF  # so much a ready pipe takes without blocking
+        except OSError:  # such as a regular file, which epoll refuses: writing it does not block
+            most = len(view)
+        view = view[os.write(fd, view[:most]) :]
 
 
 class _Capture:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from luminaguard.effects.text import visible
@@ -22,6 +24,8 @@ _COLOURS = {
     "minus": "\x1b[31m", "hunk": "\x1b[36m", "plain": "",
 }  # fmt: skip
 _RESET = "\x1b[0m"
+_CONTINUED = "  ↪ "
+_EVERY_S = 2.0
 
 
 def colours(stream: Any) -> bool:
@@ -30,13 +34,33 @@ def colours(stream: Any) -> bool:
 
 
 def print_lines(lines: Iterable[Line], stream: Any = None) -> None:
-    """Print styled lines; the text alone says everything."""
+    """Print styled lines; the text alone says everything.
+
+    On a terminal, what does not fit into a row goes on behind a mark: left to the terminal, the
+    rest of a long name would look like a line of its own.
+    """
     stream = stream or sys.stderr
     coloured = colours(stream)
+    width = shutil.get_terminal_size().columns if stream.isatty() else 0
     for style, text in lines:
         code = _COLOURS[style] if coloured else ""
-        stream.write(f"{code}{text}{_RESET if code else ''}\n")
+        for row in _rows(text, width):
+            stream.write(f"{code}{row}{_RESET if code else ''}\n")
     stream.flush()
+
+
+def _rows(text: str, width: int) -> Iterator[str]:
+    """Cut a line into rows of at most ``width`` columns; 0 leaves it whole."""
+    room, row = max(width, 20), ""
+    used = 0
+    for character in text.expandtabs(8) if width else "":
+        columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used + columns > room:
+            yield row
+            row, used = _CONTINUED, len(_CONTINUED)
+        row += character
+        used += columns
+    yield row if width else text
 
 
 def print_json(value: Any) -> None:
@@ -65,29 +89,48 @@ def print_error(error: LuminaGuardError, *, as_json: bool) -> None:
 
 
 class Progress:
-    """One line that says what is being done, on a terminal; a line for each thing elsewhere."""
+    """Says what is being done while something takes long.
+
+    On a terminal a spinner with the step and the seconds, which leaves nothing behind; elsewhere a
+    line for a step, at most one in two seconds.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._live = sys.stderr.isatty()
-        self._shown = False
+        self._display: Any = None
+        self._task: Any = None
         self._start = time.monotonic()
+        self._last = -_EVERY_S
 
     def __call__(self, message: str) -> None:
         """Show a step."""
         if self._quiet:
             return
-        seconds = time.monotonic() - self._start
         if self._live:
-            sys.stderr.write(f"\r\x1b[K{seconds:5.1f} s  {message[:100]}")
-            self._shown = True
-        else:
+            self._show(message)
+            return
+        seconds = time.monotonic() - self._start
+        if seconds - self._last >= _EVERY_S:
+            self._last = seconds
             sys.stderr.write(f"{seconds:5.1f} s  {message}\n")
-        sys.stderr.flush()
+            sys.stderr.flush()
 
     def clear(self) -> None:
-        """Take the line away before something else is printed."""
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._shown = False
+        """Take the spinner away before something else is printed."""
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+
+    def _show(self, message: str) -> None:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import Progress as Display
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        if self._display is None:
+            columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+            self._display = Display(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._display.add_task("")
+            self._display.start()
+        self._display.update(self._task, description=escape(visible(message)[:100]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from luminaguard.effects.changes import Change, Changeset, DirEntry, Entry, FileEntry, LinkEntry
 from luminaguard.effects.marks import LOUD, Mark, marks_of
-from luminaguard.effects.text import hides_something, visible
+from luminaguard.effects.text import hides_something, visible, visible_name
 
 __all__ = ["CardItem", "DiffCard", "Summary", "make_card"]
 
@@ -105,7 +105,7 @@ def _item(
 ) -> tuple[CardItem, int, int]:
     source = renames.get(change.path)
     marks = list(marks_of(change))
-    path = visible(change.path)
+    path = visible_name(change.path)
     headline = _headline(change, source)
     old, old_note = _text(change.before, before)
     new, new_note = _text(change.after, after)
@@ -129,12 +129,12 @@ def _item(
 def _headline(change: Change, source: str | None) -> str:
     after, before = change.after, change.before
     if source:
-        return f"renamed from {visible(source)}"
+        return f"renamed from {visible_name(source)}"
     match after:
         case None:
             return f"deleted {_words(before)}"
         case LinkEntry(target):
-            return f"link to {visible(target)}" + (f" (was {_words(before)})" if before else "")
+            return f"link to {visible_name(target)}" + (f" (was {_words(before)})" if before else "")
         case _ if before is None:
             return f"new {_words(after)}"
         case _ if type(before) is not type(after):
@@ -155,7 +155,7 @@ def _words(entry: Entry | None) -> str:
         case DirEntry(mode):
             return f"folder, mode {mode:04o}"
         case LinkEntry(target):
-            return f"link to {visible(target)}"
+            return f"link to {visible_name(target)}"
         case None:
             return "nothing"
 

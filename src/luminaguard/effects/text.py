@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-__all__ = ["hides_something", "mixes_scripts", "visible"]
+__all__ = ["hides_something", "mixes_scripts", "visible", "visible_name"]
 
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _LOOKALIKE_SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE")
@@ -23,6 +23,11 @@ def visible(text: str, *, keep_tab: bool = False) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if _is_plain(c) or (keep_tab and c == "\t") else _escape(c) for c in text)
+
+
+def visible_name(name: str) -> str:
+    r"""Like :func:`visible`, for paths: a backslash is doubled, so that no name can look like an escape."""
+    return visible(name.replace("\\", "\\\\"))
 
 
 def hides_something(text: str) -> bool:

@@ -24,7 +24,7 @@ from importlib import resources
 from pathlib import Path
 
 from luminaguard import __version__
-from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered, PackageUnavailable
+from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered, LockOutdated, PackageUnavailable
 from luminaguard.images import initramfs, kernel, rootfs
 from luminaguard.images import lock as locks
 from luminaguard.images.manifest import (
@@ -46,6 +46,7 @@ _MKSQUASHFS = (
     # The tar has no entry for the root itself; left alone it would be writable by all, with today's time.
     *("-mkfs-time", "0", "-all-time", "0", "-root-mode", "755", "-root-uid", "0", "-root-gid", "0", "-mem", "256M"),
 )
+_FULL_BYTES = 4 << 20
 _RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py")
 
 
@@ -154,7 +155,7 @@ class ImageStore:
             step(f"fetching {len(shipped.packages)} locked packages")
             try:
                 locks.fetch(shipped, self.packages)
-            except PackageUnavailable:
+            except LockOutdated:
                 if locked:
                     raise
                 step("the sources have newer packages than the lock: resolving them anew")
@@ -232,6 +233,8 @@ def _squash(tree: rootfs.Tree, target: Path) -> None:
             process.stdin.close()
         said = process.stderr.read().decode("utf-8", "replace").strip()
     if process.returncode:
+        if shutil.disk_usage(target.parent).free < _FULL_BYTES:
+            raise OSError(errno.ENOSPC, "mksquashfs wrote until the disk was full")
         raise ImageBuildFailed(f"mksquashfs failed: {said[-300:]}", hint="Check that the cache folder has 500 MB free.")
 
 

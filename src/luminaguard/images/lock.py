@@ -12,19 +12,21 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from luminaguard.errors import ImageBuildFailed, PackageUnavailable
+from luminaguard.errors import ImageBuildFailed, LockOutdated, PackageUnavailable, StorageError
 from luminaguard.images import spec
 
 __all__ = ["LockedPackage", "PackageLock", "Role", "distribution", "fetch", "resolve", "shipped"]
 
 Role = Literal["root", "initramfs", "kernel"]
 _APT_TIMEOUT = 600
+_FULL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,9 @@ def fetch(lock: PackageLock, folder: Path) -> list[Path]:
     """Download what is not in ``folder`` yet; return the files in the order of the lock.
 
     Raises:
-        PackageUnavailable: a locked version is not offered any more, or the download failed.
+        LockOutdated: a locked version is not offered any more.
+        PackageUnavailable: the download failed.
+        StorageError: the disk is full.
         ImageBuildFailed: a file differs from its locked SHA-256 (it is deleted).
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -155,7 +159,7 @@ def fetch(lock: PackageLock, folder: Path) -> list[Path]:
     gone = [p for p in missing if offered.get((p.name, p.version), ("", ""))[1] != p.sha256]
     if gone:
         names = ", ".join(f"{p.name} {p.version}" for p in gone[:4])
-        raise PackageUnavailable(
+        raise LockOutdated(
             f"{len(gone)} locked packages are not offered by this machine's sources: {names}.",
             hint="Run 'apt-get update' as root. If they were replaced by newer versions, build "
             "without --locked, or write a new lock with 'luminaguard image lock'.",
@@ -174,6 +178,14 @@ def fetch(lock: PackageLock, folder: Path) -> list[Path]:
             for package in missing:
                 _check(package, partial / package.filename)
                 (partial / package.filename).replace(folder / package.filename)
+        except PackageUnavailable as error:
+            if shutil.disk_usage(partial).free < _FULL_BYTES:
+                raise StorageError(
+                    "The packages could not be downloaded: the disk is full.",
+                    hint="Free about 500 MB in the cache folder and run the build again.",
+                    kept="Finished downloads were kept.",
+                ) from error
+            raise
         finally:
             for leftover in partial.iterdir():
                 leftover.unlink()

@@ -26,6 +26,7 @@ from typing import Any
 
 import anyio
 
+from luminaguard import log
 from luminaguard.errors import ImageTampered, StorageError
 from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, open_verified
 from luminaguard.microvm.machine import Command, boot
@@ -135,6 +136,7 @@ class TemplateStore:
                 ) from error
             finally:
                 shutil.rmtree(work, ignore_errors=True)
+            log.event("template.built", key=key, backend=hypervisor.name, memory_mib=memory_mib)
             self._forget_others(key)
 
     async def _boot_and_save(

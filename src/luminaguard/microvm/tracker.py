@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from luminaguard import log
+
 __all__ = ["RunningVM", "VMTracker"]
 
 _MAX = 1 << 16
@@ -92,6 +94,7 @@ class VMTracker:
                     continue
                 if entry is not None and entry.started and _started(entry.pid) == entry.started:
                     os.kill(entry.pid, signal.SIGKILL)
+                    log.event("machine.reaped", vm=entry.id, pid=entry.pid)
                 path.unlink(missing_ok=True)
             finally:
                 os.close(fd)

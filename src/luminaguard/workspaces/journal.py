@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luminaguard.effects.changes import Changeset
-from luminaguard.errors import StorageError
+from luminaguard.errors import PublishError, StorageError
 
 __all__ = ["Journal", "Phase"]
 
@@ -54,17 +54,27 @@ class Journal:
         return f".luminaguard-{self.request_id}"
 
     def write(self, phase: Phase) -> None:
-        """Move to a phase, durably: when this returns, a crash finds this phase."""
+        """Move to a phase, durably: when this returns, a crash finds this phase.
+
+        Raises:
+            PublishError: it would be longer than :meth:`load` reads.
+        """
         self.phase = phase
         fields = {
             "format": 1, "request": self.request_id, "workspace": self.workspace, "device": self.device,
             "inode": self.inode, "phase": phase, "inodes": self.inodes, "changes": self.changeset.to_json(),
         }  # fmt: skip
+        text = json.dumps(fields)
+        if len(text) > _MAX:
+            raise PublishError(
+                f"The changes are too many to be published at once: their journal would have {len(text):,} bytes.",
+                hint="Let the command change fewer files at a time.",
+            )
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".new")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w", encoding="ascii") as file:
-            json.dump(fields, file)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)

@@ -1,0 +1,81 @@
+"""A full disk at each place where much is written: a clear refusal, and nothing half made is left."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from luminaguard.testing import Home
+
+pytestmark = [pytest.mark.vm, pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")]
+
+
+SCRIPT = """
+mount -t tmpfs -o size={mib}m,mode=700 tmpfs "$1" && {prepare} && shift 2 && "$@"
+code=$?
+find "$LUMINAGUARD_HOME" -name "*.partial" -o -type d -name ".building*"
+exit $code
+"""
+
+
+def run_on_small_disk(home: Home, mib: int, prepare: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``luminaguard`` in a mount namespace where the home is a tmpfs of ``mib`` MiB."""
+    script = SCRIPT.replace("{mib}", str(mib)).replace("{prepare}", prepare)
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", str(home.folder), str(home.image_cache), *home.argv(*arguments)],
+        env=home.environment, capture_output=True, text=True, timeout=150, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path, cache) -> Home:
+    home = Home(tmp_path / "home")
+    home.image_cache = cache
+    return home
+
+
+COPY_IMAGE = 'mkdir -p "$1/cache" && cp -r "$2/images" "$1/cache/"'
+COPY_ALL = f'{COPY_IMAGE} && cp -r "$2/templates" "$1/cache/"'
+
+
+def size_mib(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) >> 20
+
+
+@pytest.mark.parametrize("mib", [40, 150])
+def test_while_the_image_is_built(small, mib):
+    result = run_on_small_disk(small, mib, "true", "image", "build")
+    assert "Traceback" not in result.stderr
+    assert result.returncode in {123, 125}, result
+    assert "disk is full" in result.stderr
+    assert result.stdout == ""  # nothing half built is left
+
+
+def test_while_a_template_is_saved(small, cache, workspace):
+    room = size_mib(cache / "images") + 40
+    result = run_on_small_disk(small, room, COPY_IMAGE, "exec", "-w", str(workspace), "--", "true")
+    assert "Traceback" not in result.stderr
+    assert result.returncode in {123, 125}, result
+    assert "disk is full" in result.stderr
+    assert ".building" not in result.stdout
+
+
+def test_while_the_workspace_is_packed(small, cache, workspace):
+    (workspace / "big").write_bytes(os.urandom(60 << 20))
+    room = size_mib(cache / "images") + size_mib(cache / "templates") + 30
+    result = run_on_small_disk(small, room, COPY_ALL, "exec", "-w", str(workspace), "--", "true")
+    assert "Traceback" not in result.stderr
+    assert result.returncode in {123, 125}, result
+    assert "free space" in result.stderr
+    assert "partial" not in result.stdout
+
+
+def test_while_contents_come_out(small, cache, workspace):
+    room = size_mib(cache / "images") + size_mib(cache / "templates") + 20
+    command = ("exec", "-w", str(workspace), "--", "sh", "-c", "head -c 60M /dev/urandom > big")
+    result = run_on_small_disk(small, room, COPY_ALL, *command)
+    assert "Traceback" not in result.stderr
+    assert result.returncode in {123, 125}, result
+    assert "disk is full" in result.stderr
+    assert not (workspace / "big").exists()
