@@ -228,9 +228,8 @@ def _squash(tree: rootfs.Tree, target: Path) -> None:
         ) from error
     with process:
         assert process.stdin is not None and process.stderr is not None
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError), process.stdin:
             rootfs.write_tar(tree, process.stdin)
-            process.stdin.close()
         said = process.stderr.read().decode("utf-8", "replace").strip()
     if process.returncode:
         if shutil.disk_usage(target.parent).free < _FULL_BYTES:
