@@ -36,6 +36,8 @@ from luminaguard.workspaces.collect import Collector
 from luminaguard.workspaces.pack import WorkspaceImages
 from luminaguard.workspaces.state import Limits, read_state
 
+# Someone who develops may have turned byte code off; users have it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 QUICK = "--quick" in sys.argv
 LIMITS = Limits(1_000_000, 1 << 34)
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["configure", "event"]
+__all__ = ["configure", "detail", "event"]
 
 _MAX_BYTES = 4 << 20
 _MAX_VALUE = 2000
@@ -30,7 +30,7 @@ def configure(folder: Path | None, *, debug: bool = False) -> None:
 
 def event(name: str, **fields: Any) -> None:
     """Record an event such as ``machine.ended``; never raises for want of a log."""
-    global _logger  # noqa: PLW0603  # made when first needed: structlog takes 20 ms to import
+    global _logger  # noqa: PLW0603  # made when first needed: structlog takes 120 ms to import
     if _target is None and not _debug:
         return
     if _logger is None:
@@ -39,6 +39,12 @@ def event(name: str, **fields: Any) -> None:
         _logger.info(name, **{key: _bounded(value) for key, value in fields.items()})
     except OSError:
         pass  # a full disk must not turn a finished action into a failed one
+
+
+def detail(name: str, **fields: Any) -> None:
+    """Like :func:`event`, with ``--debug`` only: for what happens in every action."""
+    if _debug:
+        event(name, **fields)
 
 
 def _make_logger() -> Any:

@@ -244,7 +244,7 @@ class Runtime:
             writer.discard()
         marks.lap("record")
         execution.timings_ms = marks.laps
-        log.event("exec.finished", vm=vm_id, status=execution.status, **marks.laps)
+        log.detail("exec.finished", vm=vm_id, status=execution.status, **marks.laps)
         return execution
 
     def _prepare_workspace(self, workspace: Path, prepared: _Prepared, progress: Progress) -> None:

@@ -46,7 +46,6 @@ _MKSQUASHFS = (
     # The tar has no entry for the root itself; left alone it would be writable by all, with today's time.
     *("-mkfs-time", "0", "-all-time", "0", "-root-mode", "755", "-root-uid", "0", "-root-gid", "0", "-mem", "256M"),
 )
-_FULL_BYTES = 4 << 20
 _RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py")
 
 
@@ -232,7 +231,7 @@ def _squash(tree: rootfs.Tree, target: Path) -> None:
             rootfs.write_tar(tree, process.stdin)
         said = process.stderr.read().decode("utf-8", "replace").strip()
     if process.returncode:
-        if shutil.disk_usage(target.parent).free < _FULL_BYTES:
+        if "No space left" in said:
             raise OSError(errno.ENOSPC, "mksquashfs wrote until the disk was full")
         raise ImageBuildFailed(f"mksquashfs failed: {said[-300:]}", hint="Check that the cache folder has 500 MB free.")
 
