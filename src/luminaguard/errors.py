@@ -8,8 +8,10 @@ raises; only the command line exits.
     ├── SettingsError                    123  a settings file or variable cannot be used
     ├── Unavailable                      123  a part that is needed is not there, or not usable
     │   ├── HypervisorUnavailable             no usable QEMU
+    │   ├── JailUnavailable                   this host does not allow the jail around QEMU
     │   ├── ImageMissing                      no guest image was built yet
     │   └── PackageUnavailable                a locked package cannot be had from apt
+    │       └── LockOutdated                  the sources offer other versions
     ├── ImageError                       123  a guest image cannot be built or used
     │   ├── ImageTampered                     a part differs from its manifest
     │   └── ImageBuildFailed
@@ -52,7 +54,9 @@ __all__ = [
     "ImageError",
     "ImageMissing",
     "ImageTampered",
+    "JailUnavailable",
     "LedgerError",
+    "LockOutdated",
     "LuminaGuardError",
     "MachineError",
     "OutcomeUnknown",
@@ -107,6 +111,10 @@ class Unavailable(LuminaGuardError):
 
 class HypervisorUnavailable(Unavailable):
     """No usable hypervisor was found."""
+
+
+class JailUnavailable(Unavailable):
+    """This host does not allow a layer of the jail around the hypervisor."""
 
 
 class ImageMissing(Unavailable):

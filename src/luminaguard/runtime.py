@@ -97,9 +97,11 @@ class Runtime:
     @cached_property
     def hypervisor(self) -> QemuHypervisor:
         """The hypervisor with its accelerator; raises HypervisorUnavailable."""
+        from luminaguard.microvm.jail import Jail
         from luminaguard.microvm.select import choose_hypervisor
 
-        return choose_hypervisor(self.settings.qemu, self.settings.accelerator, self.folders.run)
+        jail = Jail(required=self.settings.require_jail)
+        return choose_hypervisor(self.settings.qemu, self.settings.accelerator, self.folders.run, jail)
 
     @cached_property
     def tracker(self) -> VMTracker:
@@ -211,7 +213,7 @@ class Runtime:
                                   accelerator=hypervisor.accelerator)  # fmt: skip
                     marks.lap("ledger")
                     with self.tracker.track(
-                        vm_id, hypervisor.name, hypervisor.accelerator, vm.pid, str(workspace), argv
+                        vm_id, hypervisor.name, hypervisor.accelerator, vm.process.pid, str(workspace), argv
                     ):
                         outcome = await vm.run(command, output=output, feed=feed, timeout_s=self.settings.timeout_s)
                         marks.lap("command")

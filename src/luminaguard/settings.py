@@ -78,6 +78,7 @@ class Settings(BaseSettings):
 
     accelerator: Literal["auto", "tcg", "kvm"] = "auto"
     qemu: str = "qemu-system-x86_64"
+    require_jail: bool = True
     memory_mib: int = Field(default=256, ge=128, le=65536)
     timeout_s: float = Field(default=3600, gt=0, le=7 * 86400)
     processes: int = Field(default=256, ge=8, le=32768)

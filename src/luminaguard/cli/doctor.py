@@ -98,8 +98,14 @@ def _kvm(_runtime: Runtime) -> Finding:
 
 
 def _tools(_runtime: Runtime) -> Finding:
-    needed = {"mksquashfs": "squashfs-tools", "setpriv": "util-linux", "apt-get": "apt"}
-    missing = [package for program, package in needed.items() if shutil.which(program) is None]
+    needed = {
+        "mksquashfs": "squashfs-tools",
+        "bwrap": "bubblewrap",
+        "setpriv": "util-linux",
+        "prlimit": "util-linux",
+        "apt-get": "apt",
+    }
+    missing = sorted({package for program, package in needed.items() if shutil.which(program) is None})
     if missing:
         return Finding(
             "tools",

@@ -22,6 +22,7 @@ import anyio
 from luminaguard.errors import GuestProtocolError, MachineError
 from luminaguard.guest import frames
 from luminaguard.microvm.channel import Call, CallFailed, GuestChannel, open_channel
+from luminaguard.microvm.jail import JailedProcess
 from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine, VirtualMachine
 
 __all__ = ["Command", "LayerEntry", "MicroVM", "Outcome", "Terminal", "boot", "clone"]
@@ -106,9 +107,9 @@ class MicroVM:
         self.boot_id = ""
 
     @property
-    def pid(self) -> int:
-        """The hypervisor's process id."""
-        return self._machine.pid
+    def process(self) -> JailedProcess:
+        """The hypervisor's process."""
+        return self._machine.process
 
     async def wake(self, *, upper_mib: int = 0, randomize: bool = True) -> None:
         """Give the clone its own clock, entropy and names, and mount the workspace.
@@ -217,13 +218,14 @@ class MicroVM:
 @asynccontextmanager
 async def boot(hypervisor: Hypervisor, source: BootSource, ram: int) -> AsyncIterator[tuple[MicroVM, VirtualMachine]]:
     """Cold-boot a machine and wait until its supervisor is up; it has not been woken."""
-    async with hypervisor.boot(source, ram) as machine, open_channel(machine.channel) as channel:
+    name = new_id()
+    async with hypervisor.boot(name, source, ram) as machine, open_channel(machine.channel) as channel:
         try:
             await channel.hello(BOOT_TIMEOUT)
         except MachineError as error:
             error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
             raise
-        yield MicroVM(new_id(), machine, channel), machine
+        yield MicroVM(name, machine, channel), machine
 
 
 @asynccontextmanager
@@ -235,8 +237,9 @@ async def clone(
     vm_id: str | None = None,
 ) -> AsyncIterator[MicroVM]:
     """A woken copy of a saved machine, with ``disks`` (the root, and the workspace) behind it."""
-    async with hypervisor.clone(saved, disks) as machine, open_channel(machine.channel) as channel:
-        vm = MicroVM(vm_id or new_id(), machine, channel)
+    name = vm_id or new_id()
+    async with hypervisor.clone(name, saved, disks) as machine, open_channel(machine.channel) as channel:
+        vm = MicroVM(name, machine, channel)
         try:
             await vm.wake()
             yield vm

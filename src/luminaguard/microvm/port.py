@@ -16,6 +16,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from luminaguard.microvm.jail import JailedProcess
+
 __all__ = ["BootSource", "Capabilities", "Hypervisor", "SavedMachine", "VirtualMachine"]
 
 
@@ -56,8 +58,8 @@ class VirtualMachine(Protocol):
     """A running machine; it dies with the context that made it."""
 
     @property
-    def pid(self) -> int:
-        """The host's process id of the hypervisor."""
+    def process(self) -> JailedProcess:
+        """The hypervisor's process, with the layers of its jail."""
         ...
 
     @property
@@ -97,10 +99,12 @@ class Hypervisor(Protocol):
         """Changes whenever a saved machine of this backend must not be used any more."""
         ...
 
-    def boot(self, source: BootSource, ram: int) -> AbstractAsyncContextManager[VirtualMachine]:
+    def boot(self, name: str, source: BootSource, ram: int) -> AbstractAsyncContextManager[VirtualMachine]:
         """Start a machine whose RAM is the memfd ``ram``."""
         ...
 
-    def clone(self, saved: SavedMachine, disks: tuple[int, ...]) -> AbstractAsyncContextManager[VirtualMachine]:
+    def clone(
+        self, name: str, saved: SavedMachine, disks: tuple[int, ...]
+    ) -> AbstractAsyncContextManager[VirtualMachine]:
         """Start a copy-on-write copy of a saved machine, running, with these disks behind it."""
         ...

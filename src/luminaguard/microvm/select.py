@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luminaguard.errors import HypervisorUnavailable
+from luminaguard.microvm.jail import Jail
 from luminaguard.microvm.qemu.backend import QemuHypervisor
 from luminaguard.microvm.qemu.probe import KvmProbe, Qemu, find_qemu, probe_kvm
 
@@ -18,12 +19,13 @@ __all__ = ["choose_hypervisor"]
 _MAX_MEMO = 1 << 16
 
 
-def choose_hypervisor(qemu: str, accelerator: str, run: Path) -> QemuHypervisor:
+def choose_hypervisor(qemu: str, accelerator: str, run: Path, jail: Jail) -> QemuHypervisor:
     """QEMU with the wanted accelerator; ``auto`` takes KVM where a timed probe shows hardware.
 
     Args:
         qemu: name or path of the program.
         accelerator: ``auto``, ``kvm`` or ``tcg``.
+        jail: what QEMU is started in.
         run: folder for what was found out, valid until reboot or until QEMU changes.
 
     Raises:
@@ -31,22 +33,27 @@ def choose_hypervisor(qemu: str, accelerator: str, run: Path) -> QemuHypervisor:
     """
     memo = _Memo(run / "hypervisor.json", qemu)
     found = memo.get("qemu")
-    program = Qemu(found["path"], tuple(found["version"]), found["build"]) if found else find_qemu(qemu)
+    program = _remembered(found) if found else find_qemu(qemu)
     memo.put("qemu", asdict(program))
     if accelerator == "tcg":
-        return QemuHypervisor(program, "tcg")
+        return QemuHypervisor(program, "tcg", jail)
     found = memo.get("kvm")
     kvm = KvmProbe(**found) if found else probe_kvm()
     memo.put("kvm", asdict(kvm))
     if kvm.usable:
-        return QemuHypervisor(program, "kvm")
+        return QemuHypervisor(program, "kvm", jail)
     if accelerator == "kvm":
         raise HypervisorUnavailable(
             f"KVM was asked for and is not usable: {kvm.reason}.",
             hint="Set accelerator to 'auto' or 'tcg', or run on a machine with hardware virtualisation "
             "and add yourself to the group 'kvm'.",
         )
-    return QemuHypervisor(program, "tcg")
+    return QemuHypervisor(program, "tcg", jail)
+
+
+def _remembered(found: dict[str, Any]) -> Qemu:
+    version, folders = tuple(found["version"]), tuple(found["folders"])
+    return Qemu(found["path"], version, found["build"], folders, found["firmware"])
 
 
 class _Memo:
@@ -84,4 +91,4 @@ def _identity(qemu: str) -> list[Any]:
     if path is None:
         return [boot_id, qemu]
     info = os.stat(path)
-    return [boot_id, path, info.st_size, info.st_mtime_ns, os.geteuid(), sorted(os.getgroups())]
+    return [2, boot_id, path, info.st_size, info.st_mtime_ns, os.geteuid(), sorted(os.getgroups())]

@@ -2,15 +2,17 @@
 
 The device list is the same for a boot and a clone, because a saved device state only fits the
 machine that it came from. There is no network device, ever. Every file is an inherited descriptor:
-QEMU sees no path of the host but its own firmware.
+QEMU sees no path of the host but its own firmware; its program comes from the caller.
 """
 
 from __future__ import annotations
 
-__all__ = ["boot_command", "clone_command", "jail_prefix", "kernel_command_line"]
+__all__ = ["TRANSLATION_MIB", "boot_command", "clone_command", "kernel_command_line"]
+
+TRANSLATION_MIB = 256
+"""Of translated code that an emulating QEMU keeps, at most."""
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-_NOBODY = "65534"
 _KERNEL_OPTIONS = (
     "quiet loglevel=0 panic=-1 reboot=t no_timer_check random.trust_cpu=on rcupdate.rcu_expedited=1 "
     "8250.nr_uarts=0 cryptomgr.notests nowatchdog audit=0 psi=0 lsm=landlock,lockdown,yama "
@@ -32,23 +34,13 @@ def kernel_command_line(accelerator: str, tsc_khz: int) -> str:
     return _KERNEL_OPTIONS
 
 
-def jail_prefix(uid: int) -> list[str]:
-    """What runs QEMU with fewer rights and ends it with its parent.
-
-    Root becomes nobody; anyone else stays what they are. Either way there are no new privileges.
-    """
-    drop = ["--reuid", _NOBODY, "--regid", _NOBODY, "--clear-groups", "--inh-caps=-all",
-            "--bounding-set=-all"] if uid == 0 else []  # fmt: skip
-    return ["setpriv", *drop, "--no-new-privs", "--pdeathsig", "KILL", "--"]
-
-
 def boot_command(
-    qemu: str, accelerator: str, memory_mib: int, *, ram: int, channel: int, control: int,
+    firmware: str, accelerator: str, memory_mib: int, *, ram: int, channel: int, control: int,
     disks: tuple[int, ...], kernel: int, initramfs: int, append: str,
 ) -> list[str]:  # fmt: skip
     """Boot a kernel, with the guest's RAM in the shared memfd ``ram``."""
     return [
-        *_machine(qemu, accelerator, memory_mib, ram, "on", channel, control, disks),
+        *_machine(firmware, accelerator, memory_mib, ram, "on", channel, control, disks),
         "-kernel", f"/proc/self/fd/{kernel}",
         "-initrd", f"/proc/self/fd/{initramfs}",
         "-append", append,
@@ -56,25 +48,26 @@ def boot_command(
 
 
 def clone_command(
-    qemu: str, accelerator: str, memory_mib: int, *, ram: int, channel: int, control: int,
+    firmware: str, accelerator: str, memory_mib: int, *, ram: int, channel: int, control: int,
     disks: tuple[int, ...],
 ) -> list[str]:  # fmt: skip
     """Wait for a saved device state, over a private (copy-on-write) mapping of ``ram``."""
     return [
-        *_machine(qemu, accelerator, memory_mib, ram, "off", channel, control, disks),
+        *_machine(firmware, accelerator, memory_mib, ram, "off", channel, control, disks),
         "-S", "-incoming", "defer",
     ]  # fmt: skip
 
 
 def _machine(
-    qemu: str, accelerator: str, memory_mib: int, ram: int, share: str, channel: int, control: int,
+    firmware: str, accelerator: str, memory_mib: int, ram: int, share: str, channel: int, control: int,
     disks: tuple[int, ...],
 ) -> list[str]:  # fmt: skip
     command = [
-        qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-bios", "qboot.rom",  # a PVH kernel under SeaBIOS boots one time in eight
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-bios", firmware,
         "-sandbox", _SANDBOX,
-        "-M", f"microvm,accel={accelerator},acpi=on,isa-serial=off,memory-backend=mem,dump-guest-core=off",
+        "-M", "microvm,acpi=on,isa-serial=off,memory-backend=mem,dump-guest-core=off",
+        "-accel", f"tcg,tb-size={TRANSLATION_MIB}" if accelerator == "tcg" else accelerator,
         "-object", f"memory-backend-file,id=mem,size={memory_mib}M,mem-path=/proc/self/fd/{ram},share={share}",
         "-cpu", "Nehalem,+arat,+rdrand,+smep,+smap,-spec-ctrl" if accelerator == "tcg" else "host",
         "-smp", "1", "-m", str(memory_mib),

@@ -45,11 +45,16 @@ _KVM_EXIT_HLT = 5
 
 @dataclass(frozen=True, slots=True)
 class Qemu:
-    """A usable QEMU: where it is and which version."""
+    """A usable QEMU: where it is, which version, and what a jail must show it.
+
+    ``folders`` are those of its libraries and modules, ``firmware`` is qboot.
+    """
 
     path: str
     version: tuple[int, int, int]
     build: str
+    folders: tuple[str, ...]
+    firmware: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +76,7 @@ def find_qemu(name: str) -> Qemu:
     path = shutil.which(name)
     if path is None:
         raise HypervisorUnavailable(f"'{name}' was not found.", hint=install)
-    try:
-        said = subprocess.run(
-            [path, "--version"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-            stdin=subprocess.DEVNULL,
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise HypervisorUnavailable(f"'{path}' cannot be run: {error}.", hint=install) from error
+    said = _said([path, "--version"])
     match = re.search(r"version (\d+)\.(\d+)\.(\d+)", said)
     if not match:
         raise HypervisorUnavailable(f"'{path}' does not say a QEMU version.", hint=install)
@@ -91,7 +86,37 @@ def find_qemu(name: str) -> Qemu:
             f"QEMU {match[0][8:]} is too old; {MINIMUM[0]}.{MINIMUM[1]} or newer is needed.",
             hint=install,
         )
-    return Qemu(path, version, said.splitlines()[0].strip())
+    return Qemu(path, version, said.splitlines()[0].strip(), _library_folders(path), _firmware(path))
+
+
+def _library_folders(path: str) -> tuple[str, ...]:
+    """Folders of the shared libraries that QEMU is linked to, and of the loader."""
+    listed = _said(["ldd", path])
+    folders = {os.path.dirname(found) for found in re.findall(r"(/\S+) \(0x", listed)}
+    # The same folder may have two names where /lib is a link to /usr/lib; QEMU's modules use the real one.
+    return tuple(sorted(folders | {os.path.realpath(folder) for folder in folders}))
+
+
+def _firmware(path: str) -> str:
+    """qboot, in one of the folders that QEMU searches: a PVH kernel under SeaBIOS boots one time in eight."""
+    for folder in _said([path, "-L", "help"]).splitlines():
+        candidate = os.path.join(folder.strip(), "qboot.rom")
+        if os.path.isfile(candidate):
+            return candidate
+    raise HypervisorUnavailable(
+        f"'{path}' has no qboot.rom.", hint="Install QEMU's firmware: apt-get install qemu-system-data"
+    )
+
+
+def _said(command: list[str]) -> str:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True, stdin=subprocess.DEVNULL
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise HypervisorUnavailable(
+            f"'{command[0]}' cannot be run: {error}.", hint="Install it again: apt-get install qemu-system-x86"
+        ) from error
 
 
 def probe_kvm() -> KvmProbe:

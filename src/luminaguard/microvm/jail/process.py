@@ -1,0 +1,273 @@
+"""Start a hypervisor in a jail, and end it so that nothing of it is left.
+
+Layers, from the outside in:
+
+``uid``         as root: a uid of its own for each machine; otherwise the user's own
+``privileges``  no_new_privs, no capabilities, empty bounding set (setpriv(1), bwrap(1))
+``namespaces``  user, mount, pid, net, ipc, uts and cgroup; further user namespaces are forbidden
+``files``       read-only: the program and its library folders; no file of the user, no home, no /tmp
+``rlimits``     address space, file size (its log too), descriptors; no core, no locked memory
+``cgroup``      memory and processes, where the host lets this user make one
+``seccomp``     the hypervisor's own filter; the caller's arguments turn it on
+
+The process is stopped at its first instruction until limits and cgroup hold. It is watched by a
+pidfd from then on, and dies with its owner (PR_SET_PDEATHSIG) or with its context, whichever is first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import anyio
+
+from luminaguard import log
+from luminaguard.errors import HypervisorUnavailable, JailUnavailable
+from luminaguard.microvm.jail.cgroups import CgroupStore
+
+__all__ = ["Jail", "JailedProcess", "Limits", "Program"]
+
+_UID_BASE, _UID_COUNT = 1_600_000_000, 1 << 24
+"""Far from any uid that a distribution, systemd or subordinate ranges give out."""
+_INSIDE = "65534"
+_START_TIMEOUT_S = 10.0
+_MAX_SAID = 4 << 20
+_MAX_INFO = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A hypervisor and what it reads: ``folders`` and ``files`` appear read-only at their own paths."""
+
+    path: str
+    folders: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("/dev/null", "/dev/urandom")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``memory_bytes`` is what the process may use for real, ``address_bytes`` what it may map."""
+
+    memory_bytes: int
+    address_bytes: int
+    descriptors: int = 256
+    processes: int = 64
+
+
+@dataclass(slots=True)
+class JailedProcess:
+    """A running hypervisor. ``layers`` names each layer and ``on``, or why it is missing."""
+
+    pid: int
+    pidfd: int
+    said: int
+    layers: dict[str, str] = field(default_factory=dict)
+
+    def words(self, limit: int = 2000) -> str:
+        """What it printed, at most ``limit`` bytes, from the end."""
+        size = os.fstat(self.said).st_size
+        return os.pread(self.said, limit, max(0, size - limit)).decode("utf-8", "replace").strip()
+
+    @property
+    def running(self) -> bool:
+        """Whether it lives."""
+        return not _readable(self.pidfd)
+
+    async def wait(self) -> None:
+        """Wait for its end."""
+        await anyio.wait_readable(self.pidfd)
+
+
+class Jail:
+    """Starts programs in jails.
+
+    Args:
+        required: refuse to start anything when a layer that this host could have is missing.
+        cgroups: where to make cgroups.
+    """
+
+    def __init__(self, *, required: bool = True, cgroups: CgroupStore | None = None) -> None:
+        self.required = required
+        self.cgroups = cgroups or CgroupStore()
+        self._bwrap = shutil.which("bwrap")
+        self._nesting = ["--disable-userns"] if self._bwrap and _can_forbid_nesting(self._bwrap) else []
+        self._setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
+        self._prlimit = shutil.which("prlimit") or "/usr/bin/prlimit"
+        if required and self._bwrap is None:
+            raise JailUnavailable(
+                "bubblewrap is not installed: there is nothing to jail the hypervisor with.",
+                hint="apt-get install bubblewrap; or set require_jail = false and accept weaker isolation.",
+            )
+
+    @asynccontextmanager
+    async def start(
+        self, name: str, program: Program, arguments: list[str], inherited: tuple[int, ...], limits: Limits
+    ) -> AsyncIterator[JailedProcess]:
+        """Run a program for as long as the context lasts.
+
+        Args:
+            name: of the machine; the cgroup is called so.
+            program: what to run.
+            arguments: its arguments.
+            inherited: descriptors that it gets under the same numbers.
+            limits: what it may use.
+
+        Raises:
+            JailUnavailable: this host does not allow a layer that is required.
+            HypervisorUnavailable: it cannot be started at all.
+        """
+        with ExitStack() as stack:
+            said = os.memfd_create("hypervisor-said", os.MFD_CLOEXEC)
+            stack.callback(os.close, said)
+            info_out, info_in = _pipe(stack)
+            gate_out, gate_in = _pipe(stack)
+            layers = {"seccomp": "on"}
+            command = self._command(program, arguments, limits, info_in.fd, gate_out.fd, layers)
+            fds = (*inherited, info_in.fd, gate_out.fd) if self._bwrap else inherited
+            outer = _spawn(command, fds, said)
+            stack.callback(_end_outer, outer)
+            info_in.close()
+            gate_out.close()
+            pid = await self._child(info_out.fd, said) if self._bwrap else outer.pid
+            pidfd = os.pidfd_open(pid)
+            stack.callback(os.close, pidfd)
+            stack.callback(_end, pidfd)
+            self._confine(name, pid, pidfd, limits, layers, stack)
+            if self._bwrap:
+                os.write(gate_in.fd, b"-")
+            yield JailedProcess(pid, pidfd, said, layers)
+
+    def _command(
+        self, program: Program, arguments: list[str], limits: Limits, info: int, gate: int, layers: dict[str, str]
+    ) -> list[str]:
+        drop: list[str] = []
+        layers["uid"] = "the user's own: only root can give a machine another one"
+        if os.geteuid() == 0:
+            uid = str(_UID_BASE + secrets.randbelow(_UID_COUNT))
+            drop = ["--reuid", uid, "--regid", uid, "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+            layers["uid"] = "on"
+        layers["privileges"] = layers["rlimits"] = "on"
+        outer = [
+            self._setpriv, *drop, "--no-new-privs", "--pdeathsig", "KILL", "--",
+            self._prlimit, f"--as={limits.address_bytes}", f"--fsize={_MAX_SAID}", f"--nofile={limits.descriptors}",
+            "--core=0", "--memlock=0", "--",
+        ]  # fmt: skip
+        if self._bwrap is None:
+            layers["namespaces"] = layers["files"] = "bubblewrap is not installed"
+            return [*outer, program.path, *arguments]
+        layers["namespaces"] = layers["files"] = "on"
+        binds = [word for path in (*program.folders, *program.files) for word in ("--ro-bind", path, path)]
+        devices = [word for path in program.devices for word in ("--dev-bind", path, path)]
+        return [
+            *outer, self._bwrap, "--unshare-all", "--unshare-user", *self._nesting,
+            "--die-with-parent", "--new-session", "--as-pid-1", "--uid", _INSIDE, "--gid", _INSIDE,
+            "--hostname", "vmm", "--cap-drop", "ALL", "--clearenv", "--proc", "/proc", *devices, *binds,
+            "--ro-bind", program.path, program.path, "--chdir", "/",
+            "--info-fd", str(info), "--block-fd", str(gate), "--", program.path, *arguments,
+        ]  # fmt: skip
+
+    async def _child(self, info: int, said: int) -> int:
+        """The pid of the program, as bubblewrap tells it once the namespaces are made."""
+        data = b""
+        with anyio.move_on_after(_START_TIMEOUT_S):
+            while b"}" not in data and len(data) < _MAX_INFO:
+                await anyio.wait_readable(info)
+                piece = os.read(info, _MAX_INFO)
+                if not piece:
+                    break
+                data += piece
+        try:
+            return int(json.loads(data)["child-pid"])
+        except (ValueError, KeyError, TypeError):
+            words = os.pread(said, 500, 0).decode("utf-8", "replace").strip()
+            raise JailUnavailable(
+                f"The hypervisor could not be jailed: {words or 'bubblewrap ended without a word'}.",
+                hint="Run 'luminaguard doctor': it names the setting that forbids user namespaces here. "
+                "'require_jail = false' runs without them.",
+                kept="No machine was started.",
+            ) from None
+
+    def _confine(
+        self, name: str, pid: int, pidfd: int, limits: Limits, layers: dict[str, str], stack: ExitStack
+    ) -> None:
+        layers["cgroup"] = self.cgroups.missing or "on"
+        if self.cgroups.missing:
+            return
+        try:
+            groups = self.cgroups.create(name, memory_bytes=limits.memory_bytes, processes=limits.processes)
+            stack.callback(self.cgroups.remove, groups)
+            stack.callback(_end, pidfd)  # a group can be removed when nothing lives in it
+            self.cgroups.add(groups, pid)
+        except OSError as error:
+            layers["cgroup"] = f"the kernel refused: {error.strerror} ({error.filename})"
+            log.event("jail.cgroup_missing", vm=name, reason=layers["cgroup"])
+
+
+def _spawn(command: list[str], inherited: tuple[int, ...], said: int) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+            cwd="/", env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            start_new_session=True,  # a terminal's Ctrl-C is ours to handle, not the hypervisor's
+        )  # fmt: skip
+    except OSError as error:
+        raise HypervisorUnavailable(
+            f"The hypervisor could not be started: {error}.", hint="Run 'luminaguard doctor'."
+        ) from error
+
+
+def _can_forbid_nesting(bwrap: str) -> bool:
+    """Bubblewrap 0.8 and later; raises JailUnavailable when it cannot be run."""
+    try:
+        said = subprocess.run([bwrap, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+        major, minor = said.split()[1].split(".")[:2]
+        return (int(major), int(minor)) >= (0, 8)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        raise JailUnavailable(f"'{bwrap}' cannot be run: {error}.", hint="apt-get install bubblewrap") from error
+
+
+def _end(pidfd: int) -> None:
+    """Kill and wait: SIGKILL is not ignored, so this takes as long as freeing the memory."""
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    select.select([pidfd], [], [])
+
+
+def _end_outer(outer: subprocess.Popen[bytes]) -> None:
+    """Bubblewrap ends with what it started; without a child it is killed."""
+    outer.kill()
+    outer.wait()
+
+
+def _readable(fd: int) -> bool:
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+class _End:
+    """One end of a pipe; closing it twice closes nothing of anyone else."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _pipe(stack: ExitStack) -> tuple[_End, _End]:
+    ends = tuple(_End(fd) for fd in os.pipe2(os.O_CLOEXEC))
+    for end in ends:
+        stack.callback(end.close)
+    return ends[0], ends[1]
