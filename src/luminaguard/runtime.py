@@ -11,8 +11,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from luminaguard.images.manifest import Image
     from luminaguard.microvm.channel import Call
     from luminaguard.microvm.machine import Command, Outcome
+    from luminaguard.microvm.pool import Pool, PoolLimits, Template
     from luminaguard.microvm.port import SavedMachine
     from luminaguard.microvm.qemu.backend import QemuHypervisor
     from luminaguard.microvm.tracker import VMTracker
@@ -64,6 +65,7 @@ class Execution:
     """What one action did, and where its effects stand.
 
     ``spawn_ms`` is from the start of the hypervisor process to a woken guest, in milliseconds.
+    ``jail`` names each layer around the hypervisor and ``on``, or why it is missing.
     """
 
     vm_id: str
@@ -76,6 +78,7 @@ class Execution:
     status: Status = "unchanged"
     detail: str = ""
     timings_ms: dict[str, float] = field(default_factory=dict)
+    jail: dict[str, str] = field(default_factory=dict)
 
 
 class Runtime:
@@ -143,6 +146,52 @@ class Runtime:
         ledger = self.ledger
         return Approvals(self._database, ledger)
 
+    @asynccontextmanager
+    async def open_pool(self, limits: PoolLimits | None = None) -> AsyncIterator[Pool]:
+        """A warm pool of this runtime's machines, for as long as the context lasts."""
+        from luminaguard.microvm.pool import Pool, PoolLimits
+        from luminaguard.microvm.template import TemplateStore
+
+        store, s = TemplateStore(self.folders.cache), self.settings
+        limits = limits or PoolLimits(s.pool_minimum, s.pool_maximum, s.pool_max_age_s, s.pool_memory_mib)
+
+        def current() -> str:
+            return store.key(self.hypervisor, self.images.current(), s.memory_mib)
+
+        async with Pool.open(self.hypervisor, self._pool_template, current, self.tracker, limits) as pool:
+            yield pool
+
+    @asynccontextmanager
+    async def _pool_template(self) -> AsyncIterator[Template]:
+        from luminaguard.images.manifest import ROOT
+        from luminaguard.microvm.pool import Template
+        from luminaguard.microvm.template import TemplateStore
+
+        store, image = TemplateStore(self.folders.cache), self.images.current()
+        async with AsyncExitStack() as stack:
+            root = await anyio.to_thread.run_sync(image.open_part, ROOT)
+            stack.callback(os.close, root)
+            rehearsal = await anyio.to_thread.run_sync(self._open_rehearsal)
+            stack.callback(os.close, rehearsal)
+            saved = await stack.enter_async_context(
+                store.saved(self.hypervisor, image, self.settings.memory_mib, lambda _: None)
+            )
+            yield Template(store.key(self.hypervisor, image, self.settings.memory_mib), saved, root, rehearsal)
+
+    def _open_rehearsal(self) -> int:
+        """An empty workspace on a disk as large as any can be, for clones to rehearse on."""
+        from luminaguard.microvm.template import placeholder
+        from luminaguard.workspaces.pack import WorkspaceImages
+        from luminaguard.workspaces.state import read_state
+
+        folder = self.folders.cache / "rehearsal"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        image = WorkspaceImages(self.folders.cache).open(read_state(folder, self._limits("workspace")))
+        try:
+            return placeholder(os.pread(image, 1 << 20, 0))
+        finally:
+            os.close(image)
+
     # -- one action -------------------------------------------------------------------------------
 
     async def exec(
@@ -204,27 +253,26 @@ class Runtime:
             # The database is opened while the machine wakes: nothing runs in it before that is recorded.
             opening = stack.enter_context(_Background(self._open_ledger))
             try:
-                async with clone(hypervisor, saved, (prepared.root, prepared.image), vm_id=vm_id) as vm:
+                argv = _shown(command.argv)
+                async with clone(hypervisor, saved, (prepared.root, prepared.image), self.tracker,
+                                 vm_id=vm_id, workspace=str(workspace), task=argv) as vm:  # fmt: skip
                     spawn_ms = marks.lap("spawn")
                     ledger = await opening.result()
-                    argv = _shown(command.argv)
                     ledger.append("exec.started", vm=vm_id, workspace=str(workspace), command=argv,
                                   image=image.folder.name, backend=hypervisor.name,
                                   accelerator=hypervisor.accelerator)  # fmt: skip
                     marks.lap("ledger")
-                    with self.tracker.track(
-                        vm_id, hypervisor.name, hypervisor.accelerator, vm.process.pid, str(workspace), argv
-                    ):
-                        outcome = await vm.run(command, output=output, feed=feed, timeout_s=self.settings.timeout_s)
-                        marks.lap("command")
-                        if not outcome.timed_out:
-                            await vm.changes(
-                                lambda e: collector.entry(e.path, e.kind, e.mode, e.size, e.target, e.opaque),
-                                collector.content,
-                            )
-                        marks.lap("changes")
+                    outcome = await vm.run(command, output=output, feed=feed, timeout_s=self.settings.timeout_s)
+                    marks.lap("command")
+                    if not outcome.timed_out:
+                        await vm.changes(
+                            lambda e: collector.entry(e.path, e.kind, e.mode, e.size, e.target, e.opaque),
+                            collector.content,
+                        )
+                    marks.lap("changes")
                 changeset = collector.changeset(state.entries)
-                execution = Execution(vm_id, hypervisor.name, hypervisor.accelerator, spawn_ms, outcome, changeset)
+                execution = Execution(vm_id, hypervisor.name, hypervisor.accelerator, spawn_ms, outcome, changeset,
+                                      jail=vm.process.layers)  # fmt: skip
             except BaseException as error:
                 writer.discard()
                 log.event("exec.failed", vm=vm_id, error=repr(error), notes=getattr(error, "__notes__", []))

@@ -89,6 +89,10 @@ class Settings(BaseSettings):
     changeset_max_files: int = Field(default=20_000, ge=1)
     changeset_max_mib: int = Field(default=1024, ge=1)
     capture_max_mib: int = Field(default=16, ge=1, le=1024)
+    pool_minimum: int = Field(default=1, ge=0, le=256)
+    pool_maximum: int = Field(default=8, ge=0, le=256)
+    pool_max_age_s: float = Field(default=600, gt=0)
+    pool_memory_mib: int = Field(default=2048, ge=0)
     debug: bool = False
 
     @classmethod

@@ -300,7 +300,7 @@ def _as_json(execution: Execution, capture: _Capture | None, error: LuminaGuardE
         "request_id": execution.request.id if execution.request else None,
         "changeset": {"digest": execution.changeset.digest, "changes": execution.changeset.to_json()},
         "vm": {"id": execution.vm_id, "backend": execution.backend, "accelerator": execution.accelerator,
-               "spawn_ms": execution.spawn_ms},
+               "spawn_ms": execution.spawn_ms, "jail": execution.jail},
         "timings_ms": execution.timings_ms,
         "detail": execution.detail,
     }  # fmt: skip

@@ -28,6 +28,7 @@ __all__ = [
     "prepare",
     "read_boot_id",
     "read_small",
+    "unmount_workspace",
     "write",
 ]
 
@@ -132,6 +133,18 @@ def mount_workspace() -> None:
     _mount("overlay", WORKSPACE, "overlay", _SAFE,
            f"lowerdir={base}/lower,upperdir={UPPER},workdir={base}/work,"
            "redirect_dir=off,metacopy=off,index=off,xino=off")  # fmt: skip
+
+
+def unmount_workspace() -> None:
+    """Undo :func:`mount_workspace`, and forget what the overlay left in its work folder."""
+    base = f"{BASE}/workspace"
+    for target in (WORKSPACE, f"{base}/lower"):
+        if _libc.umount2(target.encode(), 0) != 0:
+            raise OSError(ctypes.get_errno(), f"umount {target}")
+    for folder in (f"{base}/work/work", f"{base}/work", UPPER):
+        os.rmdir(folder)
+    for folder in ("work", "upper"):
+        os.mkdir(f"{base}/{folder}", 0o755)
 
 
 def _make_devices() -> None:

@@ -123,6 +123,8 @@ class Supervisor:
             method, params = call["method"], call["params"]
             if method == "wake":
                 self._answer(frame.channel, frames.RESULT, self._wake(params))
+            elif method == "rest":
+                self._answer(frame.channel, frames.RESULT, self._rest())
             elif method == "exec":
                 self._exec(frame.channel, params)
             elif method == "changes":
@@ -156,6 +158,16 @@ class Supervisor:
         machine.mount_workspace()
         self._mounted = True
         return {"boot_id": machine.read_boot_id()}
+
+    def _rest(self) -> dict[str, Any]:
+        """After a rehearsal: as before ``wake``, but with every path already translated."""
+        if self._workload is not None or self._changes is not None:
+            raise CallError("busy", "a command is running")
+        if self._mounted:
+            machine.unmount_workspace()
+            self._mounted = False
+        self._launch_ahead()
+        return {}
 
     def _exec(self, channel: int, params: dict[str, Any]) -> None:
         if self._workload is not None:

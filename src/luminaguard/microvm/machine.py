@@ -24,6 +24,7 @@ from luminaguard.guest import frames
 from luminaguard.microvm.channel import Call, CallFailed, GuestChannel, open_channel
 from luminaguard.microvm.jail import JailedProcess
 from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine, VirtualMachine
+from luminaguard.microvm.tracker import State, Tracked, VMTracker
 
 __all__ = ["Command", "LayerEntry", "MicroVM", "Outcome", "Terminal", "boot", "clone"]
 
@@ -100,8 +101,11 @@ class LayerEntry:
 class MicroVM:
     """A running, woken machine."""
 
-    def __init__(self, vm_id: str, machine: VirtualMachine, channel: GuestChannel) -> None:
+    def __init__(
+        self, vm_id: str, machine: VirtualMachine, channel: GuestChannel, tracked: Tracked | None = None
+    ) -> None:
         self.id = vm_id
+        self._tracked = tracked
         self._machine = machine
         self._channel = channel
         self.boot_id = ""
@@ -132,9 +136,20 @@ class MicroVM:
             },
         )
         self.boot_id = str((await _answer(call, CALL_TIMEOUT)).get("boot_id", ""))[:64]
+        self._state("ready")
+
+    def _state(self, state: State) -> None:
+        if self._tracked is not None:
+            self._tracked.update(state=state)
+
+    async def rest(self) -> None:
+        """Undo :meth:`wake` after a rehearsal: unmount the workspace and make the next command ready."""
+        await _answer(await self._channel.call("rest", {}), CALL_TIMEOUT)
+        self._state("ready")
 
     async def start(self, command: Command) -> Call:
         """Start a command and return the call, for a caller that drives the streams itself."""
+        self._state("running")
         streams = (frames.STDOUT,) if command.terminal else (frames.STDOUT, frames.STDERR)
         return await self._channel.call("exec", command.params(), streams)
 
@@ -200,6 +215,7 @@ class MicroVM:
             GuestProtocolError: the records are malformed.
             MachineError: the guest stopped, or was silent for :data:`CHANGES_SILENCE` seconds.
         """
+        self._state("stopping")
         call = await self._channel.call("changes", {}, (frames.CHANGES,))
         reader = _RecordReader(on_entry, on_content)
         while True:
@@ -233,19 +249,34 @@ async def clone(
     hypervisor: Hypervisor,
     saved: SavedMachine,
     disks: tuple[int, ...],
+    tracker: VMTracker,
     *,
     vm_id: str | None = None,
+    workspace: str = "",
+    task: Sequence[str] = (),
 ) -> AsyncIterator[MicroVM]:
-    """A woken copy of a saved machine, with ``disks`` (the root, and the workspace) behind it."""
+    """A woken copy of a saved machine, with ``disks`` (the root, and the workspace) behind it.
+
+    Args:
+        hypervisor: what runs it.
+        saved: what it is copied from.
+        disks: open for reading only; the caller's.
+        tracker: where it is recorded.
+        vm_id: its name, from :func:`new_id`.
+        workspace: for the record: the folder that it works on.
+        task: for the record: what it is for.
+    """
     name = vm_id or new_id()
     async with hypervisor.clone(name, saved, disks) as machine, open_channel(machine.channel) as channel:
-        vm = MicroVM(name, machine, channel)
-        try:
-            await vm.wake()
-            yield vm
-        except MachineError as error:
-            error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
-            raise
+        with tracker.track(name, hypervisor.name, hypervisor.accelerator, machine.process,
+                           workspace=workspace, task=list(task)) as tracked:  # fmt: skip
+            vm = MicroVM(name, machine, channel, tracked)
+            try:
+                await vm.wake()
+                yield vm
+            except MachineError as error:
+                error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
+                raise
 
 
 def new_id() -> str:

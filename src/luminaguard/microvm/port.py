@@ -71,6 +71,18 @@ class VirtualMachine(Protocol):
         """Pause the machine for good and write its device state to the descriptor ``state``."""
         ...
 
+    async def pause(self) -> None:
+        """Stop the guest until :meth:`resume`."""
+        ...
+
+    async def resume(self) -> None:
+        """Let a paused guest run."""
+        ...
+
+    async def replace_disk(self, index: int, disk: int) -> None:
+        """Put another read-only file behind disk ``index``, which the guest has not open."""
+        ...
+
     async def diagnosis(self) -> str:
         """What the hypervisor said and how it ended, for an error message."""
         ...

@@ -32,7 +32,7 @@ from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, op
 from luminaguard.microvm.machine import Command, boot
 from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine
 
-__all__ = ["PLACEHOLDER_BYTES", "TemplateStore"]
+__all__ = ["PLACEHOLDER_BYTES", "TemplateStore", "placeholder"]
 
 PLACEHOLDER_BYTES = 16 << 30
 """Capacity of the workspace disk in the template: no clone's workspace image may be larger."""
@@ -155,9 +155,7 @@ class TemplateStore:
                 opened.append(await anyio.to_thread.run_sync(image.open_part, name))
                 parts.callback(os.close, opened[-1])
             kernel, initramfs, root = opened
-            # QEMU takes a descriptor for a read-only disk only if it was opened for reading only.
-            placeholder = memfd("placeholder", PLACEHOLDER_BYTES)
-            empty = os.open(f"/proc/self/fd/{placeholder}", os.O_RDONLY | os.O_CLOEXEC)
+            empty = placeholder(b"")
             parts.callback(os.close, empty)
             source = BootSource(kernel, initramfs, (root, empty), memory_mib)
             async with boot(hypervisor, source, ram) as (vm, machine):
@@ -190,6 +188,20 @@ class TemplateStore:
         entries.sort(key=lambda e: (e.name == key, e.stat().st_mtime), reverse=True)
         for old in entries[4:]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def placeholder(content: bytes) -> int:
+    """A disk of :data:`PLACEHOLDER_BYTES` that begins with ``content``, opened for reading only.
+
+    QEMU takes a descriptor for a read-only disk only if it was opened so.
+    """
+    fd = os.memfd_create("placeholder", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, PLACEHOLDER_BYTES)
+        os.pwrite(fd, content, 0)
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
 
 
 async def _discard(_stream: int, _data: bytes) -> None:

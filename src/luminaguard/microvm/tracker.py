@@ -1,8 +1,10 @@
-"""Which micro-VMs run now, and the end of those whose owner is gone.
+"""Which micro-VMs there are, in every process of this user; and the end of those whose owner is gone.
 
-Each machine has a small file that its owner keeps locked. The kernel drops the lock when the owner
-dies, however it dies, so a file that can be locked by someone else belongs to nobody. The machine
-itself dies with its owner by PR_SET_PDEATHSIG; the sweep is the second line.
+Each machine has a small file that its owner keeps locked and rewrites as the machine's state
+changes. The kernel drops the lock when the owner dies, however it dies, so a file that someone else
+can lock belongs to nobody. The machine itself dies with its owner (PR_SET_PDEATHSIG); the sweep is
+the second line, and removes the cgroup that no exit handler removed. A process is never judged by
+its number alone: the start time in the file has to be its start time.
 """
 
 from __future__ import annotations
@@ -14,91 +16,203 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from luminaguard import log
+from luminaguard.microvm.jail import CgroupStore, JailedProcess
+from luminaguard.microvm.usage import Usage, start_time, usage
 
-__all__ = ["RunningVM", "VMTracker"]
+__all__ = ["MachineRecord", "State", "Tracked", "VMTracker"]
 
+State = Literal["starting", "ready", "running", "stopping", "gone"]
 _MAX = 1 << 16
+_MAX_ENDED = 1 << 20
+_GROUP_AGE_S = 60.0
+_STATES = ("starting", "ready", "running", "stopping", "gone")
 
 
-@dataclass(frozen=True, slots=True)
-class RunningVM:
-    """A machine as ``vm list`` shows it. ``started`` is the hypervisor's start time in clock ticks."""
+@dataclass(slots=True)
+class MachineRecord:
+    """A machine as ``vm list`` shows it.
+
+    Attributes:
+        pid: the hypervisor's process.
+        started: that process's start time, in clock ticks since boot.
+        owner: process id of the LuminaGuard process that owns it.
+        task: what it is for: the command, or ``pool``.
+        ended_ns: when it ended, 0 while it lives; ``reason`` says why.
+    """
 
     id: str
     backend: str
     accelerator: str
+    state: State
     pid: int
     started: int
     owner: int
     workspace: str
-    command: list[str]
+    task: list[str]
     created_ns: int
+    jail: dict[str, str] = field(default_factory=dict)
+    ended_ns: int = 0
+    reason: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is still the one that was recorded."""
+        return bool(self.started) and start_time(self.pid) == self.started
+
+    def usage(self) -> Usage | None:
+        """What it uses now; None when it is gone."""
+        return usage(self.pid) if self.alive else None
+
+
+class Tracked:
+    """The owner's handle on its machine's record."""
+
+    def __init__(self, record: MachineRecord, fd: int) -> None:
+        self.record = record
+        self._fd = fd
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the record; readers see all of them or none."""
+        for name, value in changes.items():
+            setattr(self.record, name, value)
+        data = json.dumps(asdict(self.record)).encode()
+        # One write of a padded record: a reader sees the old one or the new one.
+        os.pwrite(self._fd, data.ljust(max(len(data), os.fstat(self._fd).st_size)), 0)
 
 
 class VMTracker:
-    """The files of one run-time folder."""
+    """The records of one run-time folder."""
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "vms"
+        self._ended = run / "ended.jsonl"
 
     @contextmanager
     def track(
-        self,
-        vm_id: str,
-        backend: str,
-        accelerator: str,
-        pid: int,
-        workspace: str,
-        command: list[str],
-    ) -> Iterator[None]:
-        """Record a machine for as long as the context lasts."""
+        self, vm_id: str, backend: str, accelerator: str, process: JailedProcess, *, workspace: str, task: list[str]
+    ) -> Iterator[Tracked]:
+        """Record a machine for as long as the context lasts, and its end after it."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        entry = RunningVM(
-            vm_id,
-            backend,
-            accelerator,
-            pid,
-            _started(pid),
-            os.getpid(),
-            workspace,
-            command,
-            time.time_ns(),
-        )
+        record = MachineRecord(vm_id, backend, accelerator, "starting", process.pid, start_time(process.pid),
+                               os.getpid(), workspace, task, time.time_ns(), process.layers)  # fmt: skip
         path = self.folder / f"{vm_id}.json"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # Made under another name and locked before it gets its own: a sweep never finds it unlocked.
+        temporary = self.folder / f".{vm_id}"
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        reason = "done"
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            os.write(fd, json.dumps(asdict(entry)).encode())
-            yield
+            tracked = Tracked(record, fd)
+            tracked.update()
+            temporary.rename(path)
+            yield tracked
+        except BaseException as error:
+            reason = type(error).__name__
+            raise
         finally:
+            self._remember(record, reason)
             path.unlink(missing_ok=True)
             os.close(fd)
 
-    def running(self) -> list[RunningVM]:
+    def running(self) -> list[MachineRecord]:
         """The machines that live now; those of dead owners are ended and forgotten."""
-        found = []
+        return self._sweep()[0]
+
+    def reap(self) -> list[MachineRecord]:
+        """End the machines of dead owners, remove the cgroups that they left; return what was ended."""
+        living, dead = self._sweep()
+        groups = CgroupStore()
+        names = {record.id for record in living}
+        for name, folders in groups.groups().items():
+            # Another home's machines are not in our records: a group that is in use cannot be removed,
+            # and one that is about to be used is young.
+            if name not in names and all(time.time() - folder.stat().st_mtime > _GROUP_AGE_S for folder in folders):
+                groups.remove(folders)
+        return dead
+
+    def kill(self, vm_id: str) -> MachineRecord | None:
+        """End one machine; its owner sees it end. None when there is no such machine."""
+        for record in self.running():
+            if record.id == vm_id:
+                _end(record)
+                log.event("machine.killed", vm=record.id, pid=record.pid)
+                return record
+        return None
+
+    def ended(self, limit: int = 50) -> list[MachineRecord]:
+        """The last machines that ended, newest first."""
+        try:
+            with self._ended.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _MAX))
+                lines = file.read(_MAX).splitlines()
+        except FileNotFoundError:
+            return []
+        records = (_parse(line) for line in reversed(lines[-limit:]))
+        return [record for record in records if record is not None]
+
+    def _sweep(self) -> tuple[list[MachineRecord], list[MachineRecord]]:
+        living, dead = [], []
         for path in sorted(self.folder.glob("*.json")) if self.folder.is_dir() else ():
             try:
                 fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue  # it has just ended
             try:
-                entry = _parse(os.read(fd, _MAX))
+                record = _parse(os.pread(fd, _MAX, 0))
                 if _is_locked(fd):
-                    if entry is not None:
-                        found.append(entry)
+                    if record is not None:
+                        living.append(record)
                     continue
-                if entry is not None and entry.started and _started(entry.pid) == entry.started:
-                    os.kill(entry.pid, signal.SIGKILL)
-                    log.event("machine.reaped", vm=entry.id, pid=entry.pid)
+                if not path.exists():
+                    continue  # its owner has just finished with it
+                if record is not None:
+                    _end(record)
+                    self._remember(record, "its owner died")
+                    self._remove_group(record.id)
+                    log.event("machine.reaped", vm=record.id, pid=record.pid)
+                    dead.append(record)
                 path.unlink(missing_ok=True)
             finally:
                 os.close(fd)
-        return found
+        return living, dead
+
+    def _remember(self, record: MachineRecord, reason: str) -> None:
+        record.state, record.ended_ns, record.reason = "gone", time.time_ns(), reason
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self._ended, flags, 0o600)
+        try:
+            if os.fstat(fd).st_size > _MAX_ENDED:
+                self._ended.replace(self._ended.with_suffix(".old"))
+            os.write(fd, json.dumps(asdict(record)).encode() + b"\n")
+        except OSError:
+            pass  # a full disk: the end happened all the same
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _remove_group(name: str) -> None:
+        groups = CgroupStore()
+        groups.remove(groups.groups().get(name, []))
+
+
+def _end(record: MachineRecord) -> None:
+    """Kill exactly the process that was recorded, and wait until it is gone."""
+    try:
+        pidfd = os.pidfd_open(record.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if record.alive:  # checked while the descriptor holds the process: its number cannot be reused
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(pidfd)
 
 
 def _is_locked(fd: int) -> bool:
@@ -109,17 +223,13 @@ def _is_locked(fd: int) -> bool:
     return False
 
 
-def _parse(data: bytes) -> RunningVM | None:
+def _parse(data: bytes) -> MachineRecord | None:
     try:
-        return RunningVM(**json.loads(data))
-    except (ValueError, TypeError):
+        raw: dict[str, Any] = json.loads(data)
+        record = MachineRecord(**raw)
+        if record.state not in _STATES:
+            return None
+        record.pid, record.started = int(record.pid), int(record.started)
+        return record
+    except (ValueError, TypeError, AttributeError):
         return None
-
-
-def _started(pid: int) -> int:
-    """Start time of a process in clock ticks since boot (proc(5), field 22); 0 if there is none."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0

@@ -143,7 +143,10 @@ class Jail:
             stack.callback(_end, pidfd)
             self._confine(name, pid, pidfd, limits, layers, stack)
             if self._bwrap:
-                os.write(gate_in.fd, b"-")
+                try:
+                    os.write(gate_in.fd, b"-")
+                except BrokenPipeError:
+                    raise _refused(said) from None
             yield JailedProcess(pid, pidfd, said, layers)
 
     def _command(
@@ -188,13 +191,7 @@ class Jail:
         try:
             return int(json.loads(data)["child-pid"])
         except (ValueError, KeyError, TypeError):
-            words = os.pread(said, 500, 0).decode("utf-8", "replace").strip()
-            raise JailUnavailable(
-                f"The hypervisor could not be jailed: {words or 'bubblewrap ended without a word'}.",
-                hint="Run 'luminaguard doctor': it names the setting that forbids user namespaces here. "
-                "'require_jail = false' runs without them.",
-                kept="No machine was started.",
-            ) from None
+            raise _refused(said) from None
 
     def _confine(
         self, name: str, pid: int, pidfd: int, limits: Limits, layers: dict[str, str], stack: ExitStack
@@ -210,6 +207,16 @@ class Jail:
         except OSError as error:
             layers["cgroup"] = f"the kernel refused: {error.strerror} ({error.filename})"
             log.event("jail.cgroup_missing", vm=name, reason=layers["cgroup"])
+
+
+def _refused(said: int) -> JailUnavailable:
+    words = os.pread(said, 500, 0).decode("utf-8", "replace").strip()
+    return JailUnavailable(
+        f"The hypervisor could not be jailed: {words or 'bubblewrap ended without a word'}.",
+        hint="Run 'luminaguard doctor': it names the setting that forbids user namespaces here. "
+        "'require_jail = false' runs without them.",
+        kept="No machine was started.",
+    )
 
 
 def _spawn(command: list[str], inherited: tuple[int, ...], said: int) -> subprocess.Popen[bytes]:

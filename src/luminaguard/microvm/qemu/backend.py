@@ -23,6 +23,7 @@ __all__ = ["QemuHypervisor", "QemuMachine"]
 
 _RESTORE_TIMEOUT = 20.0
 _SAVE_TIMEOUT = 60.0
+_SPARE_FDSET = 64  # beyond those of the disks that it was started with
 _OVERHEAD_MIB = 128  # QEMU itself, beside the guest's memory and the translated code
 _ADDRESS_MIB = 2048  # what it maps and mostly does not touch: libraries, stacks, arenas
 
@@ -47,7 +48,7 @@ class QemuMachine:
         await self._qmp.handshake()
         await self._qmp.execute("stop")
         await self._ignore_shared()
-        await self._qmp.pass_descriptor("state", state)
+        await self._qmp.pass_descriptor(state, "getfd", fdname="state")
         await self._qmp.execute("migrate", uri="fd:state")
         await self._migrated(_SAVE_TIMEOUT)
 
@@ -59,6 +60,25 @@ class QemuMachine:
             await self._qmp.execute("migrate-incoming", uri=f"fd:{state}")
             await self._migrated(_RESTORE_TIMEOUT)
             await self._qmp.execute("cont")
+
+    async def pause(self) -> None:
+        """Stop the guest; it uses no processor until :meth:`resume`."""
+        await self._qmp.execute("stop")
+
+    async def resume(self) -> None:
+        """Let a paused guest run."""
+        await self._qmp.execute("cont")
+
+    async def replace_disk(self, index: int, disk: int) -> None:
+        """Put another read-only file behind a disk that nothing has open in the guest."""
+        fdset = _SPARE_FDSET + index
+        node = f"spare{index}"
+        await self._qmp.pass_descriptor(disk, "add-fd", **{"fdset-id": fdset})
+        await self._qmp.execute("blockdev-add", **{
+            "driver": "file", "node-name": node, "filename": f"/dev/fdset/{fdset}", "read-only": True, "locking": "off",
+        })  # fmt: skip
+        options = {"driver": "raw", "node-name": f"disk{index}", "file": node, "read-only": True}
+        await self._qmp.execute("blockdev-reopen", options=[options])
 
     async def diagnosis(self) -> str:
         """QEMU's last words and how it ended."""

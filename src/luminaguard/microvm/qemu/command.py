@@ -81,7 +81,8 @@ def _machine(
     for index, disk in enumerate(disks):
         command += [
             "-add-fd", f"fd={disk},set={index + 1}",
-            "-drive", f"if=none,id=disk{index},file=/dev/fdset/{index + 1},format=raw,readonly=on,file.locking=off",
+            "-blockdev", f"driver=file,node-name=file{index},filename=/dev/fdset/{index + 1},read-only=on,locking=off",
+            "-blockdev", f"driver=raw,node-name=disk{index},file=file{index},read-only=on",
             "-device", f"virtio-blk-device,drive=disk{index}",
         ]  # fmt: skip
     return command

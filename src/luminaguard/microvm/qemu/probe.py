@@ -76,6 +76,7 @@ def find_qemu(name: str) -> Qemu:
     path = shutil.which(name)
     if path is None:
         raise HypervisorUnavailable(f"'{name}' was not found.", hint=install)
+    path = os.path.realpath(path)
     said = _said([path, "--version"])
     match = re.search(r"version (\d+)\.(\d+)\.(\d+)", said)
     if not match:

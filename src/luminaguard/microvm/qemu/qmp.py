@@ -33,13 +33,13 @@ class Qmp:
             raise _broken(f"no greeting but {str(greeting)[:200]}")
         await self.execute("qmp_capabilities")
 
-    async def pass_descriptor(self, name: str, fd: int) -> None:
-        """Give QEMU a descriptor that later commands call ``name``."""
-        request = {"execute": "getfd", "arguments": {"fdname": name}}
+    async def pass_descriptor(self, fd: int, command: str, **arguments: Any) -> Any:
+        """Run a command that takes a descriptor, such as ``getfd`` and ``add-fd``."""
+        request = {"execute": command, "arguments": arguments}
         # One message: the descriptor must arrive with the command that names it.
         await anyio.wait_writable(self._socket)
         socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [fd])
-        await self._answer("getfd")
+        return await self._answer(command)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command and return what it returned.

@@ -1,0 +1,215 @@
+"""The jail around the hypervisor: what /proc says of a live one, and what a hostile one can reach."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import anyio
+import pytest
+
+from luminaguard.errors import JailUnavailable
+from luminaguard.microvm.jail import CgroupStore, Jail, Limits, Program
+from luminaguard.microvm.qemu.probe import _library_folders
+from luminaguard.testing import Home
+
+pytestmark = pytest.mark.vm
+PYTHON = os.path.realpath("/usr/bin/python3")
+LIBRARY = subprocess.run(
+    [PYTHON, "-c", "import sysconfig; print(sysconfig.get_paths()['stdlib'])"],
+    capture_output=True,
+    text=True,
+    check=True,
+).stdout.strip()
+HOSTILE_PROGRAM = Program(PYTHON, tuple(sorted({*_library_folders(PYTHON), LIBRARY})))
+LIMITS = Limits(memory_bytes=256 << 20, address_bytes=2 << 30, descriptors=64, processes=16)
+
+
+def running(home: Home, workspace: Path) -> subprocess.Popen[bytes]:
+    argv = home.argv("exec", "-w", str(workspace), "--", "sh", "-c", "echo ready; sleep 600")
+    process = subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def test_a_live_hypervisor_has_every_layer(home, workspace):
+    process = running(home, workspace)
+    try:
+        (machine,) = home.run("vm", "list", "--json").json["vms"]
+        pid = machine["pid"]
+        assert Path(f"/proc/{pid}/comm").read_text().startswith("qemu-system")
+        status = status_of(pid)
+        namespaces = {
+            kind: os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in ("user", "mnt", "pid", "net", "ipc", "uts")
+        }
+        ours = {kind: os.stat(f"/proc/self/ns/{kind}").st_ino for kind in namespaces}
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        seen = {path.name for path in Path(f"/proc/{pid}/root").iterdir()}
+        devices = sorted(path.name for path in Path(f"/proc/{pid}/root/dev").iterdir())
+        mounts = Path(f"/proc/{pid}/mountinfo").read_text()
+        interfaces = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    finally:
+        process.terminate()
+        process.terminate()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    if os.geteuid() == 0:
+        assert int(status["Uid"].split()[0]) > 1_000_000_000
+        assert status["Groups"] == ""
+        assert int(status["CapBnd"], 16) == 0
+    assert all(int(status[name], 16) == 0 for name in ("CapEff", "CapPrm", "CapInh", "CapAmb"))
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    assert not {kind for kind in namespaces if namespaces[kind] == ours[kind]}
+    assert status["NSpid"].split()[-1] == "1"
+    for name, value in (("Max core file size", "0"), ("Max locked memory", "0"), ("Max open files", "256")):
+        (line,) = [line for line in limits.splitlines() if line.startswith(name)]
+        assert line[len(name) :].split()[0] == value
+    assert seen <= {"dev", "lib", "lib64", "proc", "usr"}
+    assert devices == ["null", "urandom"]
+    for line in mounts.splitlines():
+        options = line.split()[5].split(",")
+        assert "nosuid" in options, line
+        assert line.split()[4] in {"/", "/proc", "/dev/null", "/dev/urandom"} or "ro" in options, line
+    assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
+    assert environment in {b"PWD=/\0", b""}
+
+
+HOSTILE = r"""
+import json, os, socket, subprocess, sys
+host_pid, host_file, port = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+found = {}
+def attempt(name, action):
+    try: found[name] = "REACHED " + repr(action())[:100]
+    except BaseException as e: found[name] = type(e).__name__
+def connect(address):
+    with socket.socket() as s: s.settimeout(2); s.connect(address); return address
+def allocate():
+    kept = []
+    while True: kept.append(bytearray(1 << 20)); [None for i in range(0, 1 << 20, 4096) if kept[-1].__setitem__(i, 1)]
+def fork_many():
+    for n in range(200):
+        if os.fork() == 0:
+            import time; time.sleep(5); os._exit(0)
+    return n
+def new_namespace():
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x10000000): raise OSError(ctypes.get_errno())
+    return "made"
+def mount():
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", b"/usr", b"tmpfs", 0, None): raise OSError(ctypes.get_errno())
+    return "mounted"
+attempt("read the user's file", lambda: open(host_file).read())
+attempt("list home", lambda: os.listdir("/root") + os.listdir("/home"))
+attempt("read passwd", lambda: open("/etc/passwd").read())
+attempt("read the program of the owner", lambda: os.readlink(f"/proc/{host_pid}/exe"))
+attempt("kill the owner", lambda: os.kill(host_pid, 9))
+attempt("other processes", lambda: [p for p in os.listdir("/proc") if p.isdigit() and p != str(os.getpid())][0])
+attempt("connect to the host", lambda: connect(("127.0.0.1", port)))
+attempt("connect outside", lambda: connect(("192.0.2.1", 80)))
+attempt("abstract sockets", lambda: [l for l in open("/proc/net/unix")][1])
+attempt("write a library", lambda: open(json.__file__, "a"))
+attempt("write to usr", lambda: open("/usr/x", "w"))
+attempt("become root", lambda: os.setuid(0))
+attempt("new namespace", new_namespace)
+attempt("mount", mount)
+attempt("open kvm or disks", lambda: [open("/dev/" + d) for d in ("kvm", "sda", "vda", "mem")])
+attempt("run a shell", lambda: subprocess.run(["/bin/sh", "-c", "true"]))
+attempt("fill its log", lambda: [os.write(2, b"x" * (1 << 20)) for _ in range(3)] and "three")
+attempt("use all memory", allocate)
+if CGROUP: attempt("fork without end", fork_many)
+os.truncate(2, 0); os.lseek(2, 0, 0)
+os.write(2, json.dumps(found).encode())
+"""
+
+
+def test_a_hostile_program_in_its_place_reaches_nothing(tmp_path, monkeypatch):
+    """Python instead of QEMU, in the same jail, without even QEMU's own seccomp filter."""
+    secret = tmp_path / "secret"
+    secret.write_text("the user's")
+    secret.chmod(0o644)
+    cgroups = CgroupStore()
+    script = HOSTILE.replace("CGROUP", str(not cgroups.missing))
+
+    async def attack(port: int) -> dict[str, str]:
+        arguments = ["-I", "-S", "-c", script, str(os.getpid()), str(secret), str(port)]
+        async with Jail(cgroups=cgroups).start("vm-hostile", HOSTILE_PROGRAM, arguments, (), LIMITS) as process:
+            with anyio.fail_after(60):
+                await process.wait()
+            return json.loads(process.words(1 << 20).strip("\0"))
+
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = anyio.run(attack, server.getsockname()[1])
+    assert found.pop("fill its log") == "REACHED 'three'"  # 3 of 4 MiB; the fifth would end it
+    if not cgroups.missing:
+        assert found.pop("fork without end") == "BlockingIOError"
+    assert found.pop("use all memory") == "MemoryError"
+    assert {name: how for name, how in found.items() if how.startswith("REACHED")} == {}
+    assert len(found) == 16
+    assert cgroups.groups().get("vm-hostile") is None
+
+
+def test_a_log_without_end_ends_the_program_and_not_the_disk():
+    flood = "import os\nwhile True: os.write(2, b'x' * 65536)"
+
+    async def run() -> int:
+        async with Jail().start("vm-flood", HOSTILE_PROGRAM, ["-I", "-S", "-c", flood], (), LIMITS) as process:
+            with anyio.fail_after(30):
+                await process.wait()
+            return os.fstat(process.said).st_size
+
+    assert anyio.run(run) <= 4 << 20
+
+
+def test_without_bubblewrap_nothing_starts_unless_the_user_said_so(home, workspace, tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for folder in ("/usr/sbin", "/usr/bin", "/sbin", "/bin"):
+        for path in Path(folder).iterdir():
+            if path.name not in {"bwrap", "doctor"} and not (programs / path.name).exists():
+                (programs / path.name).symlink_to(path)
+    refused = home.exec(workspace, "true", PATH=str(programs))
+    assert refused.code == 123
+    assert refused.json["error"]["type"] == "JailUnavailable"
+    assert "bubblewrap" in refused.json["error"]["hint"]
+    allowed = home.exec(workspace, "true", PATH=str(programs), LUMINAGUARD_REQUIRE_JAIL="false")
+    assert allowed.code == 0
+    assert allowed.json["vm"]["jail"]["namespaces"] == "bubblewrap is not installed"
+
+
+def test_a_program_that_cannot_be_jailed_is_a_refusal_with_bubblewraps_words():
+    async def run() -> None:
+        async with Jail().start("vm-none", Program("/no/such/program"), [], (), LIMITS) as process:
+            await process.wait()
+
+    with pytest.raises(JailUnavailable) as caught:
+        anyio.run(run)
+    assert "bwrap" in caught.value.message
+
+
+def test_killing_the_owner_takes_the_jail_with_it(home, workspace):
+    process = running(home, workspace)
+    (machine,) = home.run("vm", "list", "--json").json["vms"]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{machine['pid']}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{machine['pid']}").exists()
+    assert home.run("vm", "list", "--json").json == {"vms": []}
+    assert machine["id"] not in CgroupStore().groups()
