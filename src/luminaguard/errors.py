@@ -16,6 +16,7 @@ raises; only the command line exits.
     │   ├── ImageTampered                     a part differs from its manifest
     │   └── ImageBuildFailed
     ├── MachineError                     125  a micro-VM failed
+    │   ├── MachineNotFound              122  there is none of that name
     │   ├── BootFailed
     │   ├── GuestProtocolError                the guest broke the protocol: its VM was destroyed
     │   └── GuestUnresponsive                 the guest did not answer in time: same
@@ -59,6 +60,7 @@ __all__ = [
     "LockOutdated",
     "LuminaGuardError",
     "MachineError",
+    "MachineNotFound",
     "OutcomeUnknown",
     "PackageUnavailable",
     "PublishError",
@@ -145,6 +147,12 @@ class ImageBuildFailed(ImageError):
 
 class MachineError(LuminaGuardError):
     """A micro-VM failed; it has been destroyed."""
+
+
+class MachineNotFound(MachineError):
+    """There is no machine of that name."""
+
+    exit_code = EXIT_REFUSED
 
 
 class BootFailed(MachineError):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from luminaguard.images.build import ImageStore
     from luminaguard.images.manifest import Image
     from luminaguard.microvm.channel import Call
-    from luminaguard.microvm.machine import Command, Outcome
+    from luminaguard.microvm.machine import Command, MicroVM, Outcome
     from luminaguard.microvm.pool import Pool, PoolLimits, Template
     from luminaguard.microvm.port import SavedMachine
     from luminaguard.microvm.qemu.backend import QemuHypervisor
@@ -220,50 +220,38 @@ class Runtime:
             CallFailed: the command could not be started in the guest.
             LuminaGuardError: anything else that went wrong; the workspace was not touched.
         """
-        from luminaguard.microvm.machine import clone, new_id
-        from luminaguard.microvm.template import TemplateStore
+        from luminaguard.microvm.broker import has_pool
         from luminaguard.workspaces.collect import Collector
 
-        vm_id, marks = new_id(), _Stopwatch()
+        marks = _Stopwatch()
         self.tracker.running()
+        argv = _shown(command.argv)
         async with AsyncExitStack() as stack:
-            image = self.images.current()
-            hypervisor = self.hypervisor
-            template = TemplateStore(self.folders.cache)
             prepared = _Prepared(stack)
-            saved: SavedMachine | None = None
             if self.publisher.interrupted():  # what is half published must be settled before it is read
                 await anyio.to_thread.run_sync(self.recover)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(anyio.to_thread.run_sync, prepared.open_root, image)
-                tasks.start_soon(anyio.to_thread.run_sync, self._prepare_workspace, workspace, prepared, progress)
-                try:
-                    saved = await stack.enter_async_context(
-                        template.saved(hypervisor, image, self.settings.memory_mib, progress)
-                    )
-                except LuminaGuardError as error:
-                    prepared.failures.append(error)
-            if prepared.failures:
-                raise prepared.failures[0]
-            assert saved is not None and prepared.state is not None
+            # The database is opened beside what takes longer: nothing runs in a machine before that is recorded.
+            opening, pooled = _Background(self._open_ledger), has_pool(self.folders.run)
+            if pooled:
+                stack.enter_context(opening)
+            await self._prepare(prepared, workspace, progress, template=not pooled)
+            if not pooled:
+                stack.enter_context(opening)
+            assert prepared.state is not None
             marks.lap("prepare")
-            state = prepared.state
-            writer = self.blobs.writer(vm_id)
-            collector = Collector(writer, self._limits("changeset"))
-            # The database is opened while the machine wakes: nothing runs in it before that is recorded.
-            opening = stack.enter_context(_Background(self._open_ledger))
+            state, writer, vm_id = prepared.state, None, ""
             try:
-                argv = _shown(command.argv)
-                async with clone(hypervisor, saved, (prepared.root, prepared.image), self.tracker,
-                                 vm_id=vm_id, workspace=str(workspace), task=argv) as vm:  # fmt: skip
-                    spawn_ms = marks.lap("spawn")
+                async with self._machine(prepared, workspace, argv, progress) as vm:
+                    vm_id, spawn_ms = vm.id, marks.lap("spawn")
                     ledger = await opening.result()
                     ledger.append("exec.started", vm=vm_id, workspace=str(workspace), command=argv,
-                                  image=image.folder.name, backend=hypervisor.name,
-                                  accelerator=hypervisor.accelerator)  # fmt: skip
+                                  image=prepared.image.folder.name, backend=vm.backend,
+                                  accelerator=vm.accelerator)  # fmt: skip
                     marks.lap("ledger")
                     outcome = await vm.run(command, output=output, feed=feed, timeout_s=self.settings.timeout_s)
                     marks.lap("command")
+                    writer = self.blobs.writer(vm_id)
+                    collector = Collector(writer, self._limits("changeset"))
                     if not outcome.timed_out:
                         await vm.changes(
                             lambda e: collector.entry(e.path, e.kind, e.mode, e.size, e.target, e.opaque),
@@ -271,10 +259,11 @@ class Runtime:
                         )
                     marks.lap("changes")
                 changeset = collector.changeset(state.entries)
-                execution = Execution(vm_id, hypervisor.name, hypervisor.accelerator, spawn_ms, outcome, changeset,
+                execution = Execution(vm_id, vm.backend, vm.accelerator, spawn_ms, outcome, changeset,
                                       jail=vm.process.layers)  # fmt: skip
             except BaseException as error:
-                writer.discard()
+                if writer is not None:
+                    writer.discard()
                 log.event("exec.failed", vm=vm_id, error=repr(error), notes=getattr(error, "__notes__", []))
                 kind = "exec.refused" if isinstance(error, ChangesetRefused | GuestProtocolError) else "exec.failed"
                 # Not awaited: this may be a cancellation, and the record is owed all the same.
@@ -297,6 +286,58 @@ class Runtime:
         log.detail("exec.finished", vm=vm_id, status=execution.status, **marks.laps)
         return execution
 
+    async def _prepare(self, prepared: _Prepared, workspace: Path, progress: Progress, *, template: bool) -> None:
+        """Read and pack the workspace, and load the template beside it; all ends before anything is raised."""
+        prepared.image = self.images.current()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, self._prepare_workspace, workspace, prepared, progress)
+            if template:
+                await self._prepare_template(prepared, progress)
+        if prepared.failures:
+            raise prepared.failures[0]
+
+    async def _prepare_template(self, prepared: _Prepared, progress: Progress) -> None:
+        from luminaguard.microvm.template import TemplateStore
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, prepared.open_root)
+            try:
+                prepared.saved = await prepared.stack.enter_async_context(
+                    TemplateStore(self.folders.cache).saved(
+                        self.hypervisor, prepared.image, self.settings.memory_mib, progress
+                    )
+                )
+            except LuminaGuardError as error:
+                prepared.failures.append(error)
+
+    @asynccontextmanager
+    async def _machine(
+        self, prepared: _Prepared, workspace: Path, task: list[str], progress: Progress
+    ) -> AsyncIterator[MicroVM]:
+        """A woken machine: from a pool that another process serves, else a clone of our own."""
+        from luminaguard.microvm.broker import borrow
+        from luminaguard.microvm.machine import clone
+
+        if prepared.saved is None:
+            async with borrow(self.folders.run, prepared.disk, self.kind, folder=str(workspace), task=task) as vm:
+                if vm is not None:
+                    yield vm
+                    return
+            await self._prepare_template(prepared, progress)
+            if prepared.failures:
+                raise prepared.failures[0]
+        assert prepared.saved is not None
+        disks = (prepared.root, prepared.disk)
+        async with clone(self.hypervisor, prepared.saved, disks, self.tracker,
+                         workspace=str(workspace), task=task) as vm:  # fmt: skip
+            yield vm
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What a borrowed machine must have in common with one that this runtime would make."""
+        s = self.settings
+        return {"memory_mib": s.memory_mib, "accelerator": s.accelerator, "qemu": s.qemu, "jail": s.require_jail}
+
     def _prepare_workspace(self, workspace: Path, prepared: _Prepared, progress: Progress) -> None:
         from luminaguard.workspaces.pack import WorkspaceImages
         from luminaguard.workspaces.state import read_state
@@ -309,7 +350,7 @@ class Runtime:
 
         try:
             prepared.state = read_state(workspace, self._limits("workspace"), told)
-            prepared.image = prepared.keep(WorkspaceImages(self.folders.cache).open(prepared.state))
+            prepared.disk = prepared.keep(WorkspaceImages(self.folders.cache).open(prepared.state))
         except LuminaGuardError as error:
             prepared.failures.append(error)
         except OSError as error:
@@ -508,22 +549,25 @@ class Runtime:
 class _Prepared:
     """What the preparations hand over; all of them end before the first failure is raised."""
 
+    image: Image
+
     def __init__(self, stack: AsyncExitStack) -> None:
-        self._stack = stack
+        self.stack = stack
         self.state: WorkspaceState | None = None
-        self.image = self.root = -1
+        self.saved: SavedMachine | None = None
+        self.disk = self.root = -1
         self.failures: list[LuminaGuardError] = []
 
-    def open_root(self, image: Image) -> None:
+    def open_root(self) -> None:
         from luminaguard.images.manifest import ROOT
 
         try:
-            self.root = self.keep(image.open_part(ROOT))
+            self.root = self.keep(self.image.open_part(ROOT))
         except LuminaGuardError as error:
             self.failures.append(error)
 
     def keep(self, fd: int) -> int:
-        self._stack.callback(os.close, fd)
+        self.stack.callback(os.close, fd)
         return fd
 
 

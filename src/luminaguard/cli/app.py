@@ -30,13 +30,17 @@ vm_app = typer.Typer(help="Running micro-VMs.", no_args_is_help=True, rich_marku
 app.add_typer(approvals_app, name="approvals")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(image_app, name="image")
+pool_app = typer.Typer(help="A pool of machines that wait for work.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(vm_app, name="vm")
+app.add_typer(pool_app, name="pool")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="The folder to work on.")]
 Publish = Annotated[str | None, typer.Option("--publish", help="ask, never or always.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds until the command is stopped.")]
 Memory = Annotated[int | None, typer.Option("--memory", help="Memory of the machine in MiB.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Again every second, until interrupted.")]
+VmId = Annotated[str, typer.Argument(metavar="ID")]
 RequestId = Annotated[str, typer.Argument(metavar="ID")]
 
 
@@ -241,23 +245,70 @@ def image_lock() -> None:
 
 
 @vm_app.command("list")
-def vm_list(as_json: Json = False) -> None:
+def vm_list(
+    everything: Annotated[bool, typer.Option("--all", help="Those that ended, too.")] = False,
+    watch: Watch = False,
+    as_json: Json = False,
+) -> None:
     """List the machines that run now; end those whose owner is gone."""
-    from dataclasses import asdict
-
-    from luminaguard.cli.output import print_json
-    from luminaguard.effects.text import visible
+    from luminaguard.cli import machines
 
     _State.as_json = as_json
-    running = _runtime().tracker.running()
-    if as_json:
-        print_json({"vms": [asdict(vm) for vm in running]})
-        return
-    for vm in running:
-        where, what = visible(vm.workspace), visible(" ".join(vm.command))[:80]
-        print(f"{vm.id}  {vm.backend}/{vm.accelerator}  pid {vm.pid}  {where}  {what}")
-    if not running:
-        print("no machine is running")
+    runtime = _runtime()
+
+    def draw() -> None:
+        machines.show_list(runtime, everything=everything, as_json=as_json)
+
+    machines.watch(draw, as_json=as_json) if watch else draw()
+
+
+@vm_app.command("show")
+def vm_show(vm_id: VmId, as_json: Json = False) -> None:
+    """Show all that is known of a machine: its jail, what it uses, how it ended."""
+    from luminaguard.cli import machines
+
+    _State.as_json = as_json
+    machines.show(_runtime(), vm_id, as_json=as_json)
+
+
+@vm_app.command("kill")
+def vm_kill(vm_id: VmId, as_json: Json = False) -> None:
+    """End a machine; nothing of it is published."""
+    from luminaguard.cli import machines
+
+    _State.as_json = as_json
+    machines.kill(_runtime(), vm_id, as_json=as_json)
+
+
+@vm_app.command("reap")
+def vm_reap(as_json: Json = False) -> None:
+    """End the machines, and remove the cgroups, that killed processes left."""
+    from luminaguard.cli import machines
+
+    _State.as_json = as_json
+    machines.reap(_runtime(), as_json=as_json)
+
+
+@pool_app.command("serve")
+def pool_serve() -> None:
+    """Keep machines ready and lend them to every exec of this user, until interrupted."""
+    from luminaguard.cli import machines
+
+    machines.serve_pool(_runtime())
+
+
+@pool_app.command("status")
+def pool_status(watch: Watch = False, as_json: Json = False) -> None:
+    """Show how many machines wait, hits and misses."""
+    from luminaguard.cli import machines
+
+    _State.as_json = as_json
+    runtime = _runtime()
+
+    def draw() -> None:
+        machines.pool_status(runtime, as_json=as_json)
+
+    machines.watch(draw, as_json=as_json) if watch else draw()
 
 
 @app.command()

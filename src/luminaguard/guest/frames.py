@@ -88,6 +88,11 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
+    @property
+    def pending(self) -> bool:
+        """Whether part of a frame has come."""
+        return bool(self._buffer)
+
     def feed(self, data: bytes) -> list[Frame]:
         """Take bytes, return the frames that are whole now.
 

@@ -156,11 +156,12 @@ class Call:
 class GuestChannel:
     """The connection: dispatches frames to calls; made by :func:`open_channel`."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, first_call: int = 1) -> None:
         self._socket = connection
         self._reader = FrameReader()
         self._calls: dict[int, Call] = {}
-        self._next = 1
+        self._next = first_call
+        self._pumping: anyio.CancelScope | None = None
         self._sending = anyio.Lock()
         self._hello: dict[str, Any] | None = None
         self._up = anyio.Event()
@@ -213,8 +214,24 @@ class GuestChannel:
                 except OSError as error:
                     raise self.failure or _gone() from error
 
+    def release(self) -> int:
+        """Stop reading, for good: another process goes on with the returned number of the next call.
+
+        Raises:
+            GuestProtocolError: the guest is in the middle of a frame.
+        """
+        if self._reader.pending:
+            raise _broken("it sent something that nobody had asked for")
+        if self._pumping is not None:
+            self._pumping.cancel()
+        return self._next
+
     async def pump(self) -> None:
         """Read frames until the connection ends; the failure wakes everyone who waits."""
+        with anyio.CancelScope() as self._pumping:
+            await self._pump()
+
+    async def _pump(self) -> None:
         try:
             while True:
                 await anyio.wait_readable(self._socket)
@@ -250,9 +267,9 @@ class GuestChannel:
 
 
 @asynccontextmanager
-async def open_channel(connection: socket.socket) -> AsyncIterator[GuestChannel]:
+async def open_channel(connection: socket.socket, *, first_call: int = 1) -> AsyncIterator[GuestChannel]:
     """A channel over a connected, non-blocking socket, which stays the caller's."""
-    channel = GuestChannel(connection)
+    channel = GuestChannel(connection, first_call)
     failure: Exception | None = None
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(channel.pump)

@@ -10,20 +10,22 @@ from __future__ import annotations
 import base64
 import json
 import secrets
+import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import anyio
 
+from luminaguard import log
 from luminaguard.errors import GuestProtocolError, MachineError
 from luminaguard.guest import frames
 from luminaguard.microvm.channel import Call, CallFailed, GuestChannel, open_channel
 from luminaguard.microvm.jail import JailedProcess
-from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine, VirtualMachine
+from luminaguard.microvm.port import BootSource, Hypervisor, ProcessInfo, SavedMachine, VirtualMachine
 from luminaguard.microvm.tracker import State, Tracked, VMTracker
 
 __all__ = ["Command", "LayerEntry", "MicroVM", "Outcome", "Terminal", "boot", "clone"]
@@ -31,6 +33,7 @@ __all__ = ["Command", "LayerEntry", "MicroVM", "Outcome", "Terminal", "boot", "c
 BOOT_TIMEOUT = 60.0
 CALL_TIMEOUT = 20.0
 CHANGES_SILENCE = 30.0
+WATCH_S = 5.0
 _MAX_META = 32 << 10
 _ENTRY_TYPES = frozenset({"file", "dir", "symlink", "whiteout", "other"})
 _PATH = "/usr/bin:/bin"
@@ -98,22 +101,68 @@ class LayerEntry:
     opaque: bool
 
 
+@runtime_checkable
+class _Owned(Protocol):
+    """A machine of this process's own."""
+
+    @property
+    def process(self) -> JailedProcess: ...
+
+    async def check(self) -> None: ...
+
+
+class _Machine(Protocol):
+    """What a micro-VM needs of its machine: its own, or one that another process lends."""
+
+    @property
+    def process(self) -> ProcessInfo: ...
+
+    @property
+    def channel(self) -> socket.socket: ...
+
+
 class MicroVM:
     """A running, woken machine."""
 
     def __init__(
-        self, vm_id: str, machine: VirtualMachine, channel: GuestChannel, tracked: Tracked | None = None
-    ) -> None:
+        self, vm_id: str, machine: _Machine, channel: GuestChannel, tracked: Tracked | None = None,
+        *, backend: str, accelerator: str, boot_id: str = "",
+    ) -> None:  # fmt: skip
         self.id = vm_id
-        self._tracked = tracked
+        self.backend = backend
+        self.accelerator = accelerator
+        self.boot_id = boot_id
         self._machine = machine
         self._channel = channel
-        self.boot_id = ""
+        self._tracked = tracked
 
     @property
-    def process(self) -> JailedProcess:
+    def process(self) -> ProcessInfo:
         """The hypervisor's process."""
         return self._machine.process
+
+    async def ended(self) -> None:
+        """Wait until the hypervisor has ended; one that does not answer any more is ended."""
+        machine = self._machine
+        assert isinstance(machine, _Owned), "only the owner of a machine can wait for it"
+        while machine.process.running:
+            with anyio.move_on_after(WATCH_S):
+                await machine.process.wait()
+                return
+            try:
+                await machine.check()
+            except MachineError as error:
+                log.event("machine.stuck", vm=self.id, error=str(error))
+                machine.process.kill()
+
+    def hand_over(self) -> tuple[socket.socket, int]:
+        """Stop talking to the guest: the channel's socket, and the number of the next call, for who goes on.
+
+        Raises:
+            GuestProtocolError: the guest is in the middle of a frame.
+        """
+        self._state("running")
+        return self._machine.channel, self._channel.release()
 
     async def wake(self, *, upper_mib: int = 0, randomize: bool = True) -> None:
         """Give the clone its own clock, entropy and names, and mount the workspace.
@@ -179,6 +228,8 @@ class MicroVM:
         timed_out = False
         result: dict[str, Any] = {}
         async with anyio.create_task_group() as tasks:
+            if isinstance(self._machine, _Owned):
+                tasks.start_soon(self.ended)
             try:
                 if feed is None:
                     await call.write_eof()
@@ -241,7 +292,7 @@ async def boot(hypervisor: Hypervisor, source: BootSource, ram: int) -> AsyncIte
         except MachineError as error:
             error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
             raise
-        yield MicroVM(name, machine, channel), machine
+        yield MicroVM(name, machine, channel, backend=hypervisor.name, accelerator=hypervisor.accelerator), machine
 
 
 @asynccontextmanager
@@ -270,7 +321,8 @@ async def clone(
     async with hypervisor.clone(name, saved, disks) as machine, open_channel(machine.channel) as channel:
         with tracker.track(name, hypervisor.name, hypervisor.accelerator, machine.process,
                            workspace=workspace, task=list(task)) as tracked:  # fmt: skip
-            vm = MicroVM(name, machine, channel, tracked)
+            vm = MicroVM(name, machine, channel, tracked, backend=hypervisor.name,
+                         accelerator=hypervisor.accelerator)  # fmt: skip
             try:
                 await vm.wake()
                 yield vm

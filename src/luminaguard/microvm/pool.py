@@ -175,7 +175,7 @@ class Pool:
             task: for the record: what it is for.
         """
         self._arrivals.append(self._clock())
-        kept = self._take()
+        kept = await self._wake_one(workspace, folder, task)
         self._notify()
         if kept is None:
             self.status.misses += 1
@@ -202,10 +202,6 @@ class Pool:
         self.status.hits += 1
         self.status.in_use += 1
         try:
-            kept.tracked.update(workspace=folder, task=list(task), state="starting")
-            await kept.machine.replace_disk(WORKSPACE_DISK, workspace)
-            await kept.machine.resume()
-            await kept.vm.wake()
             yield kept.vm
         except MachineError as error:
             error.add_note(f"{self._hypervisor.name}: {await kept.machine.diagnosis()}")
@@ -220,6 +216,25 @@ class Pool:
             await self._changed.wait()
 
     # -- keeping clones -----------------------------------------------------------------------------
+
+    async def _wake_one(self, workspace: int, folder: str, task: Sequence[str]) -> _Kept | None:
+        """A kept clone, woken on a workspace; one that fails before it was used makes room for the next."""
+        while (kept := self._take()) is not None:
+            try:
+                kept.tracked.update(workspace=folder, task=list(task), state="starting")
+                await kept.machine.replace_disk(WORKSPACE_DISK, workspace)
+                await kept.machine.resume()
+                await kept.vm.wake()
+            except MachineError as error:
+                self.status.died += 1
+                log.event("pool.clone_failed", vm=kept.vm.id, error=str(error))
+                kept.done.set()
+            except BaseException:  # a caller who was cancelled leaves nothing half woken behind
+                kept.done.set()
+                raise
+            else:
+                return kept
+        return None
 
     def _take(self) -> _Kept | None:
         while self._ready:
@@ -314,7 +329,8 @@ class Pool:
             ):
                 with self._tracker.track(name, self._hypervisor.name, self._hypervisor.accelerator, machine.process,
                                          workspace="", task=["pool"]) as tracked:  # fmt: skip
-                    vm = MicroVM(name, machine, channel, tracked)
+                    vm = MicroVM(name, machine, channel, tracked, backend=self._hypervisor.name,
+                                 accelerator=self._hypervisor.accelerator)  # fmt: skip
                     await _rehearse(vm)
                     await machine.pause()
                     kept = _Kept(vm, machine, tracked, template.key, start)
@@ -342,7 +358,7 @@ class Pool:
         async with anyio.create_task_group() as first:
 
             async def dies() -> None:
-                await kept.machine.process.wait()
+                await kept.vm.ended()
                 first.cancel_scope.cancel()
 
             first.start_soon(dies)

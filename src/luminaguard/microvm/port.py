@@ -16,9 +16,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from luminaguard.microvm.jail import JailedProcess
+from luminaguard.microvm.jail import JailedProcess, ProcessInfo
 
-__all__ = ["BootSource", "Capabilities", "Hypervisor", "SavedMachine", "VirtualMachine"]
+__all__ = ["BootSource", "Capabilities", "Hypervisor", "ProcessInfo", "SavedMachine", "VirtualMachine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class VirtualMachine(Protocol):
 
     @property
     def process(self) -> JailedProcess:
-        """The hypervisor's process, with the layers of its jail."""
+        """The hypervisor's process."""
         ...
 
     @property
@@ -69,6 +69,10 @@ class VirtualMachine(Protocol):
 
     async def save(self, state: int) -> None:
         """Pause the machine for good and write its device state to the descriptor ``state``."""
+        ...
+
+    async def check(self) -> None:
+        """Raise MachineError unless the hypervisor answers within seconds."""
         ...
 
     async def pause(self) -> None:

@@ -1,6 +1,6 @@
 """The jail around a hypervisor: what a guest that has taken it over still cannot reach."""
 
 from luminaguard.microvm.jail.cgroups import CgroupStore
-from luminaguard.microvm.jail.process import Jail, JailedProcess, Limits, Program
+from luminaguard.microvm.jail.process import Jail, JailedProcess, Limits, ProcessInfo, Program
 
-__all__ = ["CgroupStore", "Jail", "JailedProcess", "Limits", "Program"]
+__all__ = ["CgroupStore", "Jail", "JailedProcess", "Limits", "ProcessInfo", "Program"]

@@ -16,6 +16,7 @@ pidfd from then on, and dies with its owner (PR_SET_PDEATHSIG) or with its conte
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -25,7 +26,7 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import anyio
 
@@ -33,12 +34,13 @@ from luminaguard import log
 from luminaguard.errors import HypervisorUnavailable, JailUnavailable
 from luminaguard.microvm.jail.cgroups import CgroupStore
 
-__all__ = ["Jail", "JailedProcess", "Limits", "Program"]
+__all__ = ["Jail", "JailedProcess", "Limits", "ProcessInfo", "Program"]
 
 _UID_BASE, _UID_COUNT = 1_600_000_000, 1 << 24
 """Far from any uid that a distribution, systemd or subordinate ranges give out."""
 _INSIDE = "65534"
 _START_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 1.0
 _MAX_SAID = 4 << 20
 _MAX_INFO = 4096
 
@@ -64,13 +66,19 @@ class Limits:
 
 
 @dataclass(slots=True)
-class JailedProcess:
-    """A running hypervisor. ``layers`` names each layer and ``on``, or why it is missing."""
+class ProcessInfo:
+    """A hypervisor's process: its id on the host, and each layer of its jail: ``on``, or why it is missing."""
 
     pid: int
+    layers: dict[str, str]
+
+
+@dataclass(slots=True)
+class JailedProcess(ProcessInfo):
+    """A running hypervisor, held by a pidfd; ``said`` is its standard error."""
+
     pidfd: int
     said: int
-    layers: dict[str, str] = field(default_factory=dict)
 
     def words(self, limit: int = 2000) -> str:
         """What it printed, at most ``limit`` bytes, from the end."""
@@ -81,6 +89,11 @@ class JailedProcess:
     def running(self) -> bool:
         """Whether it lives."""
         return not _readable(self.pidfd)
+
+    def kill(self) -> None:
+        """End it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     async def wait(self) -> None:
         """Wait for its end."""
@@ -137,7 +150,11 @@ class Jail:
             stack.callback(_end_outer, outer)
             info_in.close()
             gate_out.close()
-            pid = await self._child(info_out.fd, said) if self._bwrap else outer.pid
+            try:
+                pid = await self._child(info_out.fd, said) if self._bwrap else outer.pid
+            except BaseException:  # nothing is known of its child: it must not be waited for
+                outer.kill()
+                raise
             pidfd = os.pidfd_open(pid)
             stack.callback(os.close, pidfd)
             stack.callback(_end, pidfd)
@@ -147,7 +164,7 @@ class Jail:
                     os.write(gate_in.fd, b"-")
                 except BrokenPipeError:
                     raise _refused(said) from None
-            yield JailedProcess(pid, pidfd, said, layers)
+            yield JailedProcess(pid, layers, pidfd, said)
 
     def _command(
         self, program: Program, arguments: list[str], limits: Limits, info: int, gate: int, layers: dict[str, str]
@@ -252,9 +269,12 @@ def _end(pidfd: int) -> None:
 
 
 def _end_outer(outer: subprocess.Popen[bytes]) -> None:
-    """Bubblewrap ends with what it started; without a child it is killed."""
-    outer.kill()
-    outer.wait()
+    """The outer process ends with what it started, once it has reaped it; if it does not, it is killed."""
+    try:
+        outer.wait(_END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        outer.kill()
+        outer.wait()
 
 
 def _readable(fd: int) -> bool:

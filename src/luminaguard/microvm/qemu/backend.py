@@ -61,6 +61,10 @@ class QemuMachine:
             await self._migrated(_RESTORE_TIMEOUT)
             await self._qmp.execute("cont")
 
+    async def check(self) -> None:
+        """Raise MachineError unless QEMU answers."""
+        await self._qmp.execute("query-status")
+
     async def pause(self) -> None:
         """Stop the guest; it uses no processor until :meth:`resume`."""
         await self._qmp.execute("stop")

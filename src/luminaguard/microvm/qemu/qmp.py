@@ -17,6 +17,8 @@ from luminaguard.errors import MachineError
 __all__ = ["Qmp"]
 
 _MAX_LINE = 1 << 20
+ANSWER_TIMEOUT_S = 10.0
+"""QEMU answers in milliseconds; one that takes so long is stuck, stopped, or not QEMU any more."""
 
 
 class Qmp:
@@ -25,6 +27,7 @@ class Qmp:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._buffer = bytearray()
+        self._one_at_a_time = anyio.Lock()
 
     async def handshake(self) -> None:
         """Read the greeting and leave negotiation mode."""
@@ -36,10 +39,11 @@ class Qmp:
     async def pass_descriptor(self, fd: int, command: str, **arguments: Any) -> Any:
         """Run a command that takes a descriptor, such as ``getfd`` and ``add-fd``."""
         request = {"execute": command, "arguments": arguments}
-        # One message: the descriptor must arrive with the command that names it.
-        await anyio.wait_writable(self._socket)
-        socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [fd])
-        return await self._answer(command)
+        async with self._one_at_a_time:
+            await anyio.wait_writable(self._socket)
+            # One message: the descriptor must arrive with the command that names it.
+            socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [fd])
+            return await self._answer(command)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command and return what it returned.
@@ -50,10 +54,16 @@ class Qmp:
         request: dict[str, Any] = {"execute": command}
         if arguments:
             request["arguments"] = arguments
-        await self._send(json.dumps(request).encode() + b"\n")
-        return await self._answer(command)
+        async with self._one_at_a_time:
+            await self._send(json.dumps(request).encode() + b"\n")
+            return await self._answer(command)
 
     async def _answer(self, command: str) -> Any:
+        with anyio.move_on_after(ANSWER_TIMEOUT_S):
+            return await self._wait_for_answer(command)
+        raise _broken(f"{command}: no answer within {ANSWER_TIMEOUT_S:g} s")
+
+    async def _wait_for_answer(self, command: str) -> Any:
         while True:
             message = await self._message()
             if "error" in message:

@@ -1,0 +1,164 @@
+"""``luminaguard vm`` and ``luminaguard pool``: what runs, what waits, and ending it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import anyio
+
+from luminaguard.cli.output import print_json
+from luminaguard.effects.text import visible
+from luminaguard.errors import MachineNotFound
+from luminaguard.microvm.tracker import MachineRecord
+from luminaguard.runtime import Runtime
+
+__all__ = ["kill", "pool_status", "reap", "serve_pool", "show", "show_list", "watch"]
+
+
+def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
+    """Print the machines that live, and with ``everything`` those that ended."""
+    records = runtime.tracker.running()
+    if everything:
+        records += runtime.tracker.ended()
+    rows = [_facts(record) for record in records]
+    if as_json:
+        print_json({"vms": rows})
+        return
+    for row in rows:
+        print("  ".join(_columns(row)))
+    if not rows:
+        print("no machine is running")
+
+
+def show(runtime: Runtime, vm_id: str, *, as_json: bool) -> None:
+    """Print all that is known of one machine; raises MachineNotFound."""
+    for record in (*runtime.tracker.running(), *runtime.tracker.ended(1000)):
+        if record.id == vm_id:
+            facts = _facts(record)
+            if as_json:
+                print_json(facts)
+                return
+            for name, value in facts.items():
+                shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+                print(f"{name:12} {visible(' '.join(shown) if isinstance(shown, list) else str(shown))}")
+            return
+    raise _not_found(vm_id)
+
+
+def kill(runtime: Runtime, vm_id: str, *, as_json: bool) -> None:
+    """End one machine; raises MachineNotFound."""
+    record = runtime.tracker.kill(vm_id)
+    if record is None:
+        raise _not_found(vm_id)
+    if as_json:
+        print_json({"status": "killed", "id": record.id})
+    else:
+        print(f"{record.id} was ended; nothing of it is published")
+
+
+def reap(runtime: Runtime, *, as_json: bool) -> None:
+    """End what dead owners left."""
+    dead = runtime.tracker.reap()
+    if as_json:
+        print_json({"status": "reaped", "vms": [record.id for record in dead]})
+    else:
+        print("\n".join(f"{record.id} was ended: its owner died" for record in dead) or "nothing was left behind")
+
+
+def pool_status(runtime: Runtime, *, as_json: bool) -> None:
+    """Print the counters of the pool that some process of this user serves."""
+    from luminaguard.microvm.broker import pool_status as ask
+
+    found = anyio.run(ask, runtime.folders.run)
+    if as_json:
+        print_json({"running": found is not None, **(found or {})})
+        return
+    if found is None:
+        print("no pool is running; start one with: luminaguard pool serve")
+        return
+    print(_pool_line(found))
+
+
+def serve_pool(runtime: Runtime) -> None:
+    """Keep machines ready and lend them to every ``luminaguard exec`` of this user, until interrupted."""
+    from luminaguard.microvm.broker import Lender
+
+    async def run() -> None:
+        async with runtime.open_pool() as pool:
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+                async with anyio.create_task_group() as tasks:
+                    started = anyio.Event()
+                    lender = Lender(pool, runtime.folders.run, runtime.kind)
+
+                    async def serve() -> None:
+                        await lender.serve(started=started)
+
+                    tasks.start_soon(serve)
+                    await started.wait()
+                    sys.stderr.write("a pool is being filled; every exec of this user takes its machines from it\n")
+                    async for _ in signals:
+                        tasks.cancel_scope.cancel()
+                        break
+
+    anyio.run(run)
+
+
+def watch(draw: Callable[[], None], *, as_json: bool, every_s: float = 1.0) -> None:
+    """Print again and again until interrupted; on a terminal in place."""
+    try:
+        while True:
+            if sys.stdout.isatty() and not as_json:
+                sys.stdout.write("\x1b[H\x1b[J")
+            draw()
+            sys.stdout.flush()
+            time.sleep(every_s)
+    except KeyboardInterrupt:
+        return
+
+
+def _facts(record: MachineRecord) -> dict[str, Any]:
+    used = record.usage() if not record.ended_ns else None
+    age = ((record.ended_ns or time.time_ns()) - record.created_ns) / 1e9
+    return asdict(record) | {
+        "age_s": round(age, 1),
+        "cpu_s": used.cpu_s if used else None,
+        "rss_bytes": used.rss if used else None,
+        "pss_bytes": used.pss if used else None,
+        "private_bytes": used.private if used else None,
+    }
+
+
+def _columns(row: dict[str, Any]) -> Iterator[str]:
+    yield row["id"]
+    yield f"{row['state']:8}"
+    yield f"{row['backend']}/{row['accelerator']}"
+    yield f"pid {row['pid']}"
+    yield f"{row['age_s']:.0f} s"
+    if row["cpu_s"] is not None:
+        yield f"cpu {row['cpu_s']:.1f} s"
+        yield f"memory {row['pss_bytes'] >> 20} MiB ({row['private_bytes'] >> 20} its own)"
+    if row["reason"]:
+        yield f"ended: {row['reason']}"
+    yield visible(row["workspace"])
+    yield visible(" ".join(row["task"]))[:80]
+
+
+def _pool_line(found: dict[str, Any]) -> str:
+    s = found["status"]
+    total = s["hits"] + s["misses"]
+    rate = f"{100 * s['hits'] / total:.0f} % hits of {total}" if total else "not used yet"
+    now = f"{s['ready']} ready (target {s['target']}), {s['making']} being made, {s['in_use']} in use"
+    ever = f"{s['made']} made, {s['expired']} expired, {s['died']} died, {s['failures']} failures"
+    line = f"{now}, {s['waiting']} waiting; {rate}; {ever}"
+    return f"{line}\nlast failure: {visible(s['last_failure'])}" if s["last_failure"] else line
+
+
+def _not_found(vm_id: str) -> MachineNotFound:
+    return MachineNotFound(
+        f"There is no machine '{visible(vm_id[:64])}'.", hint="'luminaguard vm list --all' lists them."
+    )

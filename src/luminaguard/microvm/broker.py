@@ -1,0 +1,257 @@
+"""Lend machines of one process's pool to others of the same user, over a Unix socket.
+
+One datagram each way (SOCK_SEQPACKET, JSON, at most 64 KiB). The borrower sends the workspace image
+as a descriptor; it gets the guest's channel as one, and talks to the guest itself from then on. The
+lease is the connection: when either side closes it, or dies, the machine is destroyed.
+
+The socket lies in a private folder, and a peer with another uid is refused (SO_PEERCRED, unix(7)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from luminaguard import log
+from luminaguard.errors import LuminaGuardError, MachineError, StorageError, Unavailable
+from luminaguard.microvm.channel import open_channel
+from luminaguard.microvm.machine import MicroVM
+from luminaguard.microvm.pool import Pool
+from luminaguard.microvm.port import ProcessInfo
+
+__all__ = ["Lender", "borrow", "has_pool", "pool_status"]
+
+_MAX = 1 << 16
+_SOCKET, _LOCK = "pool.sock", "pool.lock"
+_REPLY_TIMEOUT_S = 60.0
+_MAX_BORROWERS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """A borrowed machine, as far as a borrower sees it."""
+
+    process: ProcessInfo
+    channel: socket.socket
+
+    async def diagnosis(self) -> str:
+        return "it is lent by 'luminaguard pool serve', whose log says more"
+
+
+class Lender:
+    """Serves one pool.
+
+    Args:
+        pool: what is lent.
+        run: the folder for the socket; private to the user.
+        kind: what all its machines have in common (memory, accelerator); a borrower who wants
+            something else is told so.
+    """
+
+    def __init__(self, pool: Pool, run: Path, kind: dict[str, Any]) -> None:
+        self._pool = pool
+        self._path = run / _SOCKET
+        self._lock = run / _LOCK
+        self._kind = kind
+
+    async def serve(self, *, started: anyio.Event | None = None) -> None:
+        """Lend until cancelled.
+
+        Raises:
+            Unavailable: another process serves a pool for this user.
+        """
+        with self._only_one(), self._listening() as listener:
+            if started is not None:
+                started.set()
+            limiter = anyio.Semaphore(_MAX_BORROWERS)
+            async with anyio.create_task_group() as tasks:
+                while True:
+                    await anyio.wait_readable(listener)
+                    try:
+                        connection, _ = listener.accept()
+                    except BlockingIOError:
+                        continue
+                    await limiter.acquire()
+                    tasks.start_soon(self._handle, connection, limiter)
+
+    async def _handle(self, connection: socket.socket, limiter: anyio.Semaphore) -> None:
+        fds: list[int] = []
+        try:
+            with connection:
+                connection.setblocking(False)
+                if _peer_uid(connection) != os.geteuid():
+                    return
+                with anyio.fail_after(_REPLY_TIMEOUT_S):
+                    await anyio.wait_readable(connection)
+                data, fds, _, _ = socket.recv_fds(connection, _MAX, 4)
+                await self._answer(connection, json.loads(data), fds)
+        except LuminaGuardError as error:
+            log.event("pool.lease_failed", error=repr(error))
+        except (OSError, ValueError, KeyError, TypeError, TimeoutError, AttributeError) as error:
+            log.event("pool.bad_request", error=repr(error))
+        finally:
+            for fd in fds:
+                os.close(fd)
+            limiter.release()
+
+    async def _answer(self, connection: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
+        if request["op"] == "status":
+            connection.send(json.dumps({"status": asdict(self._pool.status), "kind": self._kind, "pid": os.getpid()})
+                            .encode())  # fmt: skip
+            return
+        if request["op"] != "borrow" or len(fds) != 1:
+            raise ValueError("unknown request")
+        if request["kind"] != self._kind:
+            connection.send(json.dumps({"error": "other-kind"}).encode())
+            return
+        task = [str(word)[:500] for word in request["task"]][:100]
+        try:
+            async with self._pool.machine(fds[0], folder=str(request["folder"])[:4096], task=task) as vm:
+                channel, number = vm.hand_over()
+                reply = {"id": vm.id, "backend": vm.backend, "accelerator": vm.accelerator, "boot_id": vm.boot_id,
+                         "call": number, "pid": vm.process.pid, "layers": vm.process.layers}  # fmt: skip
+                socket.send_fds(connection, [json.dumps(reply).encode()], [channel.fileno()])
+                await _closed_or_dead(connection, vm)
+        except LuminaGuardError as error:
+            with contextlib.suppress(OSError):
+                connection.send(json.dumps({"error": "failed", "message": error.message, "hint": error.hint}).encode())
+            raise
+
+    @contextmanager
+    def _only_one(self) -> Iterator[None]:
+        fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Unavailable(
+                    "Another process serves a pool for this user.", hint="'luminaguard pool status' shows it."
+                ) from None
+            yield
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def _listening(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.setblocking(False)
+            self._path.unlink(missing_ok=True)  # of one that was killed: the lock is ours
+            try:
+                listener.bind(str(self._path))
+                listener.listen(_MAX_BORROWERS)
+            except OSError as error:
+                raise StorageError(
+                    f"{self._path} cannot be listened on: {error}.", hint="Set LUMINAGUARD_HOME to a shorter path."
+                ) from error
+            try:
+                yield listener
+            finally:
+                self._path.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def borrow(
+    run: Path, workspace: int, kind: dict[str, Any], *, folder: str, task: Sequence[str]
+) -> AsyncIterator[MicroVM | None]:
+    """A woken machine from a pool that another process serves, or None when there is no such pool.
+
+    None is no weaker machine: the caller makes one itself, the same way, and it takes longer.
+
+    Raises:
+        MachineError: the pool could not give one.
+    """
+    connection = _connect(run)
+    if connection is None:
+        yield None
+        return
+    with connection:
+        request = {"op": "borrow", "kind": kind, "folder": folder, "task": list(task)}
+        try:
+            socket.send_fds(connection, [json.dumps(request).encode()], [workspace])
+            reply, fds = await _reply(connection)
+        except OSError:
+            reply, fds = {"error": "gone"}, []
+        if reply.get("error") in {"other-kind", "gone"}:
+            yield None
+            return
+        if "error" in reply or len(fds) != 1:
+            raise MachineError(
+                str(reply.get("message", "The pool gave no machine."))[:1000],
+                hint=str(reply.get("hint", "Run 'luminaguard pool status'."))[:500],
+                kept="The workspace was not touched.",
+            )
+        with socket.socket(fileno=fds[0]) as channel_socket:
+            channel_socket.setblocking(False)
+            lent = _Lent(ProcessInfo(int(reply["pid"]), dict(reply["layers"])), channel_socket)
+            async with open_channel(channel_socket, first_call=int(reply["call"])) as channel:
+                yield MicroVM(str(reply["id"]), lent, channel, backend=str(reply["backend"]),
+                              accelerator=str(reply["accelerator"]), boot_id=str(reply["boot_id"]))  # fmt: skip
+
+
+def has_pool(run: Path) -> bool:
+    """Whether some process seems to serve a pool: enough to decide what to prepare."""
+    return (run / _SOCKET).exists()
+
+
+async def pool_status(run: Path) -> dict[str, Any] | None:
+    """What the pool of this user says of itself; None when no process serves one."""
+    connection = _connect(run)
+    if connection is None:
+        return None
+    with connection:
+        connection.send(b'{"op": "status"}')
+        return (await _reply(connection))[0]
+
+
+def _connect(run: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.setblocking(False)
+        connection.connect(str(run / _SOCKET))
+        if _peer_uid(connection) != os.geteuid():
+            raise ConnectionRefusedError("it belongs to another user")
+    except OSError:  # none is served, its server has died, or its backlog is full
+        connection.close()
+        return None
+    return connection
+
+
+async def _reply(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    with anyio.move_on_after(_REPLY_TIMEOUT_S) as scope:
+        await anyio.wait_readable(connection)
+    if scope.cancelled_caught:
+        return {"error": "failed", "message": f"The pool gave no machine within {_REPLY_TIMEOUT_S:g} s."}, []
+    data, fds, _, _ = socket.recv_fds(connection, _MAX, 4)
+    if not data:
+        return {"error": "gone"}, fds
+    reply: dict[str, Any] = json.loads(data)
+    return reply, fds
+
+
+async def _closed_or_dead(connection: socket.socket, vm: MicroVM) -> None:
+    """Wait until the borrower closes the connection, which is all that it may do with it, or the machine ends."""
+    async with anyio.create_task_group() as first:
+
+        async def dies() -> None:
+            await vm.ended()
+            first.cancel_scope.cancel()
+
+        first.start_soon(dies)
+        await anyio.wait_readable(connection)
+        first.cancel_scope.cancel()
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", data)[1])
