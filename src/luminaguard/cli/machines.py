@@ -13,7 +13,7 @@ import anyio
 
 from luminaguard.cli.output import print_json
 from luminaguard.effects.text import visible
-from luminaguard.errors import MachineNotFound
+from luminaguard.errors import LuminaGuardError, MachineNotFound
 from luminaguard.microvm.tracker import MachineRecord
 from luminaguard.runtime import Runtime
 
@@ -89,23 +89,29 @@ def serve_pool(runtime: Runtime) -> None:
     from luminaguard.microvm.broker import Lender
 
     async def run() -> None:
-        async with runtime.open_pool() as pool:
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-                async with anyio.create_task_group() as tasks:
-                    started = anyio.Event()
-                    lender = Lender(pool, runtime.folders.run, runtime.kind)
+        lender_failure: LuminaGuardError | None = None
+        async with runtime.open_pool() as pool, anyio.create_task_group() as tasks:
 
-                    async def serve() -> None:
-                        await lender.serve(started=started)
-
-                    tasks.start_soon(serve)
-                    await started.wait()
-                    sys.stderr.write("a pool is being filled; every exec of this user takes its machines from it\n")
+            async def until_signal() -> None:
+                with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
                     async for _ in signals:
                         tasks.cancel_scope.cancel()
-                        break
+                        return
+
+            tasks.start_soon(until_signal)
+            try:
+                await Lender(pool, runtime.folders.run, runtime.kind).serve(on_ready=_say_that_it_lends)
+            except LuminaGuardError as error:
+                lender_failure = error
+            tasks.cancel_scope.cancel()
+        if lender_failure is not None:
+            raise lender_failure
 
     anyio.run(run)
+
+
+def _say_that_it_lends() -> None:
+    sys.stderr.write("filling a pool; every exec of this user takes its machine from it until this ends (Ctrl-C)\n")
 
 
 def watch(draw: Callable[[], None], *, as_json: bool, every_s: float = 1.0) -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,15 +65,14 @@ class Lender:
         self._lock = run / _LOCK
         self._kind = kind
 
-    async def serve(self, *, started: anyio.Event | None = None) -> None:
-        """Lend until cancelled.
+    async def serve(self, *, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Lend until cancelled; ``on_ready`` is called once borrowers can connect.
 
         Raises:
             Unavailable: another process serves a pool for this user.
         """
         with self._only_one(), self._listening() as listener:
-            if started is not None:
-                started.set()
+            on_ready()
             limiter = anyio.Semaphore(_MAX_BORROWERS)
             async with anyio.create_task_group() as tasks:
                 while True:

@@ -134,7 +134,7 @@ class MicroVM:
         self.boot_id = boot_id
         self._machine = machine
         self._channel = channel
-        self._tracked = tracked
+        self.tracked = tracked
 
     @property
     def process(self) -> ProcessInfo:
@@ -188,8 +188,8 @@ class MicroVM:
         self._state("ready")
 
     def _state(self, state: State) -> None:
-        if self._tracked is not None:
-            self._tracked.update(state=state)
+        if self.tracked is not None:
+            self.tracked.update(state=state)
 
     async def rest(self) -> None:
         """Undo :meth:`wake` after a rehearsal: unmount the workspace and make the next command ready."""

@@ -329,10 +329,12 @@ class Pool:
             ):
                 with self._tracker.track(name, self._hypervisor.name, self._hypervisor.accelerator, machine.process,
                                          workspace="", task=["pool"]) as tracked:  # fmt: skip
-                    vm = MicroVM(name, machine, channel, tracked, backend=self._hypervisor.name,
+                    vm = MicroVM(name, machine, channel, backend=self._hypervisor.name,
                                  accelerator=self._hypervisor.accelerator)  # fmt: skip
                     await _rehearse(vm)
                     await machine.pause()
+                    vm.tracked = tracked  # from here on it is somebody's, and its record says what it does
+                    tracked.update(state="ready")
                     kept = _Kept(vm, machine, tracked, template.key, start)
                     self._ready.append(kept)
                     self.status.ready, self.status.made = len(self._ready), self.status.made + 1

@@ -191,7 +191,7 @@ class Jail:
             *outer, self._bwrap, "--unshare-all", "--unshare-user", *self._nesting,
             "--die-with-parent", "--new-session", "--as-pid-1", "--uid", _INSIDE, "--gid", _INSIDE,
             "--hostname", "vmm", "--cap-drop", "ALL", "--clearenv", "--proc", "/proc", *devices, *binds,
-            "--ro-bind", program.path, program.path, "--chdir", "/",
+            "--ro-bind", program.path, program.path, "--remount-ro", "/", "--chdir", "/",
             "--info-fd", str(info), "--block-fd", str(gate), "--", program.path, *arguments,
         ]  # fmt: skip
 

@@ -1,0 +1,467 @@
+"""The warm pool and the records of machines: real clones, killed, stopped, expired and lent."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+import uuid
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from luminaguard.errors import MachineError
+from luminaguard.microvm import machine as machines
+from luminaguard.microvm.jail import CgroupStore
+from luminaguard.microvm.machine import Command
+from luminaguard.microvm.pool import Pool, PoolLimits, Template
+from luminaguard.microvm.usage import start_time
+from luminaguard.runtime import Runtime
+from luminaguard.settings import Folders, load_settings
+from luminaguard.workspaces.pack import WorkspaceImages
+from luminaguard.workspaces.state import Limits, read_state
+
+pytestmark = pytest.mark.vm
+CLONES = int(os.environ.get("LUMINAGUARD_TEST_CLONES", "16"))
+
+
+@pytest.fixture
+def runtime(home, monkeypatch) -> Runtime:
+    monkeypatch.setenv("LUMINAGUARD_HOME", str(home.folder))
+    folders = Folders.from_environment().ensure()
+    return Runtime(load_settings(folders), folders)
+
+
+@pytest.fixture
+def disk(runtime, workspace):
+    fd = WorkspaceImages(runtime.folders.cache).open(read_state(workspace, Limits(1000, 1 << 30)))
+    yield fd
+    os.close(fd)
+
+
+def run(function, *arguments):
+    async def bounded():
+        with anyio.fail_after(150):
+            await function(*arguments)
+
+    anyio.run(bounded)
+
+
+async def output_of(vm, *argv: str) -> str:
+    said = bytearray()
+
+    async def output(_stream: int, data: bytes) -> None:
+        said.extend(data)
+
+    outcome = await vm.run(Command(argv), output=output, timeout_s=60)
+    assert outcome.exit_code == 0, said
+    return said.decode()
+
+
+def alive(pid: int) -> bool:
+    return start_time(pid) != 0
+
+
+async def until(condition, timeout_s: float = 30) -> None:
+    with anyio.fail_after(timeout_s):
+        while not condition():
+            await anyio.sleep(0.02)
+
+
+def test_a_hit_works_on_the_callers_workspace_and_is_used_once(runtime, disk, workspace):
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(2, 2)) as pool:
+            await pool.wait_ready(2)
+            seen = []
+            for _ in range(4):
+                await pool.wait_ready(1)
+                async with pool.machine(disk) as vm:
+                    seen.append(vm.id)
+                    pid = vm.process.pid
+                    said = await output_of(vm, "sh", "-c", "cat a.txt; touch was-here; cat /proc/sys/kernel/hostname")
+                    assert said == f"one\ntwo\n{vm.id}\n"
+                await until(lambda pid=pid: not alive(pid))
+            assert len(set(seen)) == 4
+            assert (pool.status.hits, pool.status.misses, pool.status.in_use) == (4, 0, 0)
+        assert runtime.tracker.running() == []
+
+    run(scenario)
+
+
+def test_a_miss_gets_a_machine_of_its_own(runtime, disk):
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(0, 0)) as pool:
+            async with pool.machine(disk) as vm:
+                assert await output_of(vm, "cat", "a.txt") == "one\ntwo\n"
+                assert set(vm.process.layers.values()) <= {"on"} or os.geteuid() != 0
+            assert (pool.status.hits, pool.status.misses, pool.status.ready) == (0, 1, 0)
+            assert (pool.status.waiting, pool.status.in_use) == (0, 0)
+
+    run(scenario)
+
+
+HYGIENE = """
+import json, os, random, ssl, socket, tempfile, time, uuid
+print(json.dumps({
+    "random": os.urandom(16).hex(), "uuid": str(uuid.uuid4()), "random module": random.random(),
+    "boot id": open("/proc/sys/kernel/random/boot_id").read(), "machine id": open("/etc/machine-id").read(),
+    "kernel uuid": open("/proc/sys/kernel/random/uuid").read(), "host name": socket.gethostname(),
+    "hash seed": hash("luminaguard"), "temporary name": tempfile.mktemp(), "tls": ssl.RAND_bytes(16).hex(),
+    "clock": time.time()}))
+"""
+
+
+def test_no_two_clones_share_anything_random(runtime, disk):
+    """Rehearsed clones and on-demand ones, from one template."""
+
+    async def scenario() -> None:
+        seen: list[dict[str, object]] = []
+        late: list[float] = []
+        async with runtime.open_pool(PoolLimits(2, 2)) as pool:
+            for number in range(CLONES):
+                if number % 2:
+                    await pool.wait_ready(1)
+                async with pool.machine(disk) as vm:
+                    before = time.time()
+                    clock = float(await output_of(vm, "date", "+%s.%N"))
+                    late.append(max(before - clock, clock - time.time(), 0.0))
+                    seen.append(json.loads(await output_of(vm, "python3", "-c", HYGIENE)))
+        for name in seen[0]:
+            assert len({str(values[name]) for values in seen}) == CLONES, name
+        assert max(late) <= 0.05, late
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_clone_that_dies_or_hangs_while_it_waits_is_not_handed_out(runtime, disk, number, monkeypatch):
+    monkeypatch.setattr(machines, "WATCH_S", 0.3)
+    monkeypatch.setattr("luminaguard.microvm.qemu.qmp.ANSWER_TIMEOUT_S", 1.0)
+
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(1, 1)) as pool:
+            await pool.wait_ready(1)
+            (victim,) = runtime.tracker.running()
+            os.kill(victim.pid, number)
+            async with pool.machine(disk) as vm:
+                assert vm.id != victim.id
+                assert await output_of(vm, "cat", "a.txt") == "one\ntwo\n"
+            await until(lambda: not alive(victim.pid))
+            await pool.wait_ready(1)
+            assert pool.status.died == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_hypervisor_that_dies_or_hangs_in_use_is_an_error_and_nothing_is_left(runtime, disk, number, monkeypatch):
+    monkeypatch.setattr(machines, "WATCH_S", 0.3)
+    monkeypatch.setattr("luminaguard.microvm.qemu.qmp.ANSWER_TIMEOUT_S", 1.0)
+
+    async def scenario() -> None:
+        pid = 0
+        async with runtime.open_pool(PoolLimits(1, 1)) as pool:
+            await pool.wait_ready(1)
+            with pytest.raises(MachineError) as caught:
+                async with pool.machine(disk) as vm:
+                    pid = vm.process.pid
+
+                    async def output(_stream: int, _data: bytes) -> None:
+                        os.kill(pid, number)
+
+                    await vm.run(Command(("sh", "-c", "echo; sleep 600")), output=output)
+            assert "ended before it answered" in caught.value.message
+            await until(lambda: not alive(pid))
+            assert pool.status.in_use == 0
+
+    run(scenario)
+
+
+def test_old_clones_expire_and_new_ones_take_their_place(runtime, disk):
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(1, 1, max_age_s=2.0)) as pool:
+            await pool.wait_ready(1)
+            (first,) = runtime.tracker.running()
+            await until(lambda: pool.status.expired >= 1)
+            await until(lambda: not alive(first.pid))
+            await pool.wait_ready(1)
+            async with pool.machine(disk) as vm:
+                assert vm.id != first.id
+
+    run(scenario)
+
+
+def test_a_new_template_replaces_every_waiting_clone_and_disturbs_no_running_one(runtime, disk):
+    version = 1
+
+    @asynccontextmanager
+    async def templates():
+        key = f"v{version}"
+        async with runtime._pool_template() as template:
+            yield Template(key, template.saved, template.root, template.rehearsal)
+
+    async def scenario() -> None:
+        nonlocal version
+        limits = PoolLimits(2, 2)
+        async with Pool.open(runtime.hypervisor, templates, lambda: f"v{version}", runtime.tracker, limits) as pool:
+            await pool.wait_ready(2)
+            async with pool.machine(disk) as vm:
+                old = {record.id for record in runtime.tracker.running()}
+                version = 2
+                await until(lambda: pool.status.template == "v2" or pool.status.ready == 0)
+                assert await output_of(vm, "cat", "a.txt") == "one\ntwo\n"
+            await until(lambda: pool.status.template == "v2")
+            await pool.wait_ready(2)
+            assert not old & {record.id for record in runtime.tracker.running()}
+
+    run(scenario)
+
+
+def test_a_template_that_cannot_be_made_is_told_to_the_caller_and_tried_again(runtime, disk):
+    broken = True
+
+    @asynccontextmanager
+    async def templates():
+        if broken:
+            raise MachineError("no template today.", hint="wait")
+        async with runtime._pool_template() as template:
+            yield template
+
+    def current() -> str:
+        return runtime_key
+
+    async def scenario() -> None:
+        nonlocal broken
+        limits = PoolLimits(1, 1)
+        async with Pool.open(runtime.hypervisor, templates, current, runtime.tracker, limits) as pool:
+            with pytest.raises(MachineError, match="no template today"):
+                async with pool.machine(disk):
+                    pass
+            broken = False
+            await pool.wait_ready(1)
+            assert pool.status.failures >= 1
+
+    async def key() -> None:
+        nonlocal runtime_key
+        async with runtime._pool_template() as template:
+            runtime_key = template.key
+
+    runtime_key = ""
+    run(key)
+    run(scenario)
+
+
+def test_demand_grows_the_pool_and_quiet_shrinks_it(runtime, disk, monkeypatch):
+    monkeypatch.setattr("luminaguard.microvm.pool._DEMAND_WINDOW_S", 4.0)
+
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(0, 4)) as pool:
+            await anyio.sleep(0.5)
+            assert pool.status.ready == 0
+            for _ in range(6):
+                async with pool.machine(disk) as vm:
+                    await output_of(vm, "true")
+            await until(lambda: pool.status.ready >= 1)
+            assert pool.status.target >= 2
+            await until(lambda: pool.status.ready == 0 and pool.status.target == 0)
+
+    run(scenario)
+
+
+def test_memory_bounds_the_pool():
+    assert PoolLimits(1, 100, memory_mib=960).most == 10
+    assert PoolLimits(1, 100, memory_mib=0).most == 0
+
+
+def test_a_caller_who_goes_away_at_any_moment_leaves_nothing(runtime, disk):
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(1, 1)) as pool:
+            for milliseconds in (0, 1, 3, 8, 15, 30, 60, 120):
+                with anyio.move_on_after(milliseconds / 1000):
+                    async with pool.machine(disk) as vm:
+                        await output_of(vm, "sleep", "5")
+            await until(lambda: pool.status.in_use == 0 and pool.status.waiting == 0)
+            async with pool.machine(disk) as vm:
+                assert await output_of(vm, "cat", "a.txt") == "one\ntwo\n"
+        assert runtime.tracker.running() == []
+
+    run(scenario)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_eight_callers_at_once_leak_nothing(runtime, disk):
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(2, 4)) as pool:
+            await pool.wait_ready(1)
+
+            async def caller() -> None:
+                for _ in range(3):
+                    async with pool.machine(disk) as vm:
+                        assert await output_of(vm, "cat", "sub/b.txt") == "b\n"
+
+            async with anyio.create_task_group() as callers:
+                for _ in range(8):
+                    callers.start_soon(caller)
+            assert pool.status.hits + pool.status.misses == 24
+
+    runtime.hypervisor  # noqa: B018  # what is opened once is no leak
+    before = descriptors()
+    run(scenario)
+    assert descriptors() <= before
+    assert runtime.tracker.running() == []
+
+
+# -- lending -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(home, **variables: str):
+    argv = home.argv("pool", "serve")
+    with subprocess.Popen(argv, env=home.environment | variables, stderr=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (status := pool_status(home)) or not status["status"]["ready"]:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(30)
+            process.stderr.close()
+
+
+def pool_status(home):
+    found = home.run("pool", "status", "--json").json
+    return found if found["running"] else None
+
+
+def test_exec_takes_its_machine_from_a_served_pool(home, workspace):
+    with served(home):
+        result = home.exec(workspace, "sh", "-c", "cat a.txt; echo new > n; exit 3", flags=("--publish", "always"))
+        assert (result.code, result.json["stdout"]) == (3, "one\ntwo\n")
+        assert (workspace / "n").read_text() == "new\n"
+        assert pool_status(home)["status"]["hits"] == 1
+        other = home.exec(workspace, "true", flags=("--memory", "192"), timeout_s=170)
+        assert other.code == 0
+        assert pool_status(home)["status"]["hits"] == 1
+        second = home.run("pool", "serve")
+        assert second.code == 123
+        assert "Another process" in second.err
+    assert pool_status(home) is None
+    assert home.run("vm", "list", "--json").json == {"vms": []}
+    assert home.exec(workspace, "true").code == 0
+
+
+def test_a_borrower_that_is_killed_ends_its_machine(home, workspace):
+    with served(home):
+        argv = home.argv("exec", "-w", str(workspace), "--", "sh", "-c", "echo ready; sleep 600")
+        with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as borrower:
+            assert borrower.stdout.readline() == b"ready\n"
+            lent = [vm for vm in home.run("vm", "list", "--json").json["vms"] if vm["state"] == "running"]
+            assert len(lent) == 1
+            borrower.kill()
+            borrower.wait()
+        deadline = time.monotonic() + 5
+        while alive(lent[0]["pid"]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not alive(lent[0]["pid"])
+
+
+def test_a_lender_that_is_killed_is_an_error_for_the_borrower(home, workspace):
+    with served(home) as lender:
+        argv = home.argv("exec", "-w", str(workspace), "--json", "--", "sh", "-c", "sleep 600")
+        with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as borrower:
+            while not [vm for vm in home.run("vm", "list", "--json").json["vms"] if vm["state"] == "running"]:
+                time.sleep(0.05)
+            lender.kill()
+            said = json.loads(borrower.stdout.read())
+            assert borrower.wait(30) == 125
+    assert said["error"]["type"] == "MachineError"
+    assert home.run("vm", "reap").code == 0
+    assert home.exec(workspace, "true").code == 0  # the socket that it left leads nowhere, which is found out
+
+
+def test_killing_the_owner_of_many_machines_leaves_none(home):
+    count = "12"
+    variables = {"LUMINAGUARD_POOL_MINIMUM": count, "LUMINAGUARD_POOL_MAXIMUM": count}
+    with served(home, **variables) as lender:
+        deadline = time.monotonic() + 60
+        while pool_status(home)["status"]["ready"] < int(count):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        vms = home.run("vm", "list", "--json").json["vms"]
+        assert len(vms) == int(count)
+        lender.kill()
+        deadline = time.monotonic() + 2
+        while any(alive(vm["pid"]) for vm in vms) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not [vm for vm in vms if alive(vm["pid"])]
+    reaped = home.run("vm", "reap", "--json").json["vms"]
+    assert sorted(reaped) == sorted(vm["id"] for vm in vms)
+    assert not {vm["id"] for vm in vms} & set(CgroupStore().groups())
+    assert list((home.folder / "run" / "vms").iterdir()) == []
+
+
+# -- records -------------------------------------------------------------------------------------------
+
+
+def test_machines_are_shown_killed_and_remembered(home, workspace):
+    argv = home.argv("exec", "-w", str(workspace), "--json", "--", "sh", "-c", "sleep 600")
+    with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        vms: list[dict] = []
+        while not vms or vms[0]["state"] != "running":
+            vms = home.run("vm", "list", "--json").json["vms"]
+        (vm,) = vms
+        shown = home.run("vm", "show", vm["id"], "--json").json
+        assert shown["jail"]["namespaces"] == "on"
+        assert shown["cpu_s"] > 0
+        assert shown["rss_bytes"] > shown["private_bytes"] > 1 << 20
+        assert shown["task"] == ["sh", "-c", "sleep 600"]
+        assert home.run("vm", "kill", vm["id"]).code == 0
+        said = json.loads(process.stdout.read())
+        assert process.wait(30) == 125
+    assert said["status"] == "refused"
+    gone = home.run("vm", "show", vm["id"], "--json").json
+    assert (gone["state"], gone["reason"]) == ("gone", "MachineError")
+    assert vm["id"] in home.run("vm", "list", "--all").out
+    assert home.run("vm", "kill", vm["id"]).code == 122
+    assert home.run("vm", "show", str(uuid.uuid4())).code == 122
+
+
+def test_a_process_that_took_over_the_number_is_not_killed(home):
+    """The record's start time has to be the process's own."""
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        folder = home.folder / "run" / "vms"
+        folder.mkdir(parents=True, mode=0o700)
+        record = {"id": "vm-0000000000", "backend": "qemu", "accelerator": "tcg", "state": "running",
+                  "pid": bystander.pid, "started": start_time(bystander.pid) - 1, "owner": 1, "workspace": "/w",
+                  "task": ["x"], "created_ns": 1}  # fmt: skip
+        (folder / "vm-0000000000.json").write_text(json.dumps(record))
+        (folder / "vm-damaged.json").write_text("{")
+        assert home.run("vm", "list", "--json").json == {"vms": []}
+        assert bystander.poll() is None
+        bystander.kill()
+    assert list(folder.iterdir()) == []
+
+
+def test_two_processes_build_one_template(home, cache, tmp_path, workspace):
+    """Both find none; one builds, the other waits for it."""
+    from luminaguard.testing import Home
+
+    own = tmp_path / "own-cache"
+    own.mkdir()
+    (own / "images").symlink_to(cache / "images")
+    shared = Home(tmp_path / "shared", own)
+    argv = shared.argv("exec", "-w", str(workspace), "--", "cat", "a.txt")
+    pipes = {"stdout": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    both = [subprocess.Popen(argv, env=shared.environment, **pipes) for _ in range(2)]
+    for process in both:
+        assert process.communicate(timeout=150)[0] == b"one\ntwo\n"
+        assert process.returncode == 0
+    assert len([entry for entry in (own / "templates").iterdir() if entry.is_dir()]) == 1
+    assert Path(own / "templates").exists()
