@@ -323,7 +323,7 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def recover() -> None:
     """Finish or undo what an interrupted publish left (every exec does this too)."""
-    told = _runtime().recover()
+    told = _runtime().decisions.recover()
     print("\n".join(told) or "nothing was interrupted")
 
 

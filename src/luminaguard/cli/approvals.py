@@ -16,7 +16,7 @@ __all__ = ["approve", "deny", "show_list", "show_one"]
 
 def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
     """Print the requests, oldest first."""
-    runtime.recover()
+    runtime.decisions.recover()
     found = runtime.approvals.list(everything=everything)
     if as_json:
         print_json({"requests": [_fields(request) for request in found]})
@@ -44,19 +44,19 @@ def approve(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
     """Approve and publish."""
     from luminaguard.approvals import State
 
-    runtime.recover()
+    runtime.decisions.recover()
     request = runtime.approvals.get(request_id)
     with deferred_signals():
         if request.state is not State.APPROVED:  # a crash may have come between deciding and publishing
-            runtime.decide(request, approve=True, means="command approvals approve")
-        runtime.publish(request_id)
+            runtime.decisions.decide(request, approve=True, means="command approvals approve")
+        runtime.decisions.publish(request_id)
     _tell(runtime, request_id, as_json, f"published {request_id} to {request.workspace}")
 
 
 def deny(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
     """Deny."""
     request = runtime.approvals.get(request_id)
-    runtime.decide(request, approve=False, means="command approvals deny")
+    runtime.decisions.decide(request, approve=False, means="command approvals deny")
     _tell(runtime, request_id, as_json, f"denied {request_id}: nothing was published")
 
 

@@ -185,13 +185,13 @@ def _settle(runtime: Runtime, execution: Execution, options: Options) -> int:
             )
         return EXIT_PENDING
     with deferred_signals():
-        runtime.decide(request, approve=verdict, means=means)
+        runtime.decisions.decide(request, approve=verdict, means=means)
         if not verdict:
             execution.status = "denied"
             if not options.as_json:
                 sys.stderr.write("denied: nothing was published\n")
             return execution.outcome.exit_code if options.publish == "never" else EXIT_DENIED
-        runtime.publish(request.id)
+        runtime.decisions.publish(request.id)
     execution.status = "published"
     if not options.as_json:
         sys.stderr.write(f"published {len(execution.changeset)} changes to {visible(request.workspace)}\n")
@@ -242,7 +242,7 @@ def show_card(runtime: Runtime, request: Request, *, full: bool = False) -> None
     """Print the card of a request to standard error."""
     from luminaguard.effects.render import render
 
-    card = runtime.card(request)
+    card = runtime.decisions.card(request)
     if sys.stderr.isatty():
         sys.stderr.write(_TERMINAL_RESET)
     sys.stderr.write(f"\n{request.id}   {visible(' '.join(request.command))[:200]}   (exit {request.exit_code})\n")

@@ -1,0 +1,333 @@
+"""One action: the state is read, the command runs in a machine, its changes come out, the machine ends.
+
+The order in :func:`run` is the promise: nothing runs before it is recorded, the machine is destroyed
+before there is anything to decide, and what there is to decide survives a reboot.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+
+import anyio
+import anyio.to_thread
+
+from luminaguard import log
+from luminaguard.errors import ChangesetRefused, GuestProtocolError, LuminaGuardError, WorkspaceError
+
+if TYPE_CHECKING:
+    from luminaguard.approvals import Request
+    from luminaguard.effects import Changeset
+    from luminaguard.images.manifest import Image
+    from luminaguard.microvm.channel import Call
+    from luminaguard.microvm.machine import Command, MicroVM, Outcome
+    from luminaguard.microvm.port import SavedMachine
+    from luminaguard.runtime.core import Runtime
+    from luminaguard.storage.repositories import Ledger
+    from luminaguard.workspaces.state import WorkspaceState
+
+__all__ = ["Execution", "Feed", "Output", "Progress", "Status", "run"]
+
+T = TypeVar("T")
+Status = Literal["published", "pending", "denied", "unchanged", "refused"]
+Output = Callable[[int, bytes], Awaitable[None]]
+Feed = Callable[["Call"], Awaitable[None]]
+Progress = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Execution:
+    """What one action did, and where its effects stand.
+
+    ``spawn_ms`` is from the start of the hypervisor process to a woken guest, in milliseconds.
+    ``jail`` names each layer around the hypervisor and ``on``, or why it is missing.
+    """
+
+    vm_id: str
+    backend: str
+    accelerator: str
+    spawn_ms: float
+    outcome: Outcome
+    changeset: Changeset
+    request: Request | None = None
+    status: Status = "unchanged"
+    detail: str = ""
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    jail: dict[str, str] = field(default_factory=dict)
+
+
+async def run(
+    runtime: Runtime,
+    workspace: Path,
+    command: Command,
+    *,
+    output: Output,
+    feed: Feed | None = None,
+    progress: Progress = lambda _: None,
+) -> Execution:
+    """Run a command on a copy of the workspace and take its effects out; publish nothing.
+
+    Args:
+        runtime: the parts.
+        workspace: absolute path of the folder.
+        command: what to run.
+        output: receives standard output (1) and standard error (2) as they come.
+        feed: writes standard input and signals.
+        progress: told in a few words what is being done, for anything that may take long.
+
+    Returns:
+        The execution; its status is ``unchanged``, ``pending`` (there is a request), or
+        ``refused`` (timed out, or its effects may not be published).
+
+    Raises:
+        CallFailed: the command could not be started in the guest.
+        LuminaGuardError: anything else that went wrong; the workspace was not touched.
+    """
+    from luminaguard.microvm.broker import has_pool
+    from luminaguard.workspaces.collect import Collector
+
+    marks = _Stopwatch()
+    runtime.tracker.running()
+    argv = _shown(command.argv)
+    async with AsyncExitStack() as stack:
+        prepared = _Prepared(stack)
+        if runtime.publisher.interrupted():  # what is half published must be settled before it is read
+            await anyio.to_thread.run_sync(runtime.decisions.recover)
+        # The database is opened beside what takes longer: nothing runs in a machine before that is recorded.
+        opening, pooled = _Background(lambda: _open_ledger(runtime)), has_pool(runtime.folders.run)
+        if pooled:
+            stack.enter_context(opening)
+        await _prepare(runtime, prepared, workspace, progress, template=not pooled)
+        if not pooled:
+            stack.enter_context(opening)
+        assert prepared.state is not None
+        marks.lap("prepare")
+        state, writer, vm_id = prepared.state, None, ""
+        try:
+            async with _machine(runtime, prepared, workspace, argv, progress) as vm:
+                vm_id, spawn_ms = vm.id, marks.lap("spawn")
+                ledger = await opening.result()
+                ledger.append("exec.started", vm=vm_id, workspace=str(workspace), command=argv,
+                              image=prepared.image.folder.name, backend=vm.backend,
+                              accelerator=vm.accelerator)  # fmt: skip
+                marks.lap("ledger")
+                outcome = await vm.run(command, output=output, feed=feed, timeout_s=runtime.settings.timeout_s)
+                marks.lap("command")
+                writer = runtime.blobs.writer(vm_id)
+                collector = Collector(writer, runtime.limits("changeset"))
+                if not outcome.timed_out:
+                    await vm.changes(
+                        lambda e: collector.entry(e.path, e.kind, e.mode, e.size, e.target, e.opaque),
+                        collector.content,
+                    )
+                marks.lap("changes")
+            changeset = collector.changeset(state.entries)
+            execution = Execution(vm_id, vm.backend, vm.accelerator, spawn_ms, outcome, changeset,
+                                  jail=vm.process.layers)  # fmt: skip
+        except BaseException as error:
+            if writer is not None:
+                writer.discard()
+            log.event("exec.failed", vm=vm_id, error=repr(error), notes=getattr(error, "__notes__", []))
+            kind = "exec.refused" if isinstance(error, ChangesetRefused | GuestProtocolError) else "exec.failed"
+            # Not awaited: this may be a cancellation, and the record is owed all the same.
+            opening.join().append(kind, vm=vm_id, reason=type(error).__name__, message=ascii(str(error))[:500])
+            raise
+    ledger.append("exec.finished", vm=vm_id, exit_code=outcome.exit_code, timed_out=outcome.timed_out,
+                  out_of_memory=outcome.out_of_memory, changes=len(changeset), digest=changeset.digest)  # fmt: skip
+    if outcome.timed_out:
+        execution.status, execution.detail = (
+            "refused",
+            "the command was stopped at its time limit",
+        )
+    elif len(changeset):
+        execution.request = await anyio.to_thread.run_sync(_request, runtime, execution, state, command)
+        execution.status = "pending"
+    if execution.request is None:
+        writer.discard()
+    marks.lap("record")
+    execution.timings_ms = marks.laps
+    log.detail("exec.finished", vm=vm_id, status=execution.status, **marks.laps)
+    return execution
+
+
+async def _prepare(
+    runtime: Runtime, prepared: _Prepared, workspace: Path, progress: Progress, *, template: bool
+) -> None:
+    """Read and pack the workspace, and load the template beside it; all ends before anything is raised."""
+    prepared.image = runtime.images.current()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anyio.to_thread.run_sync, _prepare_workspace, runtime, workspace, prepared, progress)
+        if template:
+            await _prepare_template(runtime, prepared, progress)
+    if prepared.failures:
+        raise prepared.failures[0]
+
+
+async def _prepare_template(runtime: Runtime, prepared: _Prepared, progress: Progress) -> None:
+    from luminaguard.microvm.template import TemplateStore
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anyio.to_thread.run_sync, prepared.open_root)
+        try:
+            prepared.saved = await prepared.stack.enter_async_context(
+                TemplateStore(runtime.folders.cache).saved(
+                    runtime.hypervisor, prepared.image, runtime.settings.memory_mib, progress
+                )
+            )
+        except LuminaGuardError as error:
+            prepared.failures.append(error)
+
+
+@asynccontextmanager
+async def _machine(
+    runtime: Runtime, prepared: _Prepared, workspace: Path, task: list[str], progress: Progress
+) -> AsyncIterator[MicroVM]:
+    """A woken machine: from a pool that another process serves, else a clone of our own."""
+    from luminaguard.microvm.broker import borrow
+    from luminaguard.microvm.machine import clone
+
+    if prepared.saved is None:
+        async with borrow(runtime.folders.run, prepared.disk, runtime.kind, folder=str(workspace), task=task) as vm:
+            if vm is not None:
+                yield vm
+                return
+        await _prepare_template(runtime, prepared, progress)
+        if prepared.failures:
+            raise prepared.failures[0]
+    assert prepared.saved is not None
+    disks = (prepared.root, prepared.disk)
+    async with clone(runtime.hypervisor, prepared.saved, disks, runtime.tracker,
+                     workspace=str(workspace), task=task) as vm:  # fmt: skip
+        yield vm
+
+
+def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, progress: Progress) -> None:
+    from luminaguard.workspaces.pack import WorkspaceImages
+    from luminaguard.workspaces.state import read_state
+
+    start = time.monotonic()
+
+    def told(count: int) -> None:
+        if time.monotonic() - start > 1:
+            progress(f"reading the workspace: {count:,} entries")
+
+    try:
+        prepared.state = read_state(workspace, runtime.limits("workspace"), told)
+        prepared.disk = prepared.keep(WorkspaceImages(runtime.folders.cache).open(prepared.state))
+    except LuminaGuardError as error:
+        prepared.failures.append(error)
+    except OSError as error:
+        failure = WorkspaceError(
+            f"The workspace could not be read or packed: {error}.",
+            hint="Check the folder, and that the cache folder has free space.",
+        )
+        prepared.failures.append(failure)
+
+
+def _open_ledger(runtime: Runtime) -> Ledger:
+    runtime.decisions.recover()
+    return runtime.ledger
+
+
+def _request(runtime: Runtime, execution: Execution, state: WorkspaceState, command: Command) -> Request:
+    """Store the effects and ask for approval: after this they survive a reboot."""
+    from luminaguard.approvals import Request, State
+
+    runtime.blobs.persist(execution.vm_id)
+    now = time.time_ns()
+    request = Request(
+        id=execution.vm_id.replace("vm-", "req-"), workspace=str(state.path), device=state.device,
+        inode=state.inode, digest=execution.changeset.digest, command=tuple(_shown(command.argv)),
+        exit_code=execution.outcome.exit_code, created_ns=now,
+        expires_ns=now + runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING,
+    )  # fmt: skip
+    # Contents are kept under the request's name from here on.
+    source = runtime.blobs.folder / execution.vm_id
+    if source.is_dir():
+        source.rename(runtime.blobs.folder / request.id)
+    runtime.approvals.create(request, execution.changeset)
+    return request
+
+
+class _Prepared:
+    """What the preparations hand over; all of them end before the first failure is raised."""
+
+    image: Image
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self.stack = stack
+        self.state: WorkspaceState | None = None
+        self.saved: SavedMachine | None = None
+        self.disk = self.root = -1
+        self.failures: list[LuminaGuardError] = []
+
+    def open_root(self) -> None:
+        from luminaguard.images.manifest import ROOT
+
+        try:
+            self.root = self.keep(self.image.open_part(ROOT))
+        except LuminaGuardError as error:
+            self.failures.append(error)
+
+    def keep(self, fd: int) -> int:
+        self.stack.callback(os.close, fd)
+        return fd
+
+
+class _Background(Generic[T]):
+    """A function that runs in a thread of its own, which ends before this context does."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._value: T | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="background")
+
+    def __enter__(self) -> _Background[T]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+    def join(self) -> T:
+        """Block until it has ended; return or raise what it did."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return cast("T", self._value)
+
+    async def result(self) -> T:
+        """Like :meth:`join`, without blocking the event loop."""
+        return await anyio.to_thread.run_sync(self.join)
+
+    def _run(self) -> None:
+        try:
+            self._value = self._function()
+        except BaseException as error:  # noqa: BLE001  # raised where the value is asked for
+            self._failure = error
+
+
+class _Stopwatch:
+    """Milliseconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> float:
+        now = time.perf_counter()
+        self.laps[name] = round((now - self._last) * 1000, 1)
+        self._last = now
+        return self.laps[name]
+
+
+def _shown(argv: Any) -> list[str]:
+    """The command line for records: bounded, and without bytes that are not text."""
+    return [ascii(word)[1:-1][:500] if not word.isprintable() else word[:500] for word in argv][:100]

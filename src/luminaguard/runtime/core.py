@@ -1,0 +1,179 @@
+"""The composition root: builds the parts from Settings and owns their lifetimes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+import anyio.to_thread
+
+from luminaguard.settings import Folders, Settings
+
+if TYPE_CHECKING:
+    from luminaguard.images.build import ImageStore
+    from luminaguard.microvm.machine import Command
+    from luminaguard.microvm.pool import Pool, PoolLimits, Template
+    from luminaguard.microvm.qemu.backend import QemuHypervisor
+    from luminaguard.microvm.tracker import VMTracker
+    from luminaguard.runtime.action import Execution, Feed, Output, Progress
+    from luminaguard.runtime.decisions import Decisions
+    from luminaguard.storage.repositories import Approvals, Ledger
+    from luminaguard.workspaces.blobs import BlobStore
+    from luminaguard.workspaces.publish import Publisher
+
+__all__ = ["Runtime"]
+
+
+class Runtime:
+    """All parts, made when first needed: a command that needs no database opens none."""
+
+    def __init__(self, settings: Settings, folders: Folders) -> None:
+        self.settings = settings
+        self.folders = folders.ensure()
+
+    # -- the parts ------------------------------------------------------------------------------
+
+    @cached_property
+    def images(self) -> ImageStore:
+        """The guest images."""
+        from luminaguard.images.build import ImageStore
+
+        return ImageStore(self.folders.cache)
+
+    @cached_property
+    def hypervisor(self) -> QemuHypervisor:
+        """The hypervisor with its accelerator; raises HypervisorUnavailable."""
+        from luminaguard.microvm.jail import Jail
+        from luminaguard.microvm.select import choose_hypervisor
+
+        jail = Jail(required=self.settings.require_jail)
+        return choose_hypervisor(self.settings.qemu, self.settings.accelerator, self.folders.run, jail)
+
+    @cached_property
+    def tracker(self) -> VMTracker:
+        """Running machines."""
+        from luminaguard.microvm.tracker import VMTracker
+
+        return VMTracker(self.folders.run)
+
+    @cached_property
+    def blobs(self) -> BlobStore:
+        """Contents that wait for a decision."""
+        from luminaguard.workspaces.blobs import BlobStore
+
+        return BlobStore(self.folders.state)
+
+    @cached_property
+    def publisher(self) -> Publisher:
+        """Publishes into workspaces."""
+        from luminaguard.workspaces.publish import Publisher
+
+        return Publisher(self.folders.state, self.blobs)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The ledger; opening it opens the database."""
+        from luminaguard.storage.database import Database
+        from luminaguard.storage.keys import load_key
+        from luminaguard.storage.repositories import Ledger
+
+        self._database = Database.open(self.folders.state / "luminaguard.db")
+        key = load_key(self.folders.state / "keys", "ledger")
+        return Ledger(self._database, key, self.folders.state / "ledger-head.json")
+
+    @cached_property
+    def approvals(self) -> Approvals:
+        """Requests and decisions."""
+        from luminaguard.storage.repositories import Approvals
+
+        ledger = self.ledger
+        return Approvals(self._database, ledger)
+
+    @asynccontextmanager
+    async def open_pool(self, limits: PoolLimits | None = None) -> AsyncIterator[Pool]:
+        """A warm pool of this runtime's machines, for as long as the context lasts."""
+        from luminaguard.microvm.pool import Pool, PoolLimits
+        from luminaguard.microvm.template import TemplateStore
+
+        store, s = TemplateStore(self.folders.cache), self.settings
+        limits = limits or PoolLimits(s.pool_minimum, s.pool_maximum, s.pool_max_age_s, s.pool_memory_mib)
+
+        def current() -> str:
+            return store.key(self.hypervisor, self.images.current(), s.memory_mib)
+
+        async with Pool.open(self.hypervisor, self._pool_template, current, self.tracker, limits) as pool:
+            yield pool
+
+    @asynccontextmanager
+    async def _pool_template(self) -> AsyncIterator[Template]:
+        from luminaguard.images.manifest import ROOT
+        from luminaguard.microvm.pool import Template
+        from luminaguard.microvm.template import TemplateStore
+
+        store, image = TemplateStore(self.folders.cache), self.images.current()
+        async with AsyncExitStack() as stack:
+            root = await anyio.to_thread.run_sync(image.open_part, ROOT)
+            stack.callback(os.close, root)
+            rehearsal = await anyio.to_thread.run_sync(self._open_rehearsal)
+            stack.callback(os.close, rehearsal)
+            saved = await stack.enter_async_context(
+                store.saved(self.hypervisor, image, self.settings.memory_mib, lambda _: None)
+            )
+            yield Template(store.key(self.hypervisor, image, self.settings.memory_mib), saved, root, rehearsal)
+
+    def _open_rehearsal(self) -> int:
+        """An empty workspace on a disk as large as any can be, for clones to rehearse on."""
+        from luminaguard.microvm.template import placeholder
+        from luminaguard.workspaces.pack import WorkspaceImages
+        from luminaguard.workspaces.state import read_state
+
+        folder = self.folders.cache / "rehearsal"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        image = WorkspaceImages(self.folders.cache).open(read_state(folder, self.limits("workspace")))
+        try:
+            return placeholder(os.pread(image, 1 << 20, 0))
+        finally:
+            os.close(image)
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What a borrowed machine must have in common with one that this runtime would make."""
+        s = self.settings
+        return {"memory_mib": s.memory_mib, "accelerator": s.accelerator, "qemu": s.qemu, "jail": s.require_jail}
+
+    def limits(self, of: Literal["workspace", "changeset"]) -> Any:
+        """How large a workspace, or a changeset, may be."""
+        from luminaguard.workspaces.state import Limits
+
+        s = self.settings
+        if of == "workspace":
+            return Limits(s.workspace_max_files, s.workspace_max_mib << 20)
+        return Limits(s.changeset_max_files, s.changeset_max_mib << 20)
+
+    # -- what it does -----------------------------------------------------------------------------
+
+    @cached_property
+    def decisions(self) -> Decisions:
+        """Cards, decisions, publishing, recovery."""
+        from luminaguard.runtime.decisions import Decisions
+
+        return Decisions(self)
+
+    async def exec(
+        self,
+        workspace: Path,
+        command: Command,
+        *,
+        output: Output,
+        feed: Feed | None = None,
+        progress: Progress = lambda _: None,
+    ) -> Execution:
+        """Run one action; see :func:`luminaguard.runtime.action.run`."""
+        from luminaguard.runtime.action import run
+
+        return await run(self, workspace, command, output=output, feed=feed, progress=progress)
