@@ -21,6 +21,7 @@ from typing import Any
 
 import anyio
 
+import pool
 from luminaguard.effects.card import MAX_TEXT, make_card
 from luminaguard.effects.changes import FileEntry
 from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT
@@ -147,7 +148,7 @@ class Bench:
             async with store.saved(hypervisor, image, 256, lambda _: None) as saved:
                 for _ in range(count):
                     start = time.perf_counter()
-                    async with clone(hypervisor, saved, (root, disk)) as vm:
+                    async with clone(hypervisor, saved, (root, disk), self.runtime.tracker) as vm:
                         woken.append((time.perf_counter() - start) * 1000)
                         await vm.run(Command(["/bin/true"]), output=_quiet)
                         done.append((time.perf_counter() - start) * 1000)
@@ -156,6 +157,30 @@ class Bench:
         woken, done = anyio.run(all_of_them)
         found = spread(done, 150) | {"woken": spread(woken)}
         return found | {"ratio_to_bare_qemu": round(found["p50_ms"] / self.baselines["qemu_to_greeting"], 1)}
+
+    def pool_hit(self) -> dict[str, Any]:
+        """From asking a filled pool to the first /bin/true finished, jailed."""
+        laps = anyio.run(pool.hit, self.runtime, self._small_disk(), 40 if QUICK else 270)
+        found = spread(laps["true"], 30) | {"goal_p99_ms": 45, "met_p99": spread(laps["true"])["p99_ms"] <= 45}
+        found |= {"woken": spread(laps["woken"]), "first_byte": spread(laps["first_byte"])}
+        return found | {"ratio_to_bare_qemu": round(found["p50_ms"] / self.baselines["qemu_to_greeting"], 1)}
+
+    def idle_clones(self) -> dict[str, Any]:
+        """What clones cost that only wait."""
+        return anyio.run(pool.idle, self.runtime, 8 if QUICK else 50)
+
+    def eight_callers(self) -> dict[str, Any]:
+        """Eight callers at once on a small pool."""
+        return anyio.run(pool.callers, self.runtime, self._small_disk(), 5 if QUICK else 60)
+
+    def beside_us(self) -> dict[str, Any]:
+        """Other ways to run ``true`` apart from one's files, in the same run."""
+        return pool.peers(20)
+
+    def _small_disk(self) -> int:
+        workspace = self.folder / "small"
+        workspace.mkdir(exist_ok=True)
+        return WorkspaceImages(self.folder).open(read_state(workspace, LIMITS))
 
     def version(self) -> dict[str, Any]:
         """``luminaguard --version``."""
@@ -220,7 +245,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="luminaguard-bench-") as folder:
         bench = Bench(Path(folder))
         report: dict[str, Any] = {"host": bench.facts(), "baseline": bench.baseline()}
-        for name in ("cold_boot", "clone_to_true", "version", "exec_true", "workspace_10_mib", "card_10_000_files"):
+        for name in ("cold_boot", "clone_to_true", "pool_hit", "idle_clones", "eight_callers", "beside_us", "version",
+                     "exec_true", "workspace_10_mib", "card_10_000_files"):  # fmt: skip
             if not wanted or name in wanted:
                 print(f"measuring {name} ...", file=sys.stderr, flush=True)
                 report[name] = getattr(bench, name)()

@@ -36,7 +36,7 @@ from luminaguard.microvm.tracker import Tracked, VMTracker
 __all__ = ["Pool", "PoolLimits", "PoolStatus", "Template"]
 
 WORKSPACE_DISK = 1
-_REHEARSAL = (("/bin/true",), ("/bin/true",))
+_REHEARSAL = (("/bin/true",),)
 _MIB_EACH = 96  # private memory of a kept clone and its hypervisor, with room
 _DEMAND_WINDOW_S = 20.0
 _CHECK_S = 1.0

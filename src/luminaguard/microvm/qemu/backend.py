@@ -48,7 +48,7 @@ class QemuMachine:
         await self._qmp.handshake()
         await self._qmp.execute("stop")
         await self._ignore_shared()
-        await self._qmp.pass_descriptor(state, "getfd", fdname="state")
+        await self._qmp.execute_all(("getfd", {"fdname": "state"}), fd=state)
         await self._qmp.execute("migrate", uri="fd:state")
         await self._migrated(_SAVE_TIMEOUT)
 
@@ -77,12 +77,15 @@ class QemuMachine:
         """Put another read-only file behind a disk that nothing has open in the guest."""
         fdset = _SPARE_FDSET + index
         node = f"spare{index}"
-        await self._qmp.pass_descriptor(disk, "add-fd", **{"fdset-id": fdset})
-        await self._qmp.execute("blockdev-add", **{
-            "driver": "file", "node-name": node, "filename": f"/dev/fdset/{fdset}", "read-only": True, "locking": "off",
-        })  # fmt: skip
+        spare = {"driver": "file", "node-name": node, "filename": f"/dev/fdset/{fdset}", "read-only": True,
+                 "locking": "off"}  # fmt: skip
         options = {"driver": "raw", "node-name": f"disk{index}", "file": node, "read-only": True}
-        await self._qmp.execute("blockdev-reopen", options=[options])
+        await self._qmp.execute_all(
+            ("add-fd", {"fdset-id": fdset}),
+            ("blockdev-add", spare),
+            ("blockdev-reopen", {"options": [options]}),
+            fd=disk,
+        )
 
     async def diagnosis(self) -> str:
         """QEMU's last words and how it ended."""

@@ -36,27 +36,24 @@ class Qmp:
             raise _broken(f"no greeting but {str(greeting)[:200]}")
         await self.execute("qmp_capabilities")
 
-    async def pass_descriptor(self, fd: int, command: str, **arguments: Any) -> Any:
-        """Run a command that takes a descriptor, such as ``getfd`` and ``add-fd``."""
-        request = {"execute": command, "arguments": arguments}
-        async with self._one_at_a_time:
-            await anyio.wait_writable(self._socket)
-            # One message: the descriptor must arrive with the command that names it.
-            socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [fd])
-            return await self._answer(command)
-
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command and return what it returned.
 
         Raises:
-            MachineError: QEMU refused, closed the connection, or sent nonsense.
+            MachineError: QEMU refused, closed the connection, sent nonsense, or did not answer in time.
         """
-        request: dict[str, Any] = {"execute": command}
-        if arguments:
-            request["arguments"] = arguments
+        return (await self.execute_all((command, arguments)))[0]
+
+    async def execute_all(self, *commands: tuple[str, dict[str, Any]], fd: int = -1) -> list[Any]:
+        """Run commands in order, sent as one message; a descriptor goes to the first, such as ``add-fd``.
+
+        Raises:
+            MachineError: as for :meth:`execute`; commands after the one that was refused have been run.
+        """
+        lines = b"".join(_line(command, arguments) for command, arguments in commands)
         async with self._one_at_a_time:
-            await self._send(json.dumps(request).encode() + b"\n")
-            return await self._answer(command)
+            await self._send(lines, fd)
+            return [await self._answer(command) for command, _ in commands]
 
     async def _answer(self, command: str) -> Any:
         with anyio.move_on_after(ANSWER_TIMEOUT_S):
@@ -72,11 +69,11 @@ class Qmp:
                 return message["return"]
             # Anything else is an event; the few that matter show up in a later answer.
 
-    async def _send(self, data: bytes) -> None:
-        view = memoryview(data)
+    async def _send(self, data: bytes, fd: int) -> None:
+        view, fds = memoryview(data), [fd] if fd >= 0 else []
         while view:
             try:
-                view = view[self._socket.send(view) :]
+                view, fds = view[socket.send_fds(self._socket, [view], fds) :], []
             except BlockingIOError:
                 await anyio.wait_writable(self._socket)
             except OSError as error:
@@ -105,6 +102,10 @@ class Qmp:
         if not isinstance(message, dict):
             raise _broken(f"not an object: {line[:200]!r}")
         return message
+
+
+def _line(command: str, arguments: dict[str, Any]) -> bytes:
+    return json.dumps({"execute": command, **({"arguments": arguments} if arguments else {})}).encode() + b"\n"
 
 
 def _broken(why: str) -> MachineError:
