@@ -84,8 +84,8 @@ class Settings(BaseSettings):
     processes: int = Field(default=256, ge=8, le=32768)
     publish: Literal["ask", "never", "always"] = "ask"
     approval_ttl_s: int = Field(default=7 * 86400, ge=60, le=365 * 86400)
-    workspace_max_files: int = Field(default=200_000, ge=1)
-    workspace_max_mib: int = Field(default=4096, ge=1, le=15 * 1024)
+    workspace_max_files: int = Field(default=500_000, ge=1)
+    workspace_max_mib: int = Field(default=8192, ge=1, le=15 * 1024)
     changeset_max_files: int = Field(default=20_000, ge=1)
     changeset_max_mib: int = Field(default=1024, ge=1)
     capture_max_mib: int = Field(default=16, ge=1, le=1024)

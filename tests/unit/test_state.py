@@ -132,3 +132,33 @@ def test_a_full_disk_while_packing_is_an_error_with_a_hint(tmp_path, workspace, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "workspaces").iterdir()) == []
+
+
+def test_a_workspace_that_is_too_large_names_the_folders_that_make_it_so(tmp_path):
+    (tmp_path / "node_modules" / "huge").mkdir(parents=True)
+    (tmp_path / "src").mkdir()
+    for number in range(30):
+        (tmp_path / "node_modules" / "huge" / f"f{number}").write_bytes(bytes(1 << 20))
+    (tmp_path / "src" / "main.py").write_text("x")
+    with pytest.raises(WorkspaceError) as caught:
+        read_state(tmp_path, Limits(1000, 20 << 20))
+    assert "most are in 'node_modules/huge' (30 MiB, 30 files)" in caught.value.message
+    assert ".luminaguardignore" in caught.value.hint
+    with pytest.raises(WorkspaceError) as caught:
+        read_state(tmp_path, Limits(20, 1 << 30))
+    assert "'node_modules/huge'" in caught.value.message
+
+
+def test_a_state_is_packed_once_and_opened_again_at_once(tmp_path):
+    folder = tmp_path / "w"
+    folder.mkdir()
+    (folder / "same").write_bytes(b"x" * 5000)
+    (folder / "twin").write_bytes(b"x" * 5000)
+    state = read_state(folder, Limits(100, 1 << 30))
+    images = WorkspaceImages(tmp_path / "cache")
+    first, again = images.open(state), images.open(state)
+    try:
+        assert os.fstat(first).st_ino == os.fstat(again).st_ino
+    finally:
+        os.close(first)
+        os.close(again)

@@ -7,9 +7,11 @@ gitignore) do not go in; a change that meets one on the host is a conflict. Git 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,7 @@ __all__ = ["IGNORE_FILE", "Limits", "WorkspaceState", "read_state"]
 IGNORE_FILE = ".luminaguardignore"
 _MAX_IGNORE = 1 << 20
 _MAX_DEPTH = 200
+_LOOK_S, _LOOK_DEPTH = 5.0, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,15 @@ class WorkspaceState:
     links: dict[str, str] = field(default_factory=dict)
     size: int = 0
     ignored: int = 0
+    _key: str = ""
 
     def image_key(self) -> str:
         """SHA-256 over all that a workspace image contains."""
+        if not self._key:  # a state does not change once it is read
+            self._key = self._make_key()
+        return self._key
+
+    def _make_key(self) -> str:
         digest = hashlib.sha256(f"luminaguard workspace 1 {self.mode:o}\0".encode())
         for path in sorted(self.entries, key=encode):
             row = (path, repr(self.entries[path]), str(self.times[path]), self.links.get(path, ""))
@@ -184,7 +193,8 @@ class _Reader:
         self._state.times[path] = max(0, min(int(info.st_mtime), 0xFFFFFFFF))
         if len(entries) > self._limits.files:
             raise WorkspaceError(
-                f"The workspace has more than {self._limits.files:,} entries.",
+                f"The workspace has more than {self._limits.files:,} entries; "
+                f"most are in {self._largest(by_size=False)}.",
                 hint=f"Name what is not needed in {IGNORE_FILE}, or raise workspace_max_files.",
             )
         if self._step is not None and len(entries) % 500 == 0:
@@ -192,9 +202,26 @@ class _Reader:
 
     def _too_large(self, path: str, size: int) -> WorkspaceError:
         return WorkspaceError(
-            f"The workspace has more than {self._limits.size >> 20:,} MiB of files (at {path!a}, {size >> 20:,} MiB).",
+            f"The workspace has more than {self._limits.size >> 20:,} MiB of files (at {path!a}, {size >> 20:,} MiB); "
+            f"most are in {self._largest(by_size=True)}.",
             hint=f"Name what is not needed in {IGNORE_FILE}, or raise workspace_max_mib.",
         )
+
+    def _largest(self, *, by_size: bool) -> str:
+        """The folders that take most, in words; looks at everything, but not for ever."""
+        totals: dict[str, list[int]] = {}
+        deadline = time.monotonic() + _LOOK_S
+        for folder, _, names, fd in os.fwalk(self._state.path, follow_symlinks=False):
+            top = "/".join(os.path.relpath(folder, self._state.path).split("/")[:_LOOK_DEPTH])
+            total = totals.setdefault(top, [0, 0])
+            total[1] += len(names)
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total[0] += os.stat(name, dir_fd=fd, follow_symlinks=False).st_size
+            if time.monotonic() > deadline:
+                break
+        first = sorted(totals.items(), key=lambda item: -item[1][0 if by_size else 1])[:3]
+        return ", ".join(f"{name!a} ({size >> 20:,} MiB, {count:,} files)" for name, (size, count) in first)
 
     @staticmethod
     def _refused(path: str, why: str, hint: str = "") -> WorkspaceError:
