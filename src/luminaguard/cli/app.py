@@ -112,7 +112,10 @@ def _absolute(path: Path) -> Path:
 
 def _resolved(path: Path) -> Path:
     absolute = path.absolute()
-    return absolute.parent.resolve() / absolute.name if absolute.name not in {"", ".."} else absolute.resolve()
+    # Strict: Python 3.13 takes a loop of links for a path like any other.
+    if absolute.name in {"", ".."}:
+        return absolute.resolve(strict=True)
+    return absolute.parent.resolve(strict=True) / absolute.name
 
 
 @approvals_app.command("list")
