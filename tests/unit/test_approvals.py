@@ -32,6 +32,8 @@ class Desk:
         self.open()
 
     def open(self):
+        if hasattr(self, "database"):
+            self.database.close()
         self.database = Database.open(self.folder / "db")
         self.ledger = Ledger(self.database, self.ledger_key, self.folder / "head.json", lambda: self.now)
         self.approvals = Approvals(self.database, self.ledger)

@@ -176,6 +176,17 @@ def test_each_clone_is_its_own_machine(home, workspace):
     assert abs(seen[-1][5] - time.time()) < 30
 
 
+def test_nothing_of_the_hosts_environment_is_in_the_machine(home, workspace):
+    script = "env; cat /proc/1/environ /proc/self/environ /proc/cmdline 2>&1; cat /proc/*/cmdline 2>/dev/null"
+    result = home.exec(
+        workspace, "sh", "-c", script, LUMINAGUARD_TEST_SECRET="s3cr3t-value", AWS_SECRET_ACCESS_KEY="s3cr3t-key"
+    )
+    assert result.code == 0
+    assert "s3cr3t" not in result.out
+    assert "SECRET" not in result.out
+    assert "s3cr3t" not in home.run("ledger", "export").out
+
+
 def copy_cache(cache: Path, target: Path) -> Path:
     shutil.copytree(cache, target, symlinks=True, ignore=shutil.ignore_patterns("packages", "workspaces"))
     return target

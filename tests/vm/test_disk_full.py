@@ -1,6 +1,7 @@
 """A full disk at each place where much is written: a clear refusal, and nothing half made is left."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pytest
 
 from luminaguard.testing import Home
 
-pytestmark = [pytest.mark.vm, pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounts a small file system"),
+]
 
 
 SCRIPT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,7 @@ RequestId = Annotated[str, typer.Argument(metavar="ID")]
 class _State:
     debug = False
     as_json = False
+    closing = ExitStack()
 
 
 @app.callback()
@@ -64,7 +66,9 @@ def _runtime(**overrides: Any) -> Any:
 
     folders = Folders.from_environment()
     log.configure(folders.state / "log", debug=_State.debug)
-    return Runtime(load_settings(folders, overrides), folders)
+    runtime = Runtime(load_settings(folders, overrides), folders)
+    _State.closing.callback(runtime.close)
+    return runtime
 
 
 @app.command("exec", context_settings={"allow_interspersed_args": False})
@@ -335,7 +339,8 @@ def run() -> None:
     from luminaguard.cli.output import print_error
 
     try:
-        app()
+        with _State.closing:
+            app()
     except LuminaGuardError as error:
         if _State.debug:
             raise

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -47,8 +45,9 @@ def run(*, as_json: bool) -> int:
         settings = Settings.model_construct()
     else:
         runtime = Runtime(settings, folders)
-        checks = (_hypervisor, _kvm, _tools, _namespaces, _disk, _image, _database)
+        checks = (_hypervisor, _kvm, _tools, _jail, _disk, _image, _database)
         findings.extend(_tried(check, runtime) for check in checks)
+        runtime.close()
     failed = any(finding.level == "fail" for finding in findings)
     if as_json:
         print_json({"status": "fail" if failed else "ok", "checks": [asdict(f) for f in findings]})
@@ -116,32 +115,35 @@ def _tools(_runtime: Runtime) -> Finding:
     return Finding("tools", "ok", ", ".join(needed))
 
 
-def _namespaces(_runtime: Runtime) -> Finding:
-    """Try to make a user namespace, as a jail around the hypervisor needs it."""
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "true"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 0:
-        return Finding("namespaces", "ok", "unprivileged user namespaces work (for jails; not needed to run)")
-    for path, setting in (
-        (
-            "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
-            "kernel.apparmor_restrict_unprivileged_userns=0",
-        ),
-        ("/proc/sys/kernel/unprivileged_userns_clone", "kernel.unprivileged_userns_clone=1"),
+def _jail(runtime: Runtime) -> Finding:
+    """Run QEMU in the jail, as every machine is, and say which layers it had."""
+    from luminaguard.errors import JailUnavailable
+
+    try:
+        layers = runtime.try_jail()
+    except JailUnavailable as error:
+        return Finding("jail", "fail", error.message, _remedy(error.hint))
+    missing = [f"{name} ({why})" for name, why in layers.items() if why != "on"]
+    present = ", ".join(name for name, why in layers.items() if why == "on")
+    if missing:
+        return Finding("jail", "note", f"{present}; without {'; '.join(missing)}",
+                       "run as root, or have a cgroup hierarchy delegated to you")  # fmt: skip
+    return Finding("jail", "ok", present)
+
+
+def _remedy(otherwise: str) -> str:
+    """The setting that forbids user namespaces here, if there is one."""
+    for path, wanted, setting in (
+        ("kernel/apparmor_restrict_unprivileged_userns", "0", "kernel.apparmor_restrict_unprivileged_userns=0"),
+        ("kernel/unprivileged_userns_clone", "1", "kernel.unprivileged_userns_clone=1"),
     ):
-        if os.path.exists(path) and Path(path).read_text(encoding="ascii").strip() != setting[-1]:
-            return Finding(
-                "namespaces",
-                "note",
-                "unprivileged user namespaces are forbidden",
-                f"sysctl -w {setting}",
-            )
-    return Finding("namespaces", "note", "unprivileged user namespaces do not work",
-                   "sysctl -w user.max_user_namespaces=10000")  # fmt: skip
+        file = Path("/proc/sys", path)
+        if file.exists() and file.read_text(encoding="ascii").strip() != wanted:
+            return f"sysctl -w {setting}"
+    file = Path("/proc/sys/user/max_user_namespaces")
+    if file.exists() and file.read_text(encoding="ascii").strip() == "0":
+        return "sysctl -w user.max_user_namespaces=10000"
+    return f"{otherwise} In a container, /proc must not be masked (docker: --security-opt systempaths=unconfined)."
 
 
 def _disk(runtime: Runtime) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +35,11 @@ class Runtime:
     def __init__(self, settings: Settings, folders: Folders) -> None:
         self.settings = settings
         self.folders = folders.ensure()
+        self._closing = ExitStack()
+
+    def close(self) -> None:
+        """Close what was opened; the runtime is of no more use."""
+        self._closing.close()
 
     # -- the parts ------------------------------------------------------------------------------
 
@@ -83,6 +88,7 @@ class Runtime:
         from luminaguard.storage.repositories import Ledger
 
         self._database = Database.open(self.folders.state / "luminaguard.db")
+        self._closing.callback(self._database.close)
         key = load_key(self.folders.state / "keys", "ledger")
         return Ledger(self._database, key, self.folders.state / "ledger-head.json")
 
@@ -154,6 +160,21 @@ class Runtime:
         if of == "workspace":
             return Limits(s.workspace_max_files, s.workspace_max_mib << 20)
         return Limits(s.changeset_max_files, s.changeset_max_mib << 20)
+
+    def try_jail(self) -> dict[str, str]:
+        """Start QEMU in the jail to print its version; return each layer: ``on``, or why it is missing.
+
+        Raises:
+            JailUnavailable: a layer that is required cannot be had.
+            HypervisorUnavailable: there is no QEMU.
+        """
+
+        async def attempt() -> dict[str, str]:
+            async with self.hypervisor.try_jail() as process:
+                await process.wait()
+                return process.layers
+
+        return anyio.run(attempt)
 
     # -- what it does -----------------------------------------------------------------------------
 

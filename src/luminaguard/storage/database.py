@@ -115,17 +115,24 @@ class Database:
         event.listen(engine, "connect", _configure)
         event.listen(engine, "begin", _begin)
         database = cls(engine, path)
-        with database.write() as connection:
+        try:
+            database._check_schema()
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _check_schema(self) -> None:
+        with self.write() as connection:
             _metadata.create_all(connection)
             version = connection.execute(select(_schema.c.version)).scalar()
             if version is None:
                 connection.execute(insert(_schema).values(version=SCHEMA_VERSION))
             elif version != SCHEMA_VERSION:
                 raise StorageError(
-                    f"{path} has schema version {version}; this LuminaGuard knows {SCHEMA_VERSION}.",
+                    f"{self.path} has schema version {version}; this LuminaGuard knows {SCHEMA_VERSION}.",
                     hint="Use the newer LuminaGuard that wrote it.",
                 )
-        return database
 
     @contextmanager
     def write(self) -> Iterator[Connection]:

@@ -185,6 +185,10 @@ class QemuHypervisor:
                     raise
                 yield machine
 
+    def try_jail(self) -> _Started:
+        """QEMU in the jail of a machine, printing its version."""
+        return self._start(f"doctor-{os.getpid()}", 0, ["--version"], ())
+
     def _start(self, name: str, memory_mib: int, arguments: list[str], inherited: tuple[int, ...]) -> _Started:
         mib = memory_mib + (command.TRANSLATION_MIB if self.accelerator == "tcg" else 0)
         limits = Limits(memory_bytes=(mib + _OVERHEAD_MIB) << 20, address_bytes=(mib + _ADDRESS_MIB) << 20)
