@@ -2,7 +2,7 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: help setup image demo test test-unit lint fmt bench lock clean
+.PHONY: help setup image demo test test-unit soak coverage lint fmt bench lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ test: setup ## all tests, with real micro-VMs
 
 test-unit: setup ## the tests that need no machine, in seconds
 	@$(BIN)/pytest -q -m "not vm" -n 2
+
+soak: setup ## clone hygiene over 200 clones, and the pool, at length (about 10 minutes)
+	@LUMINAGUARD_TEST_CLONES=200 $(BIN)/pytest -q tests/vm/test_pool.py --timeout 900
+
+coverage: setup ## the tests with branch coverage, subprocesses included
+	@$(BIN)/pytest -q -n 2 --cov --cov-report=term:skip-covered
 
 lint: setup ## ruff, mypy --strict, the import contract
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

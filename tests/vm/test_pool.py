@@ -43,7 +43,7 @@ def disk(runtime, workspace):
 
 def run(function, *arguments):
     async def bounded():
-        with anyio.fail_after(150):
+        with anyio.fail_after(max(150, 2 * CLONES)):
             await function(*arguments)
 
     anyio.run(bounded)
@@ -355,6 +355,16 @@ def test_exec_takes_its_machine_from_a_served_pool(home, workspace):
     assert pool_status(home) is None
     assert home.run("vm", "list", "--json").json == {"vms": []}
     assert home.exec(workspace, "true").code == 0
+
+
+def test_a_home_may_lie_deep(tmp_path, cache, workspace):
+    """The name of a socket has 108 bytes at most; the path of a home has not."""
+    from luminaguard.testing import Home
+
+    deep = Home(tmp_path / ("d" * 60) / ("e" * 60) / "home", cache)
+    with served(deep):
+        assert deep.exec(workspace, "true").code == 0
+        assert pool_status(deep)["status"]["hits"] == 1
 
 
 def test_a_borrower_that_is_killed_ends_its_machine(home, workspace):

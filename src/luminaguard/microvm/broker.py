@@ -147,11 +147,12 @@ class Lender:
             listener.setblocking(False)
             self._path.unlink(missing_ok=True)  # of one that was killed: the lock is ours
             try:
-                listener.bind(str(self._path))
+                with _short(self._path) as path:
+                    listener.bind(path)
                 listener.listen(_MAX_BORROWERS)
             except OSError as error:
                 raise StorageError(
-                    f"{self._path} cannot be listened on: {error}.", hint="Set LUMINAGUARD_HOME to a shorter path."
+                    f"{self._path} cannot be listened on: {error}.", hint="Check the owner and mode of that folder."
                 ) from error
             try:
                 yield listener
@@ -217,7 +218,8 @@ def _connect(run: Path) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.setblocking(False)
-        connection.connect(str(run / _SOCKET))
+        with _short(run / _SOCKET) as path:
+            connection.connect(path)
         if _peer_uid(connection) != os.geteuid():
             raise ConnectionRefusedError("it belongs to another user")
     except OSError:  # none is served, its server has died, or its backlog is full
@@ -249,6 +251,16 @@ async def _closed_or_dead(connection: socket.socket, vm: MicroVM) -> None:
         first.start_soon(dies)
         await anyio.wait_readable(connection)
         first.cancel_scope.cancel()
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name for the path that fits into 108 bytes (unix(7)), however deep its folder lies."""
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
 
 
 def _peer_uid(connection: socket.socket) -> int:
