@@ -179,6 +179,38 @@ def test_a_hypervisor_that_dies_or_hangs_in_use_is_an_error_and_nothing_is_left(
     run(scenario)
 
 
+async def crash_the_supervisor(pool, vm) -> None:
+    """Bytes that are no frames end PID 1, and with it the guest's kernel: a real panic."""
+    vm._channel._socket.send(b"\xff" * 64)
+
+
+async def reset_the_machine(pool, vm) -> None:
+    (kept,) = [kept for kept in KEPT if kept.vm is vm]
+    await kept.machine._qmp.execute("system_reset")
+
+
+KEPT: list = []
+
+
+@pytest.mark.parametrize("crash", [crash_the_supervisor, reset_the_machine])
+def test_a_guest_that_panics_or_resets_is_an_error_and_its_machine_ends(runtime, disk, crash):
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(1, 1)) as pool:
+            await pool.wait_ready(1)
+            KEPT[:] = pool._ready
+            with pytest.raises(MachineError):
+                async with pool.machine(disk) as vm:
+                    pid = vm.process.pid
+
+                    async def output(_stream: int, _data: bytes) -> None:
+                        await crash(pool, vm)
+
+                    await vm.run(Command(("sh", "-c", "echo; sleep 600")), output=output)
+            await until(lambda: not alive(pid))
+
+    run(scenario)
+
+
 def test_old_clones_expire_and_new_ones_take_their_place(runtime, disk):
     async def scenario() -> None:
         async with runtime.open_pool(PoolLimits(1, 1, max_age_s=2.0)) as pool:
@@ -475,3 +507,11 @@ def test_two_processes_build_one_template(home, cache, tmp_path, workspace):
         assert process.returncode == 0
     assert len([entry for entry in (own / "templates").iterdir() if entry.is_dir()]) == 1
     assert Path(own / "templates").exists()
+
+
+def test_watching_prints_again_until_interrupted(home):
+    argv = home.argv("vm", "list", "--watch", "--json")
+    with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE) as process:
+        assert [json.loads(process.stdout.readline()) for _ in range(2)] == [{"vms": []}] * 2
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
