@@ -24,6 +24,7 @@ from luminaguard.errors import (
     EXIT_REFUSED,
     EXIT_TIMEOUT,
     LuminaGuardError,
+    MachineError,
 )
 from luminaguard.runtime import Execution, Runtime
 
@@ -51,9 +52,10 @@ class Options:
 
 
 class _Interrupted(Exception):
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, request_id: str = "") -> None:
         super().__init__(number)
         self.number = number
+        self.request_id = request_id
 
 
 def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options) -> int:
@@ -78,6 +80,8 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
             print_json({"status": "refused", "exit_code": 128 + number, "error": {"type": "Interrupted"}})
         else:
             sys.stderr.write("interrupted: the machine was destroyed; nothing was published\n")
+            if pending := getattr(error, "request_id", ""):
+                sys.stderr.write(f"its effects wait for a decision: {pending}\n")
         return EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
     finally:
         progress.clear()
@@ -106,7 +110,11 @@ async def _run(
         nonlocal interrupted
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH) as signals:
             async for number in signals:
-                if not await relay.signal(number):
+                try:
+                    taken = await relay.signal(number)
+                except MachineError:
+                    taken = False  # there is no command any more that could take it
+                if not taken:
                     interrupted = number
                     scope.cancel()
 
@@ -117,19 +125,27 @@ async def _run(
         else:
             await _write(1 if stream == 1 else 2, data)
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watch, tasks.cancel_scope)
-        try:
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch, tasks.cancel_scope)
             with raw_terminal(command.terminal is not None):
                 result = await runtime.exec(workspace, command, output=output, feed=relay.feed, progress=progress)
-        except Exception as error:  # noqa: BLE001  # raised again below, outside the task group's wrapping
-            failure = error
-        tasks.cancel_scope.cancel()
+            tasks.cancel_scope.cancel()
+    except* Exception as group:  # noqa: BLE001  # raised again below, outside the task group's wrapping
+        failure = _first(group)
     if failure is not None:
         raise failure
-    if result is None:
-        raise _Interrupted(interrupted or signal.SIGINT)
+    if interrupted or result is None:
+        raise _Interrupted(interrupted or signal.SIGINT, result.request.id if result and result.request else "")
     return result
+
+
+def _first(group: BaseExceptionGroup[Exception]) -> Exception:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error
 
 
 async def _write(fd: int, data: bytes) -> None:

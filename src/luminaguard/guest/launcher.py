@@ -83,7 +83,9 @@ class Launcher:
         for end in (stdin, stdout, stderr):
             os.close(end)
         self.group.add(self.pid)
-        self._socket.recv(1)  # it is prepared: a template must not be saved in the middle of it
+        # A template must not be saved in the middle of this.
+        if (said := self._socket.recv(512)) != b"-":
+            raise OSError(f"the launcher could not give up its rights: {said.decode('utf-8', 'replace')}")
 
     def launch(self, order: dict[str, Any], terminal: int) -> str:
         """Give the order, and the terminal if there is one (else -1); return why it failed, or nothing."""

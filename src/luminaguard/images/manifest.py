@@ -6,6 +6,7 @@ as a changed part. Every use verifies the parts that it uses.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,12 +16,13 @@ from typing import Any
 
 from luminaguard.errors import ImageTampered
 
-__all__ = ["INITRAMFS", "KERNEL", "ROOT", "Image", "Manifest", "Part", "open_verified", "sha256_fd"]
+__all__ = ["INITRAMFS", "KERNEL", "ROOT", "Image", "Manifest", "Part", "open_sealed", "open_verified", "sha256_fd"]
 
 KERNEL, INITRAMFS, ROOT, SBOM = "vmlinux", "initramfs.cpio", "root.squashfs", "sbom.spdx.json"
 PARTS = (KERNEL, INITRAMFS, ROOT, SBOM)
 _MAX_MANIFEST = 1 << 20
 _CHUNK = 1 << 20
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +102,17 @@ class Image:
         return cls(folder, manifest)
 
     def open_part(self, name: str) -> int:
-        """Open a part read-only and verify it; the caller owns the descriptor.
+        """A sealed copy of a part in memory, verified and open for reading only; the caller owns it.
 
         Raises:
             ImageTampered: it is missing, truncated, or differs.
         """
-        return open_verified(self.folder / name, self.manifest.parts[name], self.folder)
+        return open_sealed(self.folder / name, self.manifest.parts[name], self.folder)
 
     def verify(self) -> None:
         """Verify every part; raises :class:`ImageTampered`."""
         for name in PARTS:
-            os.close(self.open_part(name))
+            os.close(open_verified(self.folder / name, self.manifest.parts[name], self.folder))
 
 
 def open_verified(path: Path, part: Part, owner: Path) -> int:
@@ -135,6 +137,38 @@ def open_verified(path: Path, part: Part, owner: Path) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def open_sealed(path: Path, part: Part, owner: Path) -> int:
+    """Like :func:`open_verified`, but of a sealed copy in memory.
+
+    A process that is given a descriptor of a file can open it again through ``/proc/self/fd``, for
+    writing too where the file's owner is its own; nobody can write to this one.
+
+    Raises:
+        ImageTampered: the file is missing, or differs.
+    """
+    source = -1
+    memory = os.memfd_create(path.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if os.fstat(source).st_size != part.size:
+            raise _tampered(owner, f"{path.name} has {os.fstat(source).st_size} bytes instead of {part.size}")
+        digest, offset, buffer = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))
+        while count := os.preadv(source, [buffer], offset):
+            digest.update(buffer[:count])
+            os.pwrite(memory, buffer[:count], offset)
+            offset += count
+        if digest.hexdigest() != part.sha256:
+            raise _tampered(owner, f"{path.name} does not have the recorded SHA-256")
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+        return os.open(f"/proc/self/fd/{memory}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _tampered(owner, f"{path.name} cannot be read ({error.strerror})") from error
+    finally:
+        os.close(memory)
+        if source >= 0:
+            os.close(source)
 
 
 def sha256_fd(fd: int) -> str:

@@ -77,11 +77,15 @@ class Lender:
             async with anyio.create_task_group() as tasks:
                 while True:
                     await anyio.wait_readable(listener)
+                    await limiter.acquire()
                     try:
                         connection, _ = listener.accept()
-                    except BlockingIOError:
+                    except OSError as error:
+                        limiter.release()
+                        if not isinstance(error, BlockingIOError):  # such as too many open files
+                            log.event("pool.accept_failed", error=repr(error))
+                            await anyio.sleep(0.1)
                         continue
-                    await limiter.acquire()
                     tasks.start_soon(self._handle, connection, limiter)
 
     async def _handle(self, connection: socket.socket, limiter: anyio.Semaphore) -> None:

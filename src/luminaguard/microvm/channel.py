@@ -163,6 +163,7 @@ class GuestChannel:
         self._next = first_call
         self._pumping: anyio.CancelScope | None = None
         self._sending = anyio.Lock()
+        self._unsent = bytearray()
         self._hello: dict[str, Any] | None = None
         self._up = anyio.Event()
         self.failure: MachineError | None = None
@@ -204,11 +205,12 @@ class GuestChannel:
 
     async def send(self, frame: Frame) -> None:
         """Write one frame whole. Raises MachineError when the guest is gone."""
-        view = memoryview(frames.encode(frame))
         async with self._sending:
-            while view:
+            # A sender that is cancelled leaves its frame here whole or in part: the next one goes on with it.
+            self._unsent += frames.encode(frame)
+            while self._unsent:
                 try:
-                    view = view[self._socket.send(view) :]
+                    del self._unsent[: self._socket.send(self._unsent)]
                 except BlockingIOError:
                     await anyio.wait_writable(self._socket)
                 except OSError as error:

@@ -227,10 +227,10 @@ class MicroVM:
         failure: Exception | None = None
         timed_out = False
         result: dict[str, Any] = {}
-        async with anyio.create_task_group() as tasks:
-            if isinstance(self._machine, _Owned):
-                tasks.start_soon(self.ended)
-            try:
+        try:
+            async with anyio.create_task_group() as tasks:
+                if isinstance(self._machine, _Owned):
+                    tasks.start_soon(self.ended)
                 if feed is None:
                     await call.write_eof()
                 else:
@@ -242,16 +242,14 @@ class MicroVM:
                     timed_out = await _ended_in_time(call, timeout_s)
                     if timed_out:
                         readers.cancel_scope.cancel()
-                if timed_out:
-                    return Outcome(128 + 9, 9, timed_out=True)
-                result = await call.result(CALL_TIMEOUT)
-            except* Exception as group:  # noqa: BLE001  # raised again below, outside the task groups' wrapping
-                failure = _first(group)
-            finally:
+                if not timed_out:
+                    result = await call.result(CALL_TIMEOUT)
                 tasks.cancel_scope.cancel()
+        except* Exception as group:  # noqa: BLE001  # raised again below, outside the task groups' wrapping
+            failure = _first(group)
         if failure is not None:
             raise failure
-        return _outcome(result)
+        return Outcome(128 + 9, 9, timed_out=True) if timed_out else _outcome(result)
 
     async def changes(
         self,

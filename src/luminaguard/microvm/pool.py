@@ -25,10 +25,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
+import anyio.abc
 
 from luminaguard import log
-from luminaguard.errors import LuminaGuardError, MachineError
-from luminaguard.microvm.channel import CallFailed, open_channel
+from luminaguard.errors import MachineError
+from luminaguard.microvm.channel import open_channel
 from luminaguard.microvm.machine import Command, MicroVM, clone, new_id
 from luminaguard.microvm.port import Hypervisor, SavedMachine, VirtualMachine
 from luminaguard.microvm.tracker import Tracked, VMTracker
@@ -40,6 +41,7 @@ _REHEARSAL = (("/bin/true",),)
 _MIB_EACH = 96  # private memory of a kept clone and its hypervisor, with room
 _DEMAND_WINDOW_S = 20.0
 _CHECK_S = 1.0
+_ATTEMPTS = 2  # a workspace that no clone can take must not use up all of them
 _QUIET_S = 0.15
 _RETRY_S = (0.5, 1, 2, 5, 10, 30)
 
@@ -126,6 +128,7 @@ class Pool:
         self._arrivals: deque[float] = deque(maxlen=256)
         self._changed = anyio.Event()
         self._template: Template | None = None
+        self._keepers: anyio.abc.TaskGroup
         self._cloning = 0
         self._checked = 0.0
         self.status = PoolStatus()
@@ -152,6 +155,7 @@ class Pool:
         pool = cls(hypervisor, templates, current, tracker, limits)
         failure: Exception | None = None
         async with anyio.create_task_group() as tasks:
+            pool._keepers = tasks
             tasks.start_soon(pool._fill)
             try:
                 yield pool
@@ -219,7 +223,10 @@ class Pool:
 
     async def _wake_one(self, workspace: int, folder: str, task: Sequence[str]) -> _Kept | None:
         """A kept clone, woken on a workspace; one that fails before it was used makes room for the next."""
-        while (kept := self._take()) is not None:
+        for _ in range(_ATTEMPTS):
+            kept = self._take()
+            if kept is None:
+                return None
             try:
                 kept.tracked.update(workspace=folder, task=list(task), state="starting")
                 await kept.machine.replace_disk(WORKSPACE_DISK, workspace)
@@ -243,6 +250,10 @@ class Pool:
             kept.taken.set()
             if kept.template == self.status.template and kept.machine.process.running and not self._is_old(kept):
                 return kept
+            if kept.machine.process.running:
+                self.status.expired += 1
+            else:
+                self.status.died += 1
             kept.done.set()
         return None
 
@@ -266,18 +277,21 @@ class Pool:
                 async with self._templates() as template:
                     self._template, self.status.template = template, template.key
                     self._notify()
-                    failures = 0
-                    await self._fill_from(template)
-            except LuminaGuardError as error:
-                failures = self._failed(error, failures)
+                    try:
+                        await self._fill_from(template)
+                    finally:
+                        self._template = None
+                        while self._cloning:  # they still use its descriptors; clones that run do not
+                            await self._changed.wait()
+                failures = 0
+            except Exception as error:  # noqa: BLE001  # whatever it is, those who run must not end with it
+                failures = self._failed(_first(error), failures)
                 await self._pause(_RETRY_S[min(failures, len(_RETRY_S)) - 1])
-            finally:
-                self._template = None
 
     async def _fill_from(self, template: Template) -> None:
-        """One clone at a time; ends when the template is out of date and its last clone is gone."""
+        """One clone at a time, until the template is out of date; then none of its clones waits any more."""
         failures = 0
-        async with anyio.create_task_group() as keepers:
+        try:
             while self._is_current(template):
                 self._drop([kept for kept in self._ready if self._is_old(kept)])
                 surplus = len(self._ready) - self._target()
@@ -287,10 +301,9 @@ class Pool:
                     await anyio.sleep(quiet)
                     continue
                 elif surplus < 0 and not self.status.waiting:
-                    made = anyio.Event()
-                    before = self.status.failures
-                    keepers.start_soon(self._keep, template, made)
-                    self.status.making = 1
+                    made, before = anyio.Event(), self.status.failures
+                    self.status.making, self._cloning = 1, self._cloning + 1
+                    self._keepers.start_soon(self._keep, template, made)
                     await made.wait()
                     self.status.making = 0
                     failures = failures + 1 if self.status.failures > before else 0
@@ -299,10 +312,8 @@ class Pool:
                     continue
                 with anyio.move_on_after(1.0):
                     await self._changed.wait()
-            self._template = None
+        finally:
             self._drop(list(self._ready))
-            while self._cloning:  # they still use its descriptors
-                await self._changed.wait()
 
     def _is_current(self, template: Template) -> bool:
         """Asked of the disk at most once a second."""
@@ -339,16 +350,19 @@ class Pool:
                     self._ready.append(kept)
                     self.status.ready, self.status.made = len(self._ready), self.status.made + 1
                     self.status.refill_s = self._clock() - start
+                    self._cloning -= 1
                     made.set()
                     self._notify()
                     await self._until_taken(kept)
                     if kept.taken.is_set():
                         await kept.done.wait()
-        except (LuminaGuardError, CallFailed) as error:
+        except Exception as error:  # noqa: BLE001  # of one clone; the others must not end with it
             # One that dies while it is used raises where it is used.
             if kept is None:
-                self._failed(error, 0)
+                self._failed(_first(error), 0)
         finally:
+            if not made.is_set():
+                self._cloning -= 1
             if kept is not None and kept in self._ready:
                 self._ready.remove(kept)
             self.status.ready = len(self._ready)
@@ -384,7 +398,7 @@ class Pool:
             kept.done.set()
         self.status.ready = len(self._ready)
 
-    def _failed(self, error: Exception, failures: int) -> int:
+    def _failed(self, error: BaseException, failures: int) -> int:
         self.status.failures += 1
         self.status.last_failure = str(error)[:300]
         log.event("pool.failure", error=repr(error), notes=getattr(error, "__notes__", []))
@@ -416,11 +430,19 @@ class Pool:
         changed.set()
 
 
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 async def _rehearse(vm: MicroVM) -> None:
     """Run our own command through every step of an action, over our own workspace."""
     await vm.wake()
     for argv in _REHEARSAL:
-        await vm.run(Command(argv, cwd="/workspace"), output=_discard, timeout_s=30)
+        outcome = await vm.run(Command(argv, cwd="/workspace"), output=_discard, timeout_s=30)
+        if outcome.exit_code:
+            raise MachineError(f"A rehearsal ended with status {outcome.exit_code}.", hint="Run 'luminaguard doctor'.")
     await vm.changes(lambda _: None, lambda _: None)
     await vm.rest()
 

@@ -27,9 +27,10 @@ from typing import Any
 import anyio
 
 from luminaguard import log
-from luminaguard.errors import ImageTampered, StorageError
-from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, open_verified
-from luminaguard.microvm.machine import Command, boot
+from luminaguard.errors import BootFailed, ImageTampered, StorageError
+from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, open_sealed
+from luminaguard.microvm.channel import CallFailed
+from luminaguard.microvm.machine import Command, MicroVM, boot
 from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine
 
 __all__ = ["PLACEHOLDER_BYTES", "TemplateStore", "placeholder"]
@@ -43,6 +44,7 @@ _WARM_UP = (
     ("python3", "-c", "import json, os, re, subprocess, pathlib, shutil"),
     ("/bin/true",),
 )
+_REBUILD = "Run 'luminaguard image build --force'; see 'luminaguard doctor'."
 _SETTLE_S = 0.5
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _CHUNK = 4 << 20
@@ -117,8 +119,9 @@ class TemplateStore:
             if self.exists(key):
                 return
             step("booting a machine to copy from")
+            for leftover in self.folder.glob(".building-*"):  # the lock is ours: their builders are dead
+                shutil.rmtree(leftover, ignore_errors=True)
             work = self.folder / f".building-{os.getpid()}"
-            shutil.rmtree(work, ignore_errors=True)
             work.mkdir(mode=0o700)
             try:
                 with ExitStack() as stack:
@@ -161,7 +164,7 @@ class TemplateStore:
             async with boot(hypervisor, source, ram) as (vm, machine):
                 await vm.wake(upper_mib=memory_mib // 2, randomize=hypervisor.capabilities.random_addresses)
                 for argv in _WARM_UP:
-                    await vm.run(Command(argv, cwd="/"), output=_discard, timeout_s=60)
+                    await _warm_up(vm, argv)
                 # What the warm-up left to do in the background, every clone would do again.
                 await anyio.sleep(_SETTLE_S)
                 await machine.save(state)
@@ -173,7 +176,7 @@ class TemplateStore:
             manifest = _Manifest.loads((folder / "manifest.json").read_text(encoding="ascii"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _tampered(folder, f"its manifest cannot be read ({error})") from error
-        state = open_verified(folder / "state", manifest.state, folder)
+        state = open_sealed(folder / "state", manifest.state, folder)
         stack.callback(os.close, state)
         ram = os.memfd_create("ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         stack.callback(os.close, ram)
@@ -195,13 +198,23 @@ def placeholder(content: bytes) -> int:
 
     QEMU takes a descriptor for a read-only disk only if it was opened so.
     """
-    fd = os.memfd_create("placeholder", os.MFD_CLOEXEC)
+    fd = os.memfd_create("placeholder", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, PLACEHOLDER_BYTES)
         os.pwrite(fd, content, 0)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # a hijacked clone could open it for writing
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(fd)
+
+
+async def _warm_up(vm: MicroVM, argv: tuple[str, ...]) -> None:
+    try:
+        outcome = await vm.run(Command(argv, cwd="/"), output=_discard, timeout_s=60)
+    except CallFailed as error:
+        raise BootFailed(f"The guest could not start {argv[0]}: {error.message}.", hint=_REBUILD) from error
+    if outcome.exit_code:
+        raise BootFailed(f"{argv[0]} ended with status {outcome.exit_code} in the guest.", hint=_REBUILD)
 
 
 async def _discard(_stream: int, _data: bytes) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luminaguard import log
-from luminaguard.microvm.jail import CgroupStore, JailedProcess
+from luminaguard.microvm.jail import CgroupStore, JailedProcess, end_orphans
 from luminaguard.microvm.usage import Usage, start_time, usage
 
 __all__ = ["MachineRecord", "State", "Tracked", "VMTracker"]
@@ -80,7 +80,7 @@ class Tracked:
         """Change fields of the record; readers see all of them or none."""
         for name, value in changes.items():
             setattr(self.record, name, value)
-        data = json.dumps(asdict(self.record)).encode()
+        data = _dumps(self.record)
         # One write of a padded record: a reader sees the old one or the new one.
         os.pwrite(self._fd, data.ljust(max(len(data), os.fstat(self._fd).st_size)), 0)
 
@@ -126,13 +126,14 @@ class VMTracker:
     def reap(self) -> list[MachineRecord]:
         """End the machines of dead owners, remove the cgroups that they left; return what was ended."""
         living, dead = self._sweep()
+        end_orphans({record.id for record in living})
         groups = CgroupStore()
         names = {record.id for record in living}
         for name, folders in groups.groups().items():
             # Another home's machines are not in our records: a group that is in use cannot be removed,
             # and one that is about to be used is young.
-            if name not in names and all(time.time() - folder.stat().st_mtime > _GROUP_AGE_S for folder in folders):
-                groups.remove(folders)
+            if name not in names and all(_age_s(folder) > _GROUP_AGE_S for folder in folders):
+                groups.remove(folders, wait=False)
         return dead
 
     def kill(self, vm_id: str) -> MachineRecord | None:
@@ -184,13 +185,16 @@ class VMTracker:
     def _remember(self, record: MachineRecord, reason: str) -> None:
         record.state, record.ended_ns, record.reason = "gone", time.time_ns(), reason
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(self._ended, flags, 0o600)
+        try:
+            fd = os.open(self._ended, flags, 0o600)
+        except OSError:
+            return  # a full disk, no descriptors: the end happened all the same
         try:
             if os.fstat(fd).st_size > _MAX_ENDED:
                 self._ended.replace(self._ended.with_suffix(".old"))
-            os.write(fd, json.dumps(asdict(record)).encode() + b"\n")
+            os.write(fd, _dumps(record) + b"\n")
         except OSError:
-            pass  # a full disk: the end happened all the same
+            pass
         finally:
             os.close(fd)
 
@@ -200,8 +204,17 @@ class VMTracker:
         groups.remove(groups.groups().get(name, []))
 
 
+def _dumps(record: MachineRecord) -> bytes:
+    """The record in at most :data:`_MAX` bytes: what a command is called must not hide its machine."""
+    raw = asdict(record)
+    while len(data := json.dumps(raw).encode()) > _MAX:
+        raw["task"] = [word[:100] for word in raw["task"][: len(raw["task"]) // 2]]
+        raw["workspace"] = raw["workspace"][:1000]
+    return data
+
+
 def _end(record: MachineRecord) -> None:
-    """Kill exactly the process that was recorded, and wait until it is gone."""
+    """Kill exactly the process that was recorded."""
     try:
         pidfd = os.pidfd_open(record.pid)
     except ProcessLookupError:
@@ -213,6 +226,13 @@ def _end(record: MachineRecord) -> None:
         pass
     finally:
         os.close(pidfd)
+
+
+def _age_s(folder: Path) -> float:
+    try:
+        return time.time() - folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _is_locked(fd: int) -> bool:

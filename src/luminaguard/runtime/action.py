@@ -93,7 +93,7 @@ async def run(
     from luminaguard.workspaces.collect import Collector
 
     marks = _Stopwatch()
-    runtime.tracker.running()
+    runtime.tracker.reap()
     argv = _shown(command.argv)
     async with AsyncExitStack() as stack:
         prepared = _Prepared(stack)

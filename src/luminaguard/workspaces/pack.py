@@ -49,13 +49,36 @@ class WorkspaceImages:
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self.folder / f"{state.image_key()}.squashfs"
+        fd = self._cached(path)
+        if fd < 0:
+            fd = self._pack(state, path)
+            self._stamp(path).write_text(_changed_at(fd), encoding="ascii")
+        os.utime(self._stamp(path))  # the newest are kept
+        self._forget()
+        return fd
+
+    @staticmethod
+    def _stamp(path: Path) -> Path:
+        return path.with_suffix(".stamp")
+
+    def _cached(self, path: Path) -> int:
+        """The packed image, or -1 when there is none that is as it was packed.
+
+        A hypervisor that was taken over can write to an image of its own user, behind the read-only
+        descriptor that it was given; the kernel's change time tells.
+        """
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            fd = self._pack(state, path)
-        os.utime(path)  # the newest are kept
-        self._forget()
-        return fd
+            return -1
+        try:
+            if self._stamp(path).read_text(encoding="ascii") == _changed_at(fd):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+        path.unlink(missing_ok=True)
+        return -1
 
     def _pack(self, state: WorkspaceState, path: Path) -> int:
         # Packed into a name of its own and then renamed: an image is whole or not there.
@@ -100,13 +123,19 @@ class WorkspaceImages:
 
     def _forget(self) -> None:
         found = []
-        for entry in self.folder.glob("*.squashfs"):
+        for entry in self.folder.glob("*.stamp"):
             try:
                 found.append((entry.stat().st_mtime, entry))
             except FileNotFoundError:
                 continue  # another process tidies up as well
         for _, old in sorted(found, reverse=True)[_KEPT:]:
-            old.unlink(missing_ok=True)  # a machine that runs from it has it open
+            old.with_suffix(".squashfs").unlink(missing_ok=True)  # a machine that runs from it has it open
+            old.unlink(missing_ok=True)
+
+
+def _changed_at(fd: int) -> str:
+    info = os.fstat(fd)
+    return f"{info.st_dev} {info.st_ino} {info.st_size} {info.st_ctime_ns}"
 
 
 class _Tar:

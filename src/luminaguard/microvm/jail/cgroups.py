@@ -41,12 +41,16 @@ class CgroupStore:
         values = {"memory": str(memory_bytes), "pids": str(processes)}
         files = _V2 if self.version == 2 else _V1
         made: list[Path] = []
-        for folder in dict.fromkeys(self._parents.values()):
-            group = folder / name
-            group.mkdir()
-            made.append(group)
-        for controller, parent in self._parents.items():
-            (parent / name / files[controller]).write_text(values[controller], encoding="ascii")
+        try:
+            for folder in dict.fromkeys(self._parents.values()):
+                group = folder / name
+                group.mkdir()
+                made.append(group)
+            for controller, parent in self._parents.items():
+                (parent / name / files[controller]).write_text(values[controller], encoding="ascii")
+        except OSError:
+            self.remove(made)
+            raise
         return made
 
     @staticmethod
@@ -56,9 +60,9 @@ class CgroupStore:
             (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
 
     @staticmethod
-    def remove(groups: list[Path]) -> None:
+    def remove(groups: list[Path], *, wait: bool = True) -> None:
         """Remove a group whose processes are dead; the kernel may need a moment."""
-        deadline = time.monotonic() + _REMOVE_TIMEOUT_S
+        deadline = time.monotonic() + (_REMOVE_TIMEOUT_S if wait else 0)
         for group in groups:
             while True:
                 try:

@@ -144,21 +144,25 @@ class Jail:
             info_out, info_in = _pipe(stack)
             gate_out, gate_in = _pipe(stack)
             layers = {"seccomp": "on"}
-            command = self._command(program, arguments, limits, info_in.fd, gate_out.fd, layers)
-            fds = (*inherited, info_in.fd, gate_out.fd) if self._bwrap else inherited
+            command = self._command(name, program, arguments, limits, info_in.fd, gate_out.fd, layers)
+            # It gets both ends of the gate: an owner that is killed must not open it by closing it.
+            fds = (*inherited, info_in.fd, gate_out.fd, gate_in.fd) if self._bwrap else inherited
             outer = _spawn(command, fds, said)
             stack.callback(_end_outer, outer)
             info_in.close()
             gate_out.close()
             try:
                 pid = await self._child(info_out.fd, said) if self._bwrap else outer.pid
-            except BaseException:  # nothing is known of its child: it must not be waited for
-                outer.kill()
+                pidfd = os.pidfd_open(pid)
+            except BaseException as error:
+                # The child is in the outer process's group until the gate opens, and nothing else holds it.
+                os.killpg(outer.pid, signal.SIGKILL)
+                if isinstance(error, ProcessLookupError):
+                    raise _refused(said) from None
                 raise
-            pidfd = os.pidfd_open(pid)
             stack.callback(os.close, pidfd)
             stack.callback(_end, pidfd)
-            self._confine(name, pid, pidfd, limits, layers, stack)
+            self._confine(name, (pid, pidfd, said), limits, layers, stack)
             if self._bwrap:
                 try:
                     os.write(gate_in.fd, b"-")
@@ -167,13 +171,16 @@ class Jail:
             yield JailedProcess(pid, layers, pidfd, said)
 
     def _command(
-        self, program: Program, arguments: list[str], limits: Limits, info: int, gate: int, layers: dict[str, str]
-    ) -> list[str]:
+        self, name: str, program: Program, arguments: list[str], limits: Limits, info: int, gate: int,
+        layers: dict[str, str],
+    ) -> list[str]:  # fmt: skip
         drop: list[str] = []
         layers["uid"] = "the user's own: only root can give a machine another one"
         if os.geteuid() == 0:
             uid = str(_UID_BASE + secrets.randbelow(_UID_COUNT))
-            drop = ["--reuid", uid, "--regid", uid, "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+            groups = _device_groups(program.devices)
+            keep = ["--groups", ",".join(groups)] if groups else ["--clear-groups"]
+            drop = ["--reuid", uid, "--regid", uid, *keep, "--inh-caps=-all", "--bounding-set=-all"]
             layers["uid"] = "on"
         layers["privileges"] = layers["rlimits"] = "on"
         outer = [
@@ -190,7 +197,7 @@ class Jail:
         return [
             *outer, self._bwrap, "--unshare-all", "--unshare-user", *self._nesting,
             "--die-with-parent", "--new-session", "--as-pid-1", "--uid", _INSIDE, "--gid", _INSIDE,
-            "--hostname", "vmm", "--cap-drop", "ALL", "--clearenv", "--proc", "/proc", *devices, *binds,
+            "--hostname", name, "--cap-drop", "ALL", "--clearenv", "--proc", "/proc", *devices, *binds,
             "--ro-bind", program.path, program.path, "--remount-ro", "/", "--chdir", "/",
             "--info-fd", str(info), "--block-fd", str(gate), "--", program.path, *arguments,
         ]  # fmt: skip
@@ -211,8 +218,9 @@ class Jail:
             raise _refused(said) from None
 
     def _confine(
-        self, name: str, pid: int, pidfd: int, limits: Limits, layers: dict[str, str], stack: ExitStack
+        self, name: str, process: tuple[int, int, int], limits: Limits, layers: dict[str, str], stack: ExitStack
     ) -> None:
+        pid, pidfd, said = process
         layers["cgroup"] = self.cgroups.missing or "on"
         if self.cgroups.missing:
             return
@@ -221,9 +229,24 @@ class Jail:
             stack.callback(self.cgroups.remove, groups)
             stack.callback(_end, pidfd)  # a group can be removed when nothing lives in it
             self.cgroups.add(groups, pid)
+        except ProcessLookupError:
+            raise _refused(said) from None
         except OSError as error:
             layers["cgroup"] = f"the kernel refused: {error.strerror} ({error.filename})"
             log.event("jail.cgroup_missing", vm=name, reason=layers["cgroup"])
+            if self.required:
+                raise JailUnavailable(
+                    f"The hypervisor could not be put into a cgroup: {layers['cgroup']}.",
+                    hint="Run the command again; 'luminaguard vm reap' removes groups that were left. "
+                    "'require_jail = false' runs without it.",
+                    kept="No machine was started.",
+                ) from error
+
+
+def _device_groups(devices: tuple[str, ...]) -> list[str]:
+    """Groups without which a device cannot be opened, such as that of /dev/kvm."""
+    found = [os.stat(path) for path in devices if os.path.exists(path)]
+    return sorted({str(info.st_gid) for info in found if info.st_mode & 0o006 != 0o006})
 
 
 def _refused(said: int) -> JailUnavailable:
@@ -261,11 +284,9 @@ def _can_forbid_nesting(bwrap: str) -> bool:
 
 def _end(pidfd: int) -> None:
     """Kill and wait: SIGKILL is not ignored, so this takes as long as freeing the memory."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    select.select([pidfd], [], [])
+    _readable(pidfd, _END_TIMEOUT_S)
 
 
 def _end_outer(outer: subprocess.Popen[bytes]) -> None:
@@ -277,8 +298,10 @@ def _end_outer(outer: subprocess.Popen[bytes]) -> None:
         outer.wait()
 
 
-def _readable(fd: int) -> bool:
-    return bool(select.select([fd], [], [], 0)[0])
+def _readable(fd: int, timeout_s: float = 0) -> bool:
+    poll = select.poll()  # select would refuse descriptors beyond 1023
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
 
 
 class _End:

@@ -43,9 +43,12 @@ class QemuMachine:
         """The host's end of the agent channel."""
         return self._channel
 
+    async def handshake(self) -> None:
+        """Wait for QEMU's greeting."""
+        await self._qmp.handshake()
+
     async def save(self, state: int) -> None:
         """Stop the guest and write the device state to ``state``; the RAM stays in its memfd."""
-        await self._qmp.handshake()
         await self._qmp.execute("stop")
         await self._ignore_shared()
         await self._qmp.execute_all(("getfd", {"fdname": "state"}), fd=state)
@@ -80,12 +83,13 @@ class QemuMachine:
         spare = {"driver": "file", "node-name": node, "filename": f"/dev/fdset/{fdset}", "read-only": True,
                  "locking": "off"}  # fmt: skip
         options = {"driver": "raw", "node-name": f"disk{index}", "file": node, "read-only": True}
-        await self._qmp.execute_all(
-            ("add-fd", {"fdset-id": fdset}),
-            ("blockdev-add", spare),
-            ("blockdev-reopen", {"options": [options]}),
-            fd=disk,
-        )
+        with ExitStack() as stack:
+            await self._qmp.execute_all(
+                ("add-fd", {"fdset-id": fdset}),
+                ("blockdev-add", spare),
+                ("blockdev-reopen", {"options": [options]}),
+                fd=_reopened(stack, disk),
+            )
 
     async def diagnosis(self) -> str:
         """QEMU's last words and how it ended."""
@@ -158,7 +162,10 @@ class QemuHypervisor:
             async with self._start(name, source.memory_mib, arguments, inherited) as process:
                 channel.close()
                 control.close()
-                yield QemuMachine(process, agent, Qmp(monitor))
+                machine = QemuMachine(process, agent, Qmp(monitor))
+                with _deadline(_RESTORE_TIMEOUT, "QEMU did not start in time"):
+                    await machine.handshake()
+                yield machine
 
     @asynccontextmanager
     async def clone(self, name: str, saved: SavedMachine, disks: tuple[int, ...]) -> AsyncIterator[QemuMachine]:
@@ -167,8 +174,9 @@ class QemuHypervisor:
             agent, channel = _socketpair(stack)
             monitor, control = _socketpair(stack)
             # A descriptor of its own: restoring moves the file offset, and siblings share it.
-            state = os.open(f"/proc/self/fd/{saved.state}", os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, state)
+            # And of the disks: a hijacked sibling could change the flags of a shared one (F_SETFL).
+            state, *own = (_reopened(stack, fd) for fd in (saved.state, *disks))
+            disks = tuple(own)
             arguments = command.clone_command(
                 self.qemu.firmware, self.accelerator, saved.memory_mib, ram=saved.ram,
                 channel=channel.fileno(), control=control.fileno(), disks=disks,
@@ -192,7 +200,13 @@ class QemuHypervisor:
     def _start(self, name: str, memory_mib: int, arguments: list[str], inherited: tuple[int, ...]) -> _Started:
         mib = memory_mib + (command.TRANSLATION_MIB if self.accelerator == "tcg" else 0)
         limits = Limits(memory_bytes=(mib + _OVERHEAD_MIB) << 20, address_bytes=(mib + _ADDRESS_MIB) << 20)
-        return self._jail.start(name, self._program, arguments, inherited, limits)
+        return self._jail.start(name, self._program, ["-name", name, *arguments], inherited, limits)
+
+
+def _reopened(stack: ExitStack, fd: int) -> int:
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, again)
+    return again
 
 
 def _socketpair(stack: ExitStack) -> tuple[socket.socket, socket.socket]:

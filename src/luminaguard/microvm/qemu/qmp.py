@@ -6,17 +6,20 @@ attacks first, so its answers are bounded as well.
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from luminaguard.errors import MachineError
 
 __all__ = ["Qmp"]
 
 _MAX_LINE = 1 << 20
+_MAX_MESSAGES = 1000
 ANSWER_TIMEOUT_S = 10.0
 """QEMU answers in milliseconds; one that takes so long is stuck, stopped, or not QEMU any more."""
 
@@ -28,6 +31,7 @@ class Qmp:
         self._socket = connection
         self._buffer = bytearray()
         self._one_at_a_time = anyio.Lock()
+        self._numbers = itertools.count(1)
 
     async def handshake(self) -> None:
         """Read the greeting and leave negotiation mode."""
@@ -50,24 +54,27 @@ class Qmp:
         Raises:
             MachineError: as for :meth:`execute`; commands after the one that was refused have been run.
         """
-        lines = b"".join(_line(command, arguments) for command, arguments in commands)
         async with self._one_at_a_time:
-            await self._send(lines, fd)
-            return [await self._answer(command) for command, _ in commands]
+            numbers = [next(self._numbers) for _ in commands]
+            lines = (_line(number, *command) for number, command in zip(numbers, commands, strict=True))
+            await self._send(b"".join(lines), fd)
+            return [await self._answer(number, command) for number, (command, _) in zip(numbers, commands, strict=True)]
 
-    async def _answer(self, command: str) -> Any:
+    async def _answer(self, number: int, command: str) -> Any:
         with anyio.move_on_after(ANSWER_TIMEOUT_S):
-            return await self._wait_for_answer(command)
+            return await self._wait_for_answer(number, command)
         raise _broken(f"{command}: no answer within {ANSWER_TIMEOUT_S:g} s")
 
-    async def _wait_for_answer(self, command: str) -> Any:
-        while True:
+    async def _wait_for_answer(self, number: int, command: str) -> Any:
+        for _ in range(_MAX_MESSAGES):
             message = await self._message()
+            if message.get("id") != number:
+                continue  # an event, or the answer to a command whose caller went away
             if "error" in message:
                 raise _broken(f"{command}: {str(message['error'])[:300]}")
             if "return" in message:
                 return message["return"]
-            # Anything else is an event; the few that matter show up in a later answer.
+        raise _broken(f"{command}: {_MAX_MESSAGES} messages and no answer")
 
     async def _send(self, data: bytes, fd: int) -> None:
         view, fds = memoryview(data), [fd] if fd >= 0 else []
@@ -80,6 +87,8 @@ class Qmp:
                 raise _broken(f"the connection broke: {error}") from error
 
     async def _message(self) -> dict[str, Any]:
+        # Even when there is always more to read, others must get their turn, and deadlines theirs.
+        await anyio.lowlevel.checkpoint()
         while b"\n" not in self._buffer:
             if len(self._buffer) > _MAX_LINE:
                 raise _broken("a message is too long")
@@ -97,15 +106,18 @@ class Qmp:
         self._buffer = bytearray(rest)
         try:
             message = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _broken(f"not JSON: {line[:200]!r}") from error
         if not isinstance(message, dict):
             raise _broken(f"not an object: {line[:200]!r}")
         return message
 
 
-def _line(command: str, arguments: dict[str, Any]) -> bytes:
-    return json.dumps({"execute": command, **({"arguments": arguments} if arguments else {})}).encode() + b"\n"
+def _line(number: int, command: str, arguments: dict[str, Any]) -> bytes:
+    return (
+        json.dumps({"execute": command, "id": number, **({"arguments": arguments} if arguments else {})}).encode()
+        + b"\n"
+    )
 
 
 def _broken(why: str) -> MachineError:
