@@ -174,3 +174,34 @@ def test_records_and_contents_are_told_apart():
 def test_malformed_records_are_refused(payload, claimed):
     with pytest.raises(GuestProtocolError):
         take_changes(payload, claimed)
+
+
+def test_a_frame_whose_sender_was_cancelled_is_finished_by_the_next(monkeypatch):
+    """Half a frame on the line would swallow the frames after it."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+    async def scenario() -> list[frames.Frame]:
+        reader, found = frames.FrameReader(), []
+        async with open_channel(ours) as channel:
+            with anyio.move_on_after(0.05) as scope:
+                await channel.send(frames.Frame(frames.DATA, 1, b"x" * frames.MAX_PAYLOAD))
+            assert scope.cancelled_caught
+
+            async def receive() -> None:
+                while len(found) < 2:
+                    await anyio.wait_readable(theirs)
+                    found.extend(reader.feed(theirs.recv(65536)))
+
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(receive)
+                    await channel.send(frames.Frame(frames.CALL, 2, b"{}"))
+        return found
+
+    with ours, theirs:
+        first, second = anyio.run(scenario)
+    assert (first.kind, len(first.payload)) == (frames.DATA, frames.MAX_PAYLOAD)
+    assert (second.kind, second.payload) == (frames.CALL, b"{}")

@@ -160,6 +160,67 @@ def test_a_hostile_program_in_its_place_reaches_nothing(tmp_path, monkeypatch):
     assert cgroups.groups().get("vm-hostile") is None
 
 
+WRITER = r"""
+import os, sys
+found = []
+for fd in map(int, sys.argv[1:]):
+    try: os.fchmod(fd, 0o666)
+    except OSError: pass
+    try:
+        again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+        os.pwrite(again, b"poison", 0)
+        found.append(fd)
+    except OSError: pass
+os.write(2, repr(found).encode())
+"""
+
+
+def test_what_it_is_given_to_read_it_cannot_write(home, monkeypatch):
+    """Descriptors opened for reading can be opened again through /proc: what is behind them is sealed."""
+    from luminaguard.images.manifest import ROOT
+    from luminaguard.microvm.template import placeholder
+    from luminaguard.runtime import Runtime
+    from luminaguard.settings import Folders, load_settings
+
+    monkeypatch.setenv("LUMINAGUARD_HOME", str(home.folder))
+    folders = Folders.from_environment().ensure()
+    runtime = Runtime(load_settings(folders), folders)
+
+    async def attack() -> None:
+        async with runtime._pool_template() as template:
+            fds = (placeholder(b"x"), runtime.images.current().open_part(ROOT), template.saved.ram,
+                   template.saved.state, template.root, template.rehearsal)  # fmt: skip
+            arguments = ["-I", "-S", "-c", WRITER, *map(str, fds)]
+            async with Jail().start("vm-writer", HOSTILE_PROGRAM, arguments, fds, LIMITS) as process:
+                with anyio.fail_after(30):
+                    await process.wait()
+                assert process.words() == "[]"
+            for fd in fds[:2]:
+                os.close(fd)
+
+    anyio.run(attack)
+
+
+def test_a_workspace_image_that_was_written_to_is_packed_anew(tmp_path):
+    from luminaguard.workspaces.pack import WorkspaceImages
+    from luminaguard.workspaces.state import Limits as Size
+    from luminaguard.workspaces.state import read_state
+
+    folder = tmp_path / "w"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+    images, state = WorkspaceImages(tmp_path / "cache"), read_state(folder, Size(10, 1 << 20))
+    first = images.open(state)
+    good = os.pread(first, 1 << 20, 0)
+    writer = os.open(f"/proc/self/fd/{first}", os.O_RDWR)
+    os.pwrite(writer, b"poison", 200)
+    os.utime(writer, ns=(0, 0))
+    again = images.open(state)
+    assert os.pread(again, 1 << 20, 0) == good
+    for fd in (first, writer, again):
+        os.close(fd)
+
+
 def test_a_log_without_end_ends_the_program_and_not_the_disk():
     flood = "import os\nwhile True: os.write(2, b'x' * 65536)"
 

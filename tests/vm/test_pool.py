@@ -12,11 +12,12 @@ from pathlib import Path
 import anyio
 import pytest
 
-from luminaguard.errors import MachineError
+from luminaguard.errors import ImageMissing, MachineError
 from luminaguard.microvm import machine as machines
-from luminaguard.microvm.jail import CgroupStore
+from luminaguard.microvm.jail import CgroupStore, ProcessInfo
 from luminaguard.microvm.machine import Command
 from luminaguard.microvm.pool import Pool, PoolLimits, Template
+from luminaguard.microvm.tracker import VMTracker
 from luminaguard.microvm.usage import start_time
 from luminaguard.runtime import Runtime
 from luminaguard.settings import Folders, load_settings
@@ -242,13 +243,65 @@ def test_a_new_template_replaces_every_waiting_clone_and_disturbs_no_running_one
             async with pool.machine(disk) as vm:
                 old = {record.id for record in runtime.tracker.running()}
                 version = 2
-                await until(lambda: pool.status.template == "v2" or pool.status.ready == 0)
+                await until(lambda: pool.status.template == "v2")
+                async with pool.machine(disk) as second:  # others are served while the first still works
+                    assert second.id not in old
+                    assert await output_of(second, "cat", "a.txt") == "one\ntwo\n"
                 assert await output_of(vm, "cat", "a.txt") == "one\ntwo\n"
-            await until(lambda: pool.status.template == "v2")
             await pool.wait_ready(2)
             assert not old & {record.id for record in runtime.tracker.running()}
 
     run(scenario)
+
+
+def test_an_image_that_vanishes_does_not_end_those_who_run(runtime, disk):
+    broken = False
+
+    def current() -> str:
+        if broken:
+            raise ImageMissing("no image.", hint="build one")
+        return key
+
+    async def scenario() -> None:
+        nonlocal broken
+        async with Pool.open(
+            runtime.hypervisor, runtime._pool_template, current, runtime.tracker, PoolLimits(1, 1)
+        ) as pool:
+            await pool.wait_ready(1)
+            async with pool.machine(disk) as vm:
+                broken = True
+                await until(lambda: pool.status.failures > 0)
+                assert await output_of(vm, "cat", "a.txt") == "one\ntwo\n"
+            broken = False
+            await pool.wait_ready(1)
+
+    async def find() -> None:
+        nonlocal key
+        async with runtime._pool_template() as template:
+            key = template.key
+
+    key = ""
+    run(find)
+    run(scenario)
+
+
+def test_a_workspace_that_no_clone_can_mount_does_not_use_up_the_pool(runtime, disk, tmp_path):
+    bad = tmp_path / "bad.squashfs"
+    bad.write_bytes(b"no file system" * 1000)
+    fd = os.open(bad, os.O_RDONLY)
+
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(4, 4)) as pool:
+            await pool.wait_ready(4)
+            with pytest.raises(MachineError, match="could not do its part"):
+                async with pool.machine(fd):
+                    pass
+            assert pool.status.ready >= 2
+            async with pool.machine(disk) as vm:
+                assert await output_of(vm, "cat", "a.txt") == "one\ntwo\n"
+
+    run(scenario)
+    os.close(fd)
 
 
 def test_a_template_that_cannot_be_made_is_told_to_the_caller_and_tried_again(runtime, disk):
@@ -515,3 +568,61 @@ def test_watching_prints_again_until_interrupted(home):
         assert [json.loads(process.stdout.readline()) for _ in range(2)] == [{"vms": []}] * 2
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
+
+
+def test_a_long_command_does_not_hide_its_machine(tmp_path):
+    tracker = VMTracker(tmp_path)
+    process = ProcessInfo(os.getpid(), {})
+    with tracker.track("vm-0", "qemu", "tcg", process, workspace="é" * 4000, task=["é" * 500] * 100) as tracked:
+        tracked.update(state="running")
+        (record,) = tracker.running()
+        assert (record.id, record.state) == ("vm-0", "running")
+        assert record.task[0].startswith("é")
+    assert tracker.running() == []
+
+
+def test_a_machine_that_is_killed_while_it_is_fed_is_one_typed_error(home, workspace, tmp_path):
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate(64 << 20)
+    argv = home.argv("exec", "-w", str(workspace), "--json", "--", "sleep", "600")
+    with big.open("rb") as stdin, subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE,
+                                                    stderr=subprocess.PIPE, stdin=stdin) as process:  # fmt: skip
+        while not [vm for vm in home.run("vm", "list", "--json").json["vms"] if vm["state"] == "running"]:
+            assert process.poll() is None
+        (vm,) = home.run("vm", "list", "--json").json["vms"]
+        home.run("vm", "kill", vm["id"])
+        said = json.loads(process.stdout.read())
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 125
+    assert said["error"]["type"] == "MachineError"
+
+
+def test_an_owner_killed_at_any_moment_leaves_no_hypervisor(home, workspace):
+    """Not the records are asked but the kernel; a process that waits at its gate counts as well."""
+    before = {path.name for path in Path("/proc").glob("[0-9]*")}
+    for number in range(14):
+        argv = home.argv("exec", "-w", str(workspace), "--", "sleep", "600")
+        with subprocess.Popen(argv, env=home.environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as owner:
+            time.sleep(0.25 + number * 0.03)
+            owner.kill()
+    assert home.run("vm", "reap").code == 0
+    deadline = time.monotonic() + 5
+    while (left := left_behind(before)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
+def left_behind(before: set[str]) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        if path.name in before:
+            continue
+        try:
+            parent = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+            name = (path / "comm").read_text().strip()
+        except OSError:
+            continue
+        if parent == "1" and name in {"bwrap", "qemu-system-x86", "setpriv"}:
+            found.append(f"{path.name} {name}")
+    return found
