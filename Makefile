@@ -2,7 +2,7 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: help setup image demo test test-unit soak coverage lint fmt bench lock clean
+.PHONY: help setup image demo test test-unit soak firecracker-lab coverage lint fmt bench lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test-unit: setup ## the tests that need no machine, in seconds
 
 soak: setup ## clone hygiene over 200 clones, and the pool, at length (about 10 minutes)
 	@LUMINAGUARD_TEST_CLONES=200 $(BIN)/pytest -q tests/vm/test_pool.py --timeout 900
+
+firecracker-lab: setup ## the tests with a real Firecracker, in an emulated machine where KVM is missing
+	@tools/test-image && $(BIN)/python tools/firecracker_lab.py $(ARGS)
 
 coverage: setup ## the tests with branch coverage, subprocesses included
 	@$(BIN)/pytest -q -n 2 --cov --cov-report=term:skip-covered

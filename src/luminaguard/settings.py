@@ -77,7 +77,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LUMINAGUARD_", extra="forbid", frozen=True)
 
     accelerator: Literal["auto", "tcg", "kvm"] = "auto"
+    backend: Literal["auto", "qemu", "firecracker"] = "auto"
     qemu: str = "qemu-system-x86_64"
+    firecracker: str = "firecracker"
+    jailer: str = "jailer"
     require_jail: bool = True
     memory_mib: int = Field(default=256, ge=128, le=65536)
     timeout_s: float = Field(default=3600, gt=0, le=7 * 86400)

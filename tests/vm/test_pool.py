@@ -186,7 +186,7 @@ async def crash_the_supervisor(pool, vm) -> None:
 
 
 async def reset_the_machine(pool, vm) -> None:
-    (kept,) = [kept for kept in KEPT if kept.vm is vm]
+    (kept,) = [kept for kept in KEPT if kept.id == vm.id]
     await kept.machine._qmp.execute("system_reset")
 
 
@@ -249,7 +249,7 @@ def test_a_new_template_replaces_every_waiting_clone_and_disturbs_no_running_one
                     assert await output_of(second, "cat", "a.txt") == "one\ntwo\n"
                 assert await output_of(vm, "cat", "a.txt") == "one\ntwo\n"
             await pool.wait_ready(2)
-            assert not old & {record.id for record in runtime.tracker.running()}
+            await until(lambda: not old & {record.id for record in runtime.tracker.running()})
 
     run(scenario)
 

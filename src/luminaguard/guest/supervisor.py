@@ -1,4 +1,4 @@
-"""PID 1 of the micro-VM: speaks the guest protocol on one virtio-serial port, runs the workload.
+"""PID 1 of the micro-VM: speaks the guest protocol on its port to the host, runs the workload.
 
 One thread, one loop. The workload is hostile: it runs confined (:mod:`confine`), in a cgroup that is
 killed as a whole, and can reach neither this process nor the port. The host may be trusted by the
@@ -18,7 +18,6 @@ import select
 import signal
 import struct
 import sys
-import time
 from typing import Any
 
 from luminaguard.guest import frames, machine
@@ -27,11 +26,10 @@ from luminaguard.guest.confine import UID, Confinement
 from luminaguard.guest.frames import Frame
 from luminaguard.guest.launcher import Launcher
 from luminaguard.guest.loop import Loop
+from luminaguard.guest.port import SerialPort, VsockPort
 from luminaguard.guest.workload import Workload, set_size
 
 __all__ = ["main"]
-
-_READ_SIZE = 1 << 15
 
 
 class CallError(Exception):
@@ -47,13 +45,14 @@ def main() -> None:
     # Objects live as long as the machine: a collection would only touch, and copy, every page.
     gc.disable()
     machine.prepare()
-    Supervisor(machine.open_port()).run()
+    port = machine.find_port()
+    Supervisor(VsockPort() if port < 0 else SerialPort(port)).run()
 
 
 class Supervisor:
     """The port, and the calls of the protocol."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: SerialPort | VsockPort) -> None:
         self._port = port
         self._reader = frames.FrameReader()
         self._out = bytearray()
@@ -71,14 +70,12 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve for ever."""
-        self._loop.watch(self._port, select.POLLIN, self._on_port)
         self._loop.watch(self._ended, select.POLLIN, self._on_child)
-        hello = {"protocol": frames.PROTOCOL, "kernel": os.uname().release, "python": sys.version.split()[0]}
-        self._send(Frame(frames.HELLO, payload=json.dumps(hello).encode()))
+        self._port.start(self._loop, self._on_connected, self._on_data, self._on_lost)
         while True:
             self._finish_workload()
             self._pump_changes()
-            self._flush()
+            self._port.flush(self._out)
             self._loop.wait()
 
     # -- the port ---------------------------------------------------------------------------
@@ -86,27 +83,20 @@ class Supervisor:
     def _send(self, frame: Frame) -> None:
         self._out += frames.encode(frame)
 
-    def _flush(self) -> None:
-        full = False
-        while self._out and not full:
-            try:
-                del self._out[: os.write(self._port, self._out[: 1 << 17])]
-            except BlockingIOError:
-                full = True
-        self._loop.watch(self._port, select.POLLIN | (select.POLLOUT if full else 0), self._on_port)
+    def _on_connected(self) -> None:
+        hello = {"protocol": frames.PROTOCOL, "kernel": os.uname().release, "python": sys.version.split()[0]}
+        self._send(Frame(frames.HELLO, payload=json.dumps(hello).encode()))
 
-    def _on_port(self, events: int) -> None:
-        if not events & (select.POLLIN | select.POLLHUP):
-            return
-        try:
-            data = os.read(self._port, _READ_SIZE)
-        except BlockingIOError:
-            return
-        if not data:
-            time.sleep(0.005)  # virtio-serial reads nothing while the host side is not connected
-            return
+    def _on_data(self, data: bytes) -> None:
         for frame in self._reader.feed(data):
             self._on_frame(frame)
+
+    def _on_lost(self) -> None:
+        """The connection is gone: nobody is left to be answered, and the next one begins anew."""
+        if self._workload is not None or self._changes is not None:
+            raise SystemExit("the host went away in the middle of a call")
+        self._reader = frames.FrameReader()
+        self._out.clear()
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind == frames.CALL:

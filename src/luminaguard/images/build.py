@@ -300,7 +300,9 @@ def _recipe_digest() -> str:
 
 
 def _guest_digest() -> str:
-    digest = hashlib.sha256((resources.files("luminaguard.images") / "initramfs.py").read_bytes())
+    digest = hashlib.sha256()
+    for name in ("initramfs.py", "cpio.py"):
+        digest.update((resources.files("luminaguard.images") / name).read_bytes())
     for entry in sorted(resources.files("luminaguard.guest").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".py"):
             digest.update(entry.name.encode() + b"\0" + entry.read_bytes())

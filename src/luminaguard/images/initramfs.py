@@ -1,19 +1,23 @@
 """The initramfs: modules, busybox, the guest supervisor, and the few lines that start it.
 
 It mounts the read-only root under an overlay on tmpfs, copies the supervisor where the workload
-cannot read it, and hands over. Archive format: newc (Documentation/driver-api/early-userspace/
-buffer-format.rst).
+cannot read it, and hands over.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import marshal
 from importlib import resources
 
-__all__ = ["SUPERVISOR_FOLDER", "build", "supervisor_files"]
+from luminaguard.images import cpio
+
+__all__ = ["SUPERVISOR_FOLDER", "VSOCK_OPTION", "build", "supervisor_files"]
 
 SUPERVISOR_FOLDER = "/run/luminaguard"
+VSOCK_OPTION = "lumina.vsock"
+"""On the kernel's command line: the host is to be reached by vsock."""
 _INIT = r"""#!/bin/busybox sh
 set -eu
 trap 'echo "init failed" ; /bin/busybox poweroff -f' EXIT
@@ -21,6 +25,8 @@ b=/bin/busybox
 $b mount -t devtmpfs -o nosuid,noexec dev /dev
 $b mount -t proc -o nosuid,nodev,noexec proc /proc
 for m in {modules}; do $b insmod "/modules/$m.ko"; done
+read -r line < /proc/cmdline
+case " $line " in *" {vsock} "*) for m in {vsock_modules}; do $b insmod "/modules/$m.ko"; done ;; esac
 $b mount -t squashfs -o ro,nodev /dev/vda /lower
 $b mount -t tmpfs -o nosuid,nodev,mode=755,size=16m,nr_inodes=4096 tmpfs /upper
 $b mkdir /upper/data /upper/work
@@ -51,41 +57,25 @@ def supervisor_files() -> dict[str, bytes]:
     return files
 
 
-def build(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
-    """The whole archive, uncompressed: unpacking costs more than reading under emulation."""
-    names = " ".join(name for name, _ in modules)
-    init = _INIT.replace("{modules}", names).replace("{folder}", SUPERVISOR_FOLDER)
-    archive = _Newc()
+def build(busybox: bytes, modules: list[list[tuple[str, bytes]]]) -> bytes:
+    """The whole archive, uncompressed: unpacking costs more than reading under emulation.
+
+    Args:
+        busybox: a static one.
+        modules: those to load always, and those to load with :data:`VSOCK_OPTION`.
+    """
+    always, with_vsock = (" ".join(name for name, _ in group) for group in modules)
+    init = _INIT.replace("{modules}", always).replace("{vsock_modules}", with_vsock)
+    init = init.replace("{vsock}", VSOCK_OPTION).replace("{folder}", SUPERVISOR_FOLDER)
+    archive = cpio.Newc()
     for folder in ("bin", "dev", "proc", "lower", "upper", "root", "modules", "luminaguard",
                    "luminaguard/guest", "luminaguard/guest/__pycache__"):  # fmt: skip
         archive.add(folder, 0o040755, b"")
     archive.add("bin/busybox", 0o100755, busybox)
     archive.add("init", 0o100755, init.encode())
-    for name, data in modules:
+    for name, data in itertools.chain(*modules):
         archive.add(f"modules/{name}.ko", 0o100644, data)
     archive.add("luminaguard/__init__.py", 0o100644, b"")
     for name, data in supervisor_files().items():
         archive.add(f"luminaguard/guest/{name}", 0o100644, data)
     return archive.finish()
-
-
-class _Newc:
-    def __init__(self) -> None:
-        self._out = bytearray()
-        self._inode = 1
-
-    def add(self, name: str, mode: int, data: bytes) -> None:
-        fields = (self._inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
-        self._out += b"070701" + b"".join(b"%08x" % field for field in fields)
-        self._out += name.encode() + b"\0"
-        self._pad()
-        self._out += data
-        self._pad()
-        self._inode += 1
-
-    def finish(self) -> bytes:
-        self.add("TRAILER!!!", 0, b"")
-        return bytes(self._out)
-
-    def _pad(self) -> None:
-        self._out += b"\0" * (-len(self._out) % 4)

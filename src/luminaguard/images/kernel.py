@@ -11,7 +11,7 @@ import gzip
 import lzma
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import lz4.block
@@ -27,16 +27,18 @@ _MAX_VMLINUX = 256 << 20
 
 
 class Kernel:
-    """A kernel as the images room needs it: the ELF file, and the modules in load order."""
+    """A kernel as the images room needs it: the ELF file, and sets of modules, each in load order."""
 
-    def __init__(self, release: str, elf: bytes, modules: list[tuple[str, bytes]]) -> None:
+    def __init__(self, release: str, elf: bytes, modules: list[list[tuple[str, bytes]]]) -> None:
         self.release = release
         self.elf = elf
         self.modules = modules
 
 
-def extract(packages: Iterable[Path]) -> Kernel:
-    """Find vmlinuz and the modules of :data:`spec.KERNEL_MODULES` in the kernel packages.
+def extract(
+    packages: Iterable[Path], sets: Sequence[Sequence[str]] = (spec.KERNEL_MODULES, spec.VSOCK_MODULES)
+) -> Kernel:
+    """Find vmlinuz in the kernel packages, and sets of modules; a module is in the first set that needs it.
 
     Raises:
         ImageBuildFailed: there is no kernel in them, or it is compressed in an unknown way.
@@ -56,7 +58,7 @@ def extract(packages: Iterable[Path]) -> Kernel:
             "The kernel packages contain no boot/vmlinuz.",
             hint="Write a new lock with 'luminaguard image lock'.",
         )
-    return Kernel(release, vmlinux(compressed), _load_order(modules))
+    return Kernel(release, vmlinux(compressed), _load_order(modules, sets))
 
 
 def vmlinux(bzimage: bytes) -> bytes:
@@ -120,22 +122,26 @@ _UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {
 }
 
 
-def _load_order(modules: dict[str, tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+def _load_order(modules: dict[str, tuple[str, bytes]], sets: Sequence[Sequence[str]]) -> list[list[tuple[str, bytes]]]:
     """The wanted modules after the ones that they depend on (``depends=`` of their modinfo)."""
-    order: dict[str, bytes] = {}
+    found: set[str] = set()
+    order: list[list[tuple[str, bytes]]] = []
 
     def add(name: str) -> None:
-        if name in order or name not in modules:
+        if name in found or name not in modules:
             return  # a name without a file is built into the kernel
+        found.add(name)
         blob = _module(*modules[name])
         match = re.search(rb"\0depends=([^\0]*)\0", blob)
         for dependency in match[1].decode().split(",") if match and match[1] else ():
             add(dependency.replace("-", "_"))
-        order[name] = blob
+        order[-1].append((name, blob))
 
-    for wanted in spec.KERNEL_MODULES:
-        add(wanted)
-    return list(order.items())
+    for wanted in sets:
+        order.append([])
+        for name in wanted:
+            add(name)
+    return order
 
 
 def _module(kind: str, data: bytes) -> bytes:

@@ -14,6 +14,7 @@ __all__ = [
     "KERNEL_MODULES",
     "KERNEL_PACKAGES",
     "ROOT_PACKAGES",
+    "VSOCK_MODULES",
 ]
 
 ROOT_PACKAGES = (
@@ -36,6 +37,9 @@ KERNEL_MODULES = (
     "overlay",
 )
 """Modules that the initramfs loads, with what they depend on; one built in has no file to load."""
+
+VSOCK_MODULES = ("vmw_vsock_virtio_transport", "virtio_balloon")
+"""Loaded in addition where the hypervisor offers vsock and a balloon (see the initramfs)."""
 
 DROPPED_PACKAGES = {
     # A package manager and its configuration system: the root file system is never changed.

@@ -28,7 +28,7 @@ from luminaguard.microvm.jail import JailedProcess
 from luminaguard.microvm.port import BootSource, Hypervisor, ProcessInfo, SavedMachine, VirtualMachine
 from luminaguard.microvm.tracker import State, Tracked, VMTracker
 
-__all__ = ["Command", "LayerEntry", "MicroVM", "Outcome", "Terminal", "boot", "clone"]
+__all__ = ["Command", "LayerEntry", "MicroVM", "Outcome", "Owned", "Terminal", "boot", "clone", "new_id", "watch"]
 
 BOOT_TIMEOUT = 60.0
 CALL_TIMEOUT = 20.0
@@ -102,13 +102,17 @@ class LayerEntry:
 
 
 @runtime_checkable
-class _Owned(Protocol):
+class Owned(Protocol):
     """A machine of this process's own."""
 
     @property
-    def process(self) -> JailedProcess: ...
+    def process(self) -> JailedProcess:
+        """The hypervisor's process, which can be waited for and killed."""
+        ...
 
-    async def check(self) -> None: ...
+    async def check(self) -> None:
+        """Raise MachineError unless the hypervisor answers within seconds."""
+        ...
 
 
 class _Machine(Protocol):
@@ -142,18 +146,9 @@ class MicroVM:
         return self._machine.process
 
     async def ended(self) -> None:
-        """Wait until the hypervisor has ended; one that does not answer any more is ended."""
-        machine = self._machine
-        assert isinstance(machine, _Owned), "only the owner of a machine can wait for it"
-        while machine.process.running:
-            with anyio.move_on_after(WATCH_S):
-                await machine.process.wait()
-                return
-            try:
-                await machine.check()
-            except MachineError as error:
-                log.event("machine.stuck", vm=self.id, error=str(error))
-                machine.process.kill()
+        """Wait until the hypervisor has ended; see :func:`watch`."""
+        assert isinstance(self._machine, Owned), "only the owner of a machine can wait for it"
+        await watch(self._machine, self.id)
 
     def hand_over(self) -> tuple[socket.socket, int]:
         """Stop talking to the guest: the channel's socket, and the number of the next call, for who goes on.
@@ -229,7 +224,7 @@ class MicroVM:
         result: dict[str, Any] = {}
         try:
             async with anyio.create_task_group() as tasks:
-                if isinstance(self._machine, _Owned):
+                if isinstance(self._machine, Owned):
                     tasks.start_soon(self.ended)
                 if feed is None:
                     await call.write_eof()
@@ -327,6 +322,19 @@ async def clone(
             except MachineError as error:
                 error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
                 raise
+
+
+async def watch(machine: Owned, vm_id: str) -> None:
+    """Wait until a hypervisor has ended; one that does not answer any more is ended."""
+    while machine.process.running:
+        with anyio.move_on_after(WATCH_S):
+            await machine.process.wait()
+            return
+        try:
+            await machine.check()
+        except MachineError as error:
+            log.event("machine.stuck", vm=vm_id, error=str(error))
+            machine.process.kill()
 
 
 def new_id() -> str:

@@ -6,7 +6,8 @@ Rules:
 2. A miss gets a clone made on demand: slower, counted, and just as isolated.
 3. Before a clone waits it is rehearsed: our own command runs in it through every step of a real
    action, over a workspace of ours. Then it rests, and is paused; a real action wakes it anew, with
-   a clock, entropy and names that no other machine has.
+   a clock, entropy and names that no other machine has. With a hypervisor that cannot pause, a clone
+   waits loaded and has never run.
 4. Clones expire by age, and all of them when the template changes.
 5. The size follows demand: what arrives while one clone is made, and one more, between a minimum and
    a maximum; the maximum is bounded by memory. One clone is made at a time, and none while a caller
@@ -21,7 +22,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
@@ -30,7 +31,7 @@ import anyio.abc
 from luminaguard import log
 from luminaguard.errors import MachineError
 from luminaguard.microvm.channel import open_channel
-from luminaguard.microvm.machine import Command, MicroVM, clone, new_id
+from luminaguard.microvm.machine import Command, MicroVM, clone, new_id, watch
 from luminaguard.microvm.port import Hypervisor, SavedMachine, VirtualMachine
 from luminaguard.microvm.tracker import Tracked, VMTracker
 
@@ -96,11 +97,14 @@ class PoolStatus:
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    vm: MicroVM
+    """A clone that waits. ``next_call`` is the number of the first call that its guest has not seen."""
+
+    id: str
     machine: VirtualMachine
     tracked: Tracked
     template: str
     born: float
+    next_call: int
     taken: anyio.Event = field(default_factory=anyio.Event)
     done: anyio.Event = field(default_factory=anyio.Event)
 
@@ -179,40 +183,38 @@ class Pool:
             task: for the record: what it is for.
         """
         self._arrivals.append(self._clock())
-        kept = await self._wake_one(workspace, folder, task)
-        self._notify()
-        if kept is None:
-            self.status.misses += 1
-            self.status.waiting += 1
-            waiting, template = True, None
+        async with AsyncExitStack() as stack:
+            vm = await self._wake_one(stack, workspace, folder, task)
+            self._notify()
+            if vm is None:
+                vm = await stack.enter_async_context(self._on_demand(workspace, vm_id, folder, task))
+            self.status.in_use += 1
+            self._notify()
             try:
-                template = await self._wait_for_template()
-                self._cloning += 1
-                async with clone(self._hypervisor, template.saved, (template.root, workspace), self._tracker,
-                                 vm_id=vm_id, workspace=folder, task=task) as vm:  # fmt: skip
-                    self.status.waiting, self._cloning, waiting = self.status.waiting - 1, self._cloning - 1, False
-                    self.status.in_use += 1
-                    self._notify()
-                    try:
-                        yield vm
-                    finally:
-                        self.status.in_use -= 1
+                yield vm
             finally:
-                if waiting:
-                    self.status.waiting -= 1
-                    self._cloning -= template is not None
-                self._notify()
-            return
-        self.status.hits += 1
-        self.status.in_use += 1
+                self.status.in_use -= 1
+
+    @asynccontextmanager
+    async def _on_demand(
+        self, workspace: int, vm_id: str | None, folder: str, task: Sequence[str]
+    ) -> AsyncIterator[MicroVM]:
+        """What a miss gets."""
+        self.status.misses += 1
+        self.status.waiting += 1
+        waiting, template = True, None
         try:
-            yield kept.vm
-        except MachineError as error:
-            error.add_note(f"{self._hypervisor.name}: {await kept.machine.diagnosis()}")
-            raise
+            template = await self._wait_for_template()
+            self._cloning += 1
+            async with clone(self._hypervisor, template.saved, (template.root, workspace), self._tracker,
+                             vm_id=vm_id, workspace=folder, task=task) as vm:  # fmt: skip
+                self.status.waiting, self._cloning, waiting = self.status.waiting - 1, self._cloning - 1, False
+                yield vm
         finally:
-            self.status.in_use -= 1
-            kept.done.set()
+            if waiting:
+                self.status.waiting -= 1
+                self._cloning -= template is not None
+            self._notify()
 
     async def wait_ready(self, count: int) -> None:
         """Wait until ``count`` clones wait (or as many as the limits allow)."""
@@ -221,27 +223,41 @@ class Pool:
 
     # -- keeping clones -----------------------------------------------------------------------------
 
-    async def _wake_one(self, workspace: int, folder: str, task: Sequence[str]) -> _Kept | None:
+    async def _wake_one(
+        self, stack: AsyncExitStack, workspace: int, folder: str, task: Sequence[str]
+    ) -> MicroVM | None:
         """A kept clone, woken on a workspace; one that fails before it was used makes room for the next."""
         for _ in range(_ATTEMPTS):
             kept = self._take()
             if kept is None:
                 return None
             try:
-                kept.tracked.update(workspace=folder, task=list(task), state="starting")
-                await kept.machine.replace_disk(WORKSPACE_DISK, workspace)
-                await kept.machine.resume()
-                await kept.vm.wake()
+                vm = await stack.enter_async_context(self._woken(kept, workspace, folder, task))
             except MachineError as error:
                 self.status.died += 1
-                log.event("pool.clone_failed", vm=kept.vm.id, error=str(error))
-                kept.done.set()
-            except BaseException:  # a caller who was cancelled leaves nothing half woken behind
-                kept.done.set()
-                raise
+                log.event("pool.clone_failed", vm=kept.id, error=str(error))
             else:
-                return kept
+                self.status.hits += 1
+                return vm
         return None
+
+    @asynccontextmanager
+    async def _woken(self, kept: _Kept, workspace: int, folder: str, task: Sequence[str]) -> AsyncIterator[MicroVM]:
+        """The clone at work; whatever happens, it is not used again."""
+        try:
+            kept.tracked.update(workspace=folder, task=list(task), state="starting")
+            await kept.machine.replace_disk(WORKSPACE_DISK, workspace)
+            await kept.machine.resume()
+            async with open_channel(kept.machine.channel, first_call=kept.next_call) as channel:
+                vm = MicroVM(kept.id, kept.machine, channel, kept.tracked, backend=self._hypervisor.name,
+                             accelerator=self._hypervisor.accelerator)  # fmt: skip
+                await vm.wake()
+                yield vm
+        except MachineError as error:
+            error.add_note(f"{self._hypervisor.name}: {await kept.machine.diagnosis()}")
+            raise
+        finally:
+            kept.done.set()
 
     def _take(self) -> _Kept | None:
         while self._ready:
@@ -334,19 +350,16 @@ class Pool:
         disks = (template.root, template.rehearsal)
         kept: _Kept | None = None
         try:
-            async with (
-                self._hypervisor.clone(name, template.saved, disks) as machine,
-                open_channel(machine.channel) as channel,
-            ):
+            rehearsed = self._hypervisor.capabilities.pause
+            async with self._hypervisor.clone(name, template.saved, disks, running=rehearsed) as machine:
                 with self._tracker.track(name, self._hypervisor.name, self._hypervisor.accelerator, machine.process,
                                          workspace="", task=["pool"]) as tracked:  # fmt: skip
-                    vm = MicroVM(name, machine, channel, backend=self._hypervisor.name,
-                                 accelerator=self._hypervisor.accelerator)  # fmt: skip
-                    await _rehearse(vm)
-                    await machine.pause()
-                    vm.tracked = tracked  # from here on it is somebody's, and its record says what it does
+                    next_call = 1
+                    if rehearsed:
+                        next_call = await self._rehearse(name, machine)
+                        await machine.pause()
                     tracked.update(state="ready")
-                    kept = _Kept(vm, machine, tracked, template.key, start)
+                    kept = _Kept(name, machine, tracked, template.key, start, next_call)
                     self._ready.append(kept)
                     self.status.ready, self.status.made = len(self._ready), self.status.made + 1
                     self.status.refill_s = self._clock() - start
@@ -369,12 +382,32 @@ class Pool:
             made.set()
             self._notify()
 
+    async def _rehearse(self, name: str, machine: VirtualMachine) -> int:
+        """Run our own command through every step of an action, over our own workspace.
+
+        Returns:
+            The number of the next call on the channel.
+        """
+        async with open_channel(machine.channel) as channel:
+            vm = MicroVM(name, machine, channel, backend=self._hypervisor.name,
+                         accelerator=self._hypervisor.accelerator)  # fmt: skip
+            await vm.wake()
+            for argv in _REHEARSAL:
+                outcome = await vm.run(Command(argv, cwd="/workspace"), output=_discard, timeout_s=30)
+                if outcome.exit_code:
+                    raise MachineError(
+                        f"A rehearsal ended with status {outcome.exit_code}.", hint="Run 'luminaguard doctor'."
+                    )
+            await vm.changes(lambda _: None, lambda _: None)
+            await vm.rest()
+            return channel.release()
+
     async def _until_taken(self, kept: _Kept) -> None:
         """Wait until it is taken, too old, or dead; remove it from the ready ones in the latter cases."""
         async with anyio.create_task_group() as first:
 
             async def dies() -> None:
-                await kept.vm.ended()
+                await watch(kept.machine, kept.id)
                 first.cancel_scope.cancel()
 
             first.start_soon(dies)
@@ -388,7 +421,7 @@ class Pool:
             self.status.expired += 1
         else:
             self.status.died += 1
-            log.event("pool.clone_died", vm=kept.vm.id)
+            log.event("pool.clone_died", vm=kept.id)
 
     def _drop(self, unwanted: list[_Kept]) -> None:
         for kept in unwanted:
@@ -434,17 +467,6 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-async def _rehearse(vm: MicroVM) -> None:
-    """Run our own command through every step of an action, over our own workspace."""
-    await vm.wake()
-    for argv in _REHEARSAL:
-        outcome = await vm.run(Command(argv, cwd="/workspace"), output=_discard, timeout_s=30)
-        if outcome.exit_code:
-            raise MachineError(f"A rehearsal ended with status {outcome.exit_code}.", hint="Run 'luminaguard doctor'.")
-    await vm.changes(lambda _: None, lambda _: None)
-    await vm.rest()
 
 
 async def _discard(_stream: int, _data: bytes) -> None:

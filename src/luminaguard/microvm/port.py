@@ -18,7 +18,8 @@ from typing import Protocol
 
 from luminaguard.microvm.jail import JailedProcess, ProcessInfo
 
-__all__ = ["BootSource", "Capabilities", "Hypervisor", "ProcessInfo", "SavedMachine", "VirtualMachine"]
+__all__ = ["BootSource", "Capabilities", "Hypervisor", "ProcessInfo", "SavedMachine", "VirtualMachine",
+           "processor"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,24 @@ class Hypervisor(Protocol):
         ...
 
     def clone(
-        self, name: str, saved: SavedMachine, disks: tuple[int, ...]
+        self, name: str, saved: SavedMachine, disks: tuple[int, ...], *, running: bool = True
     ) -> AbstractAsyncContextManager[VirtualMachine]:
-        """Start a copy-on-write copy of a saved machine, running, with these disks behind it."""
+        """Start a copy-on-write copy of a saved machine with these disks behind it.
+
+        One that is not ``running`` waits for :meth:`VirtualMachine.resume`, and has no channel before.
+        """
         ...
+
+    def try_jail(self) -> AbstractAsyncContextManager[JailedProcess]:
+        """Start the hypervisor in the jail of a machine, without a guest; it ends by itself."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was kept for machines to come."""
+        ...
+
+
+def processor() -> str:
+    """The host's processor: a machine that was saved on another one must not be loaded."""
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        return next((line.strip() for line in file if line.startswith("model name")), "")

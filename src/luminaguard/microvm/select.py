@@ -1,4 +1,9 @@
-"""Choose the hypervisor and its accelerator by trying them, and remember the result until reboot."""
+"""Choose the hypervisor and its accelerator by trying them, and remember the result until reboot.
+
+``auto`` takes Firecracker where all that it needs is there (root, KVM that runs guest code, both of its
+programs in a version that is used), otherwise QEMU. A backend that was asked for by name is that one
+or a refusal. Every machine's record, and ``luminaguard doctor``, say which it was.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +15,77 @@ from pathlib import Path
 from typing import Any
 
 from luminaguard.errors import HypervisorUnavailable
-from luminaguard.microvm.jail import Jail
+from luminaguard.microvm.firecracker.backend import FirecrackerHypervisor
+from luminaguard.microvm.firecracker.probe import Firecracker, find_firecracker
+from luminaguard.microvm.jail import Jail, JailFolders
+from luminaguard.microvm.port import Hypervisor
 from luminaguard.microvm.qemu.backend import QemuHypervisor
 from luminaguard.microvm.qemu.probe import KvmProbe, Qemu, find_qemu, probe_kvm
+from luminaguard.settings import Settings
 
 __all__ = ["choose_hypervisor"]
 
 _MAX_MEMO = 1 << 16
 
 
-def choose_hypervisor(qemu: str, accelerator: str, run: Path, jail: Jail) -> QemuHypervisor:
-    """QEMU with the wanted accelerator; ``auto`` takes KVM where a timed probe shows hardware.
+def choose_hypervisor(settings: Settings, run: Path, jail: Jail) -> Hypervisor:
+    """The hypervisor that the settings ask for.
 
     Args:
-        qemu: name or path of the program.
-        accelerator: ``auto``, ``kvm`` or ``tcg``.
-        jail: what QEMU is started in.
-        run: folder for what was found out, valid until reboot or until QEMU changes.
+        settings: ``backend``, ``accelerator`` and the names of the programs.
+        run: folder for what was found out, valid until reboot or until a program changes.
+        jail: what it is started in.
 
     Raises:
-        HypervisorUnavailable: there is no usable QEMU, or KVM was demanded and does not work.
+        HypervisorUnavailable: what was asked for is not there or does not work here.
     """
-    memo = _Memo(run / "hypervisor.json", qemu)
+    memo = _Memo(run / "hypervisor.json", settings)
+    if settings.backend != "qemu" and settings.accelerator != "tcg":
+        try:
+            return _firecracker(settings, memo, run, jail)
+        except HypervisorUnavailable:
+            if settings.backend == "firecracker":
+                raise
+    if settings.backend == "firecracker":
+        raise HypervisorUnavailable(
+            "Firecracker runs on KVM only, and the accelerator is set to 'tcg'.",
+            hint="Set accelerator to 'auto', or backend to 'qemu'.",
+        )
+    return _qemu(settings, memo, jail)
+
+
+def _firecracker(settings: Settings, memo: _Memo, run: Path, jail: Jail) -> FirecrackerHypervisor:
+    if os.geteuid() != 0:
+        raise HypervisorUnavailable(
+            "Firecracker's jailer needs root.", hint="Run LuminaGuard as root, or set backend to 'qemu'."
+        )
+    found = memo.get("firecracker")
+    if found:
+        version = found["version"]
+        program = Firecracker(found["path"], found["jailer"], (version[0], version[1], version[2]),
+                              found["snapshot_version"])  # fmt: skip
+    else:
+        program = find_firecracker(settings.firecracker, settings.jailer)
+    memo.put("firecracker", asdict(program))
+    kvm = _kvm(memo)
+    if not kvm.usable:
+        raise HypervisorUnavailable(
+            f"Firecracker needs KVM, which is not usable: {kvm.reason}.",
+            hint="Run on a machine with hardware virtualisation, or set backend to 'qemu'.",
+        )
+    return FirecrackerHypervisor(program, jail, JailFolders(run))
+
+
+def _qemu(settings: Settings, memo: _Memo, jail: Jail) -> QemuHypervisor:
     found = memo.get("qemu")
-    program = _remembered(found) if found else find_qemu(qemu)
+    program = _remembered(found) if found else find_qemu(settings.qemu)
     memo.put("qemu", asdict(program))
-    if accelerator == "tcg":
+    if settings.accelerator == "tcg":
         return QemuHypervisor(program, "tcg", jail)
-    found = memo.get("kvm")
-    kvm = KvmProbe(**found) if found else probe_kvm()
-    memo.put("kvm", asdict(kvm))
+    kvm = _kvm(memo)
     if kvm.usable:
         return QemuHypervisor(program, "kvm", jail)
-    if accelerator == "kvm":
+    if settings.accelerator == "kvm":
         raise HypervisorUnavailable(
             f"KVM was asked for and is not usable: {kvm.reason}.",
             hint="Set accelerator to 'auto' or 'tcg', or run on a machine with hardware virtualisation "
@@ -51,17 +94,24 @@ def choose_hypervisor(qemu: str, accelerator: str, run: Path, jail: Jail) -> Qem
     return QemuHypervisor(program, "tcg", jail)
 
 
+def _kvm(memo: _Memo) -> KvmProbe:
+    found = memo.get("kvm")
+    kvm = KvmProbe(**found) if found else probe_kvm()
+    memo.put("kvm", asdict(kvm))
+    return kvm
+
+
 def _remembered(found: dict[str, Any]) -> Qemu:
     version, folders = tuple(found["version"]), tuple(found["folders"])
     return Qemu(found["path"], version, found["build"], folders, found["firmware"])
 
 
 class _Memo:
-    """Findings that hold while this boot, this QEMU file and this user's groups stay the same."""
+    """Findings that hold while this boot, these programs and this user's groups stay the same."""
 
-    def __init__(self, path: Path, qemu: str) -> None:
+    def __init__(self, path: Path, settings: Settings) -> None:
         self._path = path
-        self._key = _identity(qemu)
+        self._key = _identity(settings)
         self._found: dict[str, Any] = {}
         try:
             with path.open(encoding="ascii") as file:
@@ -85,10 +135,11 @@ class _Memo:
         temporary.replace(self._path)
 
 
-def _identity(qemu: str) -> list[Any]:
-    path = shutil.which(qemu)
+def _identity(settings: Settings) -> list[Any]:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    if path is None:
-        return [boot_id, qemu]
-    info = os.stat(path)
-    return [2, boot_id, path, info.st_size, info.st_mtime_ns, os.geteuid(), sorted(os.getgroups())]
+    programs: list[Any] = []
+    for name in (settings.qemu, settings.firecracker, settings.jailer):
+        path = shutil.which(name)
+        info = os.stat(path) if path else None
+        programs.append([name, path, info.st_size, info.st_mtime_ns] if info else [name])
+    return [3, boot_id, programs, os.geteuid(), sorted(os.getgroups())]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luminaguard import log
-from luminaguard.microvm.jail import CgroupStore, JailedProcess, end_orphans
+from luminaguard.microvm.jail import CgroupStore, JailedProcess, JailFolders, end_orphans
 from luminaguard.microvm.usage import Usage, start_time, usage
 
 __all__ = ["MachineRecord", "State", "Tracked", "VMTracker"]
@@ -90,6 +90,7 @@ class VMTracker:
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "vms"
+        self._jails = JailFolders(run)
         self._ended = run / "ended.jsonl"
 
     @contextmanager
@@ -134,6 +135,10 @@ class VMTracker:
             # and one that is about to be used is young.
             if name not in names and all(_age_s(folder) > _GROUP_AGE_S for folder in folders):
                 groups.remove(folders, wait=False)
+        for name, folder in self._jails.machines().items():
+            if name not in names and _age_s(folder) > _GROUP_AGE_S:
+                self._jails.remove(name)
+        self._jails.sweep()
         return dead
 
     def kill(self, vm_id: str) -> MachineRecord | None:
@@ -175,6 +180,7 @@ class VMTracker:
                     _end(record)
                     self._remember(record, "its owner died")
                     self._remove_group(record.id)
+                    self._jails.remove(record.id)
                     log.event("machine.reaped", vm=record.id, pid=record.pid)
                     dead.append(record)
                 path.unlink(missing_ok=True)

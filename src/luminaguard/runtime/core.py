@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from luminaguard.images.build import ImageStore
     from luminaguard.microvm.machine import Command
     from luminaguard.microvm.pool import Pool, PoolLimits, Template
-    from luminaguard.microvm.qemu.backend import QemuHypervisor
+    from luminaguard.microvm.port import Hypervisor
     from luminaguard.microvm.tracker import VMTracker
     from luminaguard.runtime.action import Execution, Feed, Output, Progress
     from luminaguard.runtime.decisions import Decisions
@@ -51,13 +51,15 @@ class Runtime:
         return ImageStore(self.folders.cache)
 
     @cached_property
-    def hypervisor(self) -> QemuHypervisor:
+    def hypervisor(self) -> Hypervisor:
         """The hypervisor with its accelerator; raises HypervisorUnavailable."""
         from luminaguard.microvm.jail import Jail
         from luminaguard.microvm.select import choose_hypervisor
 
         jail = Jail(required=self.settings.require_jail)
-        return choose_hypervisor(self.settings.qemu, self.settings.accelerator, self.folders.run, jail)
+        hypervisor = choose_hypervisor(self.settings, self.folders.run, jail)
+        self._closing.callback(hypervisor.close)
+        return hypervisor
 
     @cached_property
     def tracker(self) -> VMTracker:
@@ -150,7 +152,8 @@ class Runtime:
     def kind(self) -> dict[str, Any]:
         """What a borrowed machine must have in common with one that this runtime would make."""
         s = self.settings
-        return {"memory_mib": s.memory_mib, "accelerator": s.accelerator, "qemu": s.qemu, "jail": s.require_jail}
+        return {"memory_mib": s.memory_mib, "backend": s.backend, "accelerator": s.accelerator,
+                "programs": [s.qemu, s.firecracker, s.jailer], "jail": s.require_jail}  # fmt: skip
 
     def limits(self, of: Literal["workspace", "changeset"]) -> Any:
         """How large a workspace, or a changeset, may be."""
@@ -162,11 +165,11 @@ class Runtime:
         return Limits(s.changeset_max_files, s.changeset_max_mib << 20)
 
     def try_jail(self) -> dict[str, str]:
-        """Start QEMU in the jail to print its version; return each layer: ``on``, or why it is missing.
+        """Start the hypervisor in its jail, without a guest; return each layer: ``on``, or why it is missing.
 
         Raises:
             JailUnavailable: a layer that is required cannot be had.
-            HypervisorUnavailable: there is no QEMU.
+            HypervisorUnavailable: there is none.
         """
 
         async def attempt() -> dict[str, str]:

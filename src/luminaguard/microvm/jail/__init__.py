@@ -1,7 +1,9 @@
 """The jail around a hypervisor: what a guest that has taken it over still cannot reach."""
 
 from luminaguard.microvm.jail.cgroups import CgroupStore
+from luminaguard.microvm.jail.folders import JailFolders
 from luminaguard.microvm.jail.orphans import end_orphans
-from luminaguard.microvm.jail.process import Jail, JailedProcess, Limits, ProcessInfo, Program
+from luminaguard.microvm.jail.process import Jail, JailedProcess, Limits, ProcessInfo, Program, unused_uid
 
-__all__ = ["CgroupStore", "Jail", "JailedProcess", "Limits", "ProcessInfo", "Program", "end_orphans"]
+__all__ = ["CgroupStore", "Jail", "JailFolders", "JailedProcess", "Limits", "ProcessInfo", "Program", "end_orphans",
+           "unused_uid"]  # fmt: skip

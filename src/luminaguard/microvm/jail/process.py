@@ -24,7 +24,7 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ from luminaguard import log
 from luminaguard.errors import HypervisorUnavailable, JailUnavailable
 from luminaguard.microvm.jail.cgroups import CgroupStore
 
-__all__ = ["Jail", "JailedProcess", "Limits", "ProcessInfo", "Program"]
+__all__ = ["Jail", "JailedProcess", "Limits", "ProcessInfo", "Program", "unused_uid"]
 
 _UID_BASE, _UID_COUNT = 1_600_000_000, 1 << 24
 """Far from any uid that a distribution, systemd or subordinate ranges give out."""
@@ -138,16 +138,40 @@ class Jail:
             JailUnavailable: this host does not allow a layer that is required.
             HypervisorUnavailable: it cannot be started at all.
         """
+        layers = {"seccomp": "on"}
+
+        def command(info: int, gate: int) -> list[str]:
+            return self._command(name, program, arguments, limits, info, gate, layers)
+
+        async with self.launch(name, command, inherited, limits, layers) as process:
+            yield process
+
+    @asynccontextmanager
+    async def launch(
+        self, name: str, command: Callable[[int, int], list[str]], inherited: tuple[int, ...], limits: Limits,
+        layers: dict[str, str],
+    ) -> AsyncIterator[JailedProcess]:  # fmt: skip
+        """Run a command that bubblewrap starts, held at its gate until its cgroup holds it.
+
+        Args:
+            name: of the machine.
+            command: given the descriptors for bubblewrap's ``--info-fd`` and ``--block-fd``, the whole command.
+            inherited: descriptors that it gets under the same numbers.
+            limits: of the cgroup.
+            layers: what the command itself sees to; ``cgroup`` is added.
+
+        Raises:
+            JailUnavailable: a namespace or the cgroup cannot be had.
+            HypervisorUnavailable: it cannot be started at all.
+        """
         with ExitStack() as stack:
             said = os.memfd_create("hypervisor-said", os.MFD_CLOEXEC)
             stack.callback(os.close, said)
             info_out, info_in = _pipe(stack)
             gate_out, gate_in = _pipe(stack)
-            layers = {"seccomp": "on"}
-            command = self._command(name, program, arguments, limits, info_in.fd, gate_out.fd, layers)
             # It gets both ends of the gate: an owner that is killed must not open it by closing it.
             fds = (*inherited, info_in.fd, gate_out.fd, gate_in.fd) if self._bwrap else inherited
-            outer = _spawn(command, fds, said)
+            outer = _spawn(command(info_in.fd, gate_out.fd), fds, said)
             stack.callback(_end_outer, outer)
             info_in.close()
             gate_out.close()
@@ -177,7 +201,7 @@ class Jail:
         drop: list[str] = []
         layers["uid"] = "the user's own: only root can give a machine another one"
         if os.geteuid() == 0:
-            uid = str(_UID_BASE + secrets.randbelow(_UID_COUNT))
+            uid = str(unused_uid())
             groups = _device_groups(program.devices)
             keep = ["--groups", ",".join(groups)] if groups else ["--clear-groups"]
             drop = ["--reuid", uid, "--regid", uid, *keep, "--inh-caps=-all", "--bounding-set=-all"]
@@ -195,11 +219,30 @@ class Jail:
         binds = [word for path in (*program.folders, *program.files) for word in ("--ro-bind", path, path)]
         devices = [word for path in program.devices for word in ("--dev-bind", path, path)]
         return [
-            *outer, self._bwrap, "--unshare-all", "--unshare-user", *self._nesting,
-            "--die-with-parent", "--new-session", "--as-pid-1", "--uid", _INSIDE, "--gid", _INSIDE,
-            "--hostname", name, "--cap-drop", "ALL", "--clearenv", "--proc", "/proc", *devices, *binds,
-            "--ro-bind", program.path, program.path, "--remount-ro", "/", "--chdir", "/",
-            "--info-fd", str(info), "--block-fd", str(gate), "--", program.path, *arguments,
+            *outer, self._bwrap, "--unshare-all", "--unshare-user", *self._nesting, "--as-pid-1",
+            "--uid", _INSIDE, "--gid", _INSIDE, *_bwrap_options(name, info, gate), "--cap-drop", "ALL",
+            "--proc", "/proc", *devices, *binds, "--ro-bind", program.path, program.path, "--remount-ro", "/",
+            "--chdir", "/", "--", program.path, *arguments,
+        ]  # fmt: skip
+
+    def around_jailer(self, name: str, info: int, gate: int, keep: tuple[str, ...]) -> list[str]:
+        """The beginning of a command that starts a jailer, which itself changes root and uid.
+
+        The jailer gets pid, net, ipc and uts namespaces, and of root's capabilities those that it is to
+        ``keep``. Bubblewrap's init stays above it: a changed uid would undo PR_SET_PDEATHSIG (prctl(2)).
+
+        Raises:
+            JailUnavailable: bubblewrap is not installed.
+        """
+        if self._bwrap is None:
+            raise JailUnavailable("bubblewrap is not installed.", hint="apt-get install bubblewrap")
+        capabilities = [word for capability in keep for word in ("--cap-add", f"CAP_{capability}")]
+        return [
+            self._setpriv, "--no-new-privs", "--pdeathsig", "KILL", "--",
+            self._prlimit, "--core=0", "--memlock=0", "--",
+            self._bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
+            *_bwrap_options(name, info, gate), "--cap-drop", "ALL", *capabilities,
+            "--dev-bind", "/", "/", "--proc", "/proc", "--",
         ]  # fmt: skip
 
     async def _child(self, info: int, said: int) -> int:
@@ -241,6 +284,17 @@ class Jail:
                     "'require_jail = false' runs without it.",
                     kept="No machine was started.",
                 ) from error
+
+
+def _bwrap_options(name: str, info: int, gate: int) -> list[str]:
+    """What every start has in common: it ends with its owner, and waits at the gate."""
+    return ["--die-with-parent", "--new-session", "--hostname", name, "--clearenv",
+            "--info-fd", str(info), "--block-fd", str(gate)]  # fmt: skip
+
+
+def unused_uid() -> int:
+    """A uid, and gid, that nobody on this host has; another one for each machine."""
+    return _UID_BASE + secrets.randbelow(_UID_COUNT)
 
 
 def _device_groups(devices: tuple[str, ...]) -> list[str]:

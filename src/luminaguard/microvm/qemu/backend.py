@@ -15,7 +15,7 @@ import anyio
 
 from luminaguard.errors import BootFailed, MachineError
 from luminaguard.microvm.jail import Jail, JailedProcess, Limits, Program
-from luminaguard.microvm.port import BootSource, Capabilities, SavedMachine
+from luminaguard.microvm.port import BootSource, Capabilities, SavedMachine, processor
 from luminaguard.microvm.qemu import command, probe
 from luminaguard.microvm.qemu.qmp import Qmp
 
@@ -56,13 +56,12 @@ class QemuMachine:
         await self._migrated(_SAVE_TIMEOUT)
 
     async def restore(self, state: int) -> None:
-        """Load a device state and let the guest run."""
+        """Load a device state; the guest stays paused."""
         with _deadline(_RESTORE_TIMEOUT, "QEMU did not load the saved machine in time"):
             await self._qmp.handshake()
             await self._ignore_shared()
             await self._qmp.execute("migrate-incoming", uri=f"fd:{state}")
             await self._migrated(_RESTORE_TIMEOUT)
-            await self._qmp.execute("cont")
 
     async def check(self) -> None:
         """Raise MachineError unless QEMU answers."""
@@ -136,7 +135,7 @@ class QemuHypervisor:
             self.qemu.firmware, self.accelerator, 0, ram=0, channel=0, control=0, disks=(0, 0), kernel=0,
             initramfs=0, append=command.kernel_command_line(self.accelerator, 0),
         )  # fmt: skip
-        text = "\0".join([self.qemu.build, self.accelerator, _processor(), *example])
+        text = "\0".join([self.qemu.build, self.accelerator, processor(), *example])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @asynccontextmanager
@@ -168,7 +167,9 @@ class QemuHypervisor:
                 yield machine
 
     @asynccontextmanager
-    async def clone(self, name: str, saved: SavedMachine, disks: tuple[int, ...]) -> AsyncIterator[QemuMachine]:
+    async def clone(
+        self, name: str, saved: SavedMachine, disks: tuple[int, ...], *, running: bool = True
+    ) -> AsyncIterator[QemuMachine]:
         """Start a copy-on-write copy; see :class:`luminaguard.microvm.port.Hypervisor`."""
         with ExitStack() as stack:
             agent, channel = _socketpair(stack)
@@ -188,6 +189,8 @@ class QemuHypervisor:
                 machine = QemuMachine(process, agent, Qmp(monitor))
                 try:
                     await machine.restore(state)
+                    if running:
+                        await machine.resume()
                 except MachineError as error:
                     error.add_note(await machine.diagnosis())
                     raise
@@ -196,6 +199,9 @@ class QemuHypervisor:
     def try_jail(self) -> _Started:
         """QEMU in the jail of a machine, printing its version."""
         return self._start(f"doctor-{os.getpid()}", 0, ["--version"], ())
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
     def _start(self, name: str, memory_mib: int, arguments: list[str], inherited: tuple[int, ...]) -> _Started:
         mib = memory_mib + (command.TRANSLATION_MIB if self.accelerator == "tcg" else 0)
@@ -232,8 +238,3 @@ class _deadline:  # noqa: N801  # reads as a word at its uses
         if self._scope.cancelled_caught:
             raise BootFailed(f"{self._message}.", hint="Run the command again; see 'luminaguard doctor'.")
         return swallowed
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        return next((line.strip() for line in file if line.startswith("model name")), "")

@@ -7,18 +7,15 @@ QEMU sees no path of the host but its own firmware; its program comes from the c
 
 from __future__ import annotations
 
+from luminaguard.microvm import guest_kernel
+
 __all__ = ["TRANSLATION_MIB", "boot_command", "clone_command", "kernel_command_line"]
 
 TRANSLATION_MIB = 256
 """Of translated code that an emulating QEMU keeps, at most."""
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-_KERNEL_OPTIONS = (
-    "quiet loglevel=0 panic=-1 reboot=t no_timer_check random.trust_cpu=on rcupdate.rcu_expedited=1 "
-    "8250.nr_uarts=0 cryptomgr.notests nowatchdog audit=0 psi=0 lsm=landlock,lockdown,yama "
-    "lockdown=integrity slab_nomerge randomize_kstack_offset=1 vsyscall=none debugfs=off "
-    "oops=panic pci=off rdinit=/init"
-)
+_KERNEL_OPTIONS = f"{guest_kernel.OPTIONS} reboot=t"
 
 
 def kernel_command_line(accelerator: str, tsc_khz: int) -> str:
