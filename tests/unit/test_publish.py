@@ -3,7 +3,10 @@
 import errno
 import hashlib
 import os
+import shutil
 import signal
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,7 +80,7 @@ def scenario(folder: Path, state: Path) -> tuple[Publisher, Changeset]:
 
 def identity(folder: Path):
     info = folder.stat()
-    return str(folder), info.st_dev, info.st_ino
+    return str(folder), info.st_ino
 
 
 def snapshot(folder: Path):
@@ -331,6 +334,99 @@ def test_another_folder_at_the_same_path_is_a_conflict(folder, state):
     make_base(folder)
     with pytest.raises(Conflict):
         publisher.publish(REQUEST, *where, changeset)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_crash_is_undone_after_a_reboot_that_numbers_devices_anew(state, tmp_path):
+    """The same file system, mounted again from another device: what st_dev says is not who a folder is."""
+    disk, mount = tmp_path / "disk", tmp_path / "mnt"
+    with disk.open("wb") as file:
+        file.truncate(16 << 20)
+    mount.mkdir()
+    subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", str(disk)], check=True)
+    spare = tmp_path / "spare"
+    shutil.copyfile(disk, spare)
+
+    def mounted(*, on_second_device: bool) -> None:
+        if on_second_device:  # takes the first loop device, so that ours gets another one
+            (tmp_path / "other").mkdir(exist_ok=True)
+            subprocess.run(["mount", "-o", "loop", str(spare), str(tmp_path / "other")], check=True)
+        subprocess.run(["mount", "-o", "loop", str(disk), str(mount)], check=True)
+
+    mounted(on_second_device=False)
+    try:
+        folder = mount / "w"
+        make_base(folder)
+        base, first = snapshot(folder), folder.stat()
+        publisher, changeset = scenario(folder, state)
+        child = os.fork()
+        if child == 0:
+
+            def step(name: str) -> None:
+                if name.startswith("place new"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            publisher.publish(REQUEST, *identity(folder), changeset, step)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert snapshot(folder) != base
+        subprocess.run(["umount", str(mount)], check=True)
+        mounted(on_second_device=True)
+        second = folder.stat()
+        assert (first.st_dev, first.st_ino) != (second.st_dev, second.st_ino)
+        (journal,) = publisher.interrupted()
+        assert publisher.recover(journal) == (REQUEST, False)
+        assert snapshot(folder) == base
+        publisher.close(REQUEST)
+        publisher.publish(REQUEST, str(folder), first.st_ino, changeset)
+    finally:
+        for path in (mount, tmp_path / "other"):
+            subprocess.run(["umount", str(path)], check=False, stderr=subprocess.DEVNULL)
+
+
+def test_a_disk_that_fills_while_a_publish_is_undone_is_told(folder, state):
+    """The journal cannot even be written: a person must look, and nothing is lost."""
+    publisher, changeset = scenario(folder, state)
+
+    def step(name: str) -> None:
+        if name.startswith("place new") or name == "journal undone":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutcomeUnknown):
+        publisher.publish(REQUEST, *identity(folder), changeset, step)
+    (journal,) = publisher.interrupted()
+    publisher.recover(journal)
+
+
+def test_a_journal_is_set_aside_for_a_person(folder, state):
+    publisher, _ = scenario(folder, state)
+    assert publisher.set_aside(REQUEST) is None
+    (state / "journal").mkdir()
+    (state / "journal" / f"{REQUEST}.json").write_text("{")
+    aside = publisher.set_aside(REQUEST)
+    assert aside is not None
+    assert aside.read_text() == "{"
+    assert publisher.interrupted() == []
+
+
+def test_a_publisher_waits_for_another_one_for_a_while(state):
+    publisher = Publisher(state, BlobStore(state))
+    held, release = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with publisher.lock("/some/folder"):
+            held.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert held.wait(10)
+    with pytest.raises(PublishError), publisher.lock("/some/folder", wait_s=0.2):
+        pass
+    threading.Timer(0.2, release.set).start()
+    with publisher.lock("/some/folder", wait_s=10):
+        pass
+    thread.join()
 
 
 def test_two_publishers_do_not_meet(state):

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 
-from luminaguard.effects import DirEntry, FileEntry, LinkEntry
-from luminaguard.errors import StorageError, WorkspaceChanged, WorkspaceError
+from luminaguard.effects import Change, Changeset, DirEntry, FileEntry, LinkEntry
+from luminaguard.errors import ChangesetRefused, StorageError, WorkspaceChanged, WorkspaceError
+from luminaguard.workspaces.own import own_paths, refuse_changes
 from luminaguard.workspaces.pack import WorkspaceImages
 from luminaguard.workspaces.state import IGNORE_FILE, Limits, read_state
 
@@ -162,3 +163,36 @@ def test_a_state_is_packed_once_and_opened_again_at_once(tmp_path):
     finally:
         os.close(first)
         os.close(again)
+
+
+# -- LuminaGuard's own folders -------------------------------------------------------------------------
+
+
+def test_our_own_folders_do_not_go_in_and_no_change_touches_them(tmp_path):
+    home = tmp_path / "home"
+    (home / ".config" / "luminaguard").mkdir(parents=True)
+    (home / ".config" / "luminaguard" / "key").write_text("secret")
+    (home / ".config" / "other").write_text("x")
+    (home / "link").symlink_to(".config/luminaguard")
+    own = own_paths(home, [home / "link", tmp_path / "elsewhere"])
+    assert own == {".config/luminaguard"}
+    entries = read_state(home, LIMITS, own=own).entries
+    assert ".config/other" in entries
+    assert not any(path.startswith(".config/luminaguard") for path in entries)
+    file = FileEntry(0o644, 1, "a" * 64)
+    for change in (
+        Change(".config/luminaguard/luminaguard.toml", None, file),
+        Change(".config/luminaguard", None, LinkEntry("/tmp/evil")),
+        Change(".config", DirEntry(0o755), None),
+        Change(".config", DirEntry(0o755), LinkEntry("/tmp/evil")),
+    ):
+        with pytest.raises(ChangesetRefused, match="LuminaGuard itself"):
+            refuse_changes(Changeset.of([change]), own)
+    refuse_changes(Changeset.of([Change(".config/other", None, file), Change(".config/lumina", None, file)]), own)
+
+
+def test_our_own_folder_is_no_workspace(tmp_path):
+    (tmp_path / "state" / "blobs").mkdir(parents=True)
+    for folder in (tmp_path / "state", tmp_path / "state" / "blobs"):
+        with pytest.raises(WorkspaceError, match="LuminaGuard itself"):
+            own_paths(folder, [tmp_path / "state"])

@@ -149,7 +149,7 @@ def test_what_it_leaves_running_is_gone_before_its_files_are_read(home, workspac
         ("mkfifo pipe", "a device, a socket or a pipe"),
         ("cp /bin/true x; chmod u+s x", "set-user-id"),
         ("truncate -s 900G huge", "more than 1,024 MiB"),
-        ("mkdir .luminaguard-x", "publishing uses itself"),
+        ("mkdir .luminaguard-req-x", "publishing uses itself"),
         ("for i in $(seq 60); do : > f$i; done", "more than 50 files"),
     ],
 )

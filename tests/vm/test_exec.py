@@ -319,3 +319,140 @@ def test_folders_nested_without_end_are_refused_and_nothing_breaks(home, workspa
     assert result.json["status"] == "refused"
     assert result.json["error"]["hint"]
     assert not (workspace / "d").exists()
+
+
+# -- what a terminal, a pipe and a second process do to it -----------------------------------------------
+
+
+def test_ctrl_c_on_a_terminal_works_before_the_command_runs(home, workspace):
+    """The terminal is raw while the command runs, and only then."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        # A memory size that has no template yet: seconds in which there is no command.
+        argv = home.argv("exec", "-w", str(workspace), "--memory", "199", "--", "sleep", "600")
+        os.execvpe(argv[0], argv, home.environment)
+    read_until(fd, b"booting")
+    start = time.monotonic()
+    os.write(fd, b"\x03")
+    assert b"interrupted" in read_until(fd, b"nothing was published")
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert time.monotonic() - start < 5
+    os.close(fd)
+    assert hypervisors_of(home) == []
+
+
+def test_a_window_that_changes_its_size_is_seen_by_the_command(home, workspace):
+    import fcntl
+    import struct
+    import termios
+
+    pid, fd = pty.fork()
+    if pid == 0:
+        argv = home.argv("exec", "-w", str(workspace), "--", "bash", "-c",
+                         "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.1; done")  # fmt: skip
+        os.execvpe(argv[0], argv, home.environment)
+    read_until(fd, b"ready")
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
+    assert b"33 77" in read_until(fd, b"33 77")
+    os.waitpid(pid, 0)
+    os.close(fd)
+
+
+def test_ctrl_c_on_a_terminal_reaches_the_command(home, workspace):
+    pid, fd = pty.fork()
+    if pid == 0:
+        script = "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 0.1; done"
+        argv = home.argv("exec", "-w", str(workspace), "--", "bash", "-c", script)
+        os.execvpe(argv[0], argv, home.environment)
+    read_until(fd, b"ready")
+    os.write(fd, b"\x03")
+    assert b"caught" in read_until(fd, b"caught")
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 5
+    os.close(fd)
+
+
+def test_a_reader_that_goes_away_ends_the_command_and_its_effects_wait(home, workspace):
+    argv = home.argv("exec", "-w", str(workspace), "--", "sh", "-c", "touch n; while :; do echo line; done")
+    with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          stdin=subprocess.DEVNULL) as process:  # fmt: skip
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait(60) == 120, said
+    assert "pending: req-" in said
+
+
+def test_json_keeps_what_a_command_said_whose_effects_are_refused(home, workspace):
+    result = home.exec(workspace, "sh", "-c", "echo important; echo bad >&2; mkfifo p")
+    value = result.json
+    assert (result.code, value["status"], value["stdout"], value["stderr"]) == (122, "refused", "important\n", "bad\n")
+    assert value["error"]["type"] == "ChangesetRefused"
+    missing = home.exec(workspace, "no-such-program").json
+    assert (missing["status"], missing["exit_code"], missing["stdout"]) == ("unchanged", 127, "")
+
+
+def test_two_processes_that_approve_at_once_publish_once(home, workspace):
+    request = home.exec(workspace, "sh", "-c", "echo new > n").json["request_id"]
+    argv = home.argv("approvals", "approve", request)
+    both = [subprocess.Popen(argv, env=home.environment, stderr=subprocess.PIPE) for _ in range(2)]
+    codes = sorted((process.communicate(timeout=60), process.returncode)[1] for process in both)
+    assert codes == [0, 122]
+    kinds = [json.loads(line)["kind"] for line in home.run("ledger", "export").out.splitlines()[1:]]
+    assert kinds.count("request.claimed") == 1
+
+
+def test_a_busy_folder_leaves_no_approval_standing(home, workspace, monkeypatch):
+    from luminaguard.errors import PublishError
+    from luminaguard.runtime import Runtime, decisions
+    from luminaguard.settings import Folders, load_settings
+
+    request_id = home.exec(workspace, "touch", "n").json["request_id"]
+    monkeypatch.setenv("LUMINAGUARD_HOME", str(home.folder))
+    monkeypatch.setattr(decisions, "_LOCK_WAIT_S", 0.1)
+    folders = Folders.from_environment()
+    runtime = Runtime(load_settings(folders), folders)
+    request = runtime.approvals.get(request_id)
+    with runtime.publisher.lock(request.workspace), pytest.raises(PublishError, match="Another process"):
+        runtime.decisions.approve_and_publish(request, means="test")
+    assert runtime.approvals.get(request_id).state.value == "pending"
+    runtime.close()
+    assert home.run("approvals", "deny", request_id).code == 0
+
+
+def test_an_interrupted_publish_is_told_by_the_next_command_and_one_of_unknown_outcome_can_be_closed(home, workspace):
+    request = home.exec(workspace, "sh", "-c", "echo new > n").json["request_id"]
+    journals = home.folder / "state" / "journal"
+    journals.mkdir()
+    (journals / f"{request}.json").write_text("{ damaged")
+    script = f"UPDATE requests SET state = 'claimed' WHERE id = '{request}'"
+    import sqlite3
+
+    with sqlite3.connect(home.folder / "state" / "luminaguard.db") as raw:
+        raw.execute(script)
+    raw.close()
+    result = home.run("exec", "-w", str(workspace), "--", "true")
+    assert result.code == 0
+    assert "recovered:" in result.err and "cannot be read" in result.err
+    assert home.run("approvals", "list", "--json").json["requests"][0]["state"] == "unknown"
+    closed = home.run("approvals", "close", request)
+    assert (closed.code, ".closed" in closed.out) == (0, True)
+    assert home.run("approvals", "list", "--json").json == {"requests": []}
+    assert home.run("approvals", "close", request).code == 122
+    assert home.run("exec", "-w", str(workspace), "--", "true").err == ""
+
+
+def test_a_workspace_that_contains_our_own_folders_keeps_them_out(home, tmp_path):
+    """As with a home folder: keys stay on the host, and nothing that runs can change the settings."""
+    home.exec(tmp_path / "home", "true")  # refused: it is our own
+    (tmp_path / "mine").write_text("x")
+    listed = home.exec(tmp_path, "sh", "-c", "ls -a; ls home/state/keys").json
+    assert "mine" in listed["stdout"]
+    assert ".key" not in listed["stdout"]
+    evil = home.exec(
+        tmp_path, "sh", "-c", "mkdir -p home/config; echo 'require_jail = false' > home/config/luminaguard.toml"
+    )
+    assert evil.code == 122
+    assert "LuminaGuard itself" in evil.json["error"]["message"]
+    assert home.exec(tmp_path / "home" / "state", "true").code == 122

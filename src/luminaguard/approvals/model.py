@@ -1,9 +1,9 @@
 """The approval state machine.
 
     PENDING ──approve──> APPROVED ──claim──> CLAIMED ──> PUBLISHED
-       │                    │                   ├──────> REFUSED   (nothing was written)
-       ├──deny──> DENIED    └──expire──┐        └──────> UNKNOWN   (a person must look)
-       └──expire──────────────────> EXPIRED
+       │                  │    │                ├──────> REFUSED   (nothing was written)
+       ├──deny──> DENIED <┘    └──expire──┐     └──────> UNKNOWN ──closed by a person──> REFUSED
+       └──expire─────────────────────> EXPIRED
 
 A request is bound to one changeset digest and one folder. A decision is bound to one request and
 its digest, is signed, expires, and is used up by its claim: publishing happens at most once.
@@ -39,7 +39,7 @@ class Verdict(Enum):
 
 _NEXT = {
     State.PENDING: {State.APPROVED, State.DENIED, State.EXPIRED},
-    State.APPROVED: {State.CLAIMED, State.EXPIRED},
+    State.APPROVED: {State.CLAIMED, State.EXPIRED, State.DENIED},
     State.CLAIMED: {State.PUBLISHED, State.REFUSED, State.UNKNOWN},
     State.UNKNOWN: {State.PUBLISHED, State.REFUSED},
 }
@@ -56,14 +56,13 @@ class Request:
 
     Attributes:
         workspace: absolute path of the folder.
-        device, inode: identity of that folder when the request was made.
+        inode: identity of that folder when the request was made, beside its path.
         digest: of the changeset, ``sha256:...``.
         created_ns, expires_ns: nanoseconds since the epoch.
     """
 
     id: str
     workspace: str
-    device: int
     inode: int
     digest: str
     command: tuple[str, ...]

@@ -36,11 +36,12 @@ app.add_typer(vm_app, name="vm")
 app.add_typer(pool_app, name="pool")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="The folder to work on.")]
+Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="The folder to work on.", readable=False)]
 Publish = Annotated[str | None, typer.Option("--publish", help="ask, never or always.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds until the command is stopped.")]
 Memory = Annotated[int | None, typer.Option("--memory", help="Memory of the machine in MiB.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Again every second, until interrupted.")]
+SHELL_TIMEOUT_S = 7 * 86400
 VmId = Annotated[str, typer.Argument(metavar="ID")]
 RequestId = Annotated[str, typer.Argument(metavar="ID")]
 
@@ -99,7 +100,8 @@ def shell(
     """Open bash in a machine; at its end, show what changed and ask."""
     from luminaguard.cli.execute import Options, execute
 
-    runtime = _runtime(publish=publish, timeout_s=timeout, memory_mib=memory)
+    # A person may think for longer than a command may run.
+    runtime = _runtime(publish=publish, timeout_s=timeout or SHELL_TIMEOUT_S, memory_mib=memory)
     options = Options(publish=runtime.settings.publish, as_json=False, terminal=True)
     sys.exit(execute(runtime, _absolute(workspace), ["bash"], options))
 
@@ -165,6 +167,15 @@ def approvals_deny(request_id: RequestId, as_json: Json = False) -> None:
     approvals.deny(_runtime(), request_id, as_json=as_json)
 
 
+@approvals_app.command("close")
+def approvals_close(request_id: RequestId, as_json: Json = False) -> None:
+    """End a request whose outcome is unknown, after you have looked at the folder yourself."""
+    from luminaguard.cli import approvals
+
+    _State.as_json = as_json
+    approvals.close(_runtime(), request_id, as_json=as_json)
+
+
 @ledger_app.command("verify")
 def ledger_verify(as_json: Json = False) -> None:
     """Verify the hash chain, its signatures and its end."""
@@ -178,6 +189,13 @@ def ledger_verify(as_json: Json = False) -> None:
         print(f"the ledger verifies: {count} entries")
 
 
+@ledger_app.command("resume")
+def ledger_resume(reason: Annotated[str, typer.Option("--reason", help="What you found out.")]) -> None:
+    """Go on after the ledger was cut off or exchanged; the break is recorded in it."""
+    entry = _runtime().ledger.resume(reason)
+    print(f"the ledger goes on; entry {entry.seq} records the break")
+
+
 @ledger_app.command("export")
 def ledger_export() -> None:
     """Print every entry as a line of JSON, and the public key that signed the chain."""
@@ -187,7 +205,11 @@ def ledger_export() -> None:
     ledger = _runtime().ledger
     print(json.dumps({"format": 1, "public_key": ledger.public_key.public_bytes_raw().hex()}))
     for entry in ledger.entries():
-        print(json.dumps(asdict(entry) | {"body": json.loads(entry.body)}))
+        try:
+            body = json.loads(entry.body)
+        except ValueError:
+            body = {"damaged": entry.body}
+        print(json.dumps(asdict(entry) | {"body": body}))
 
 
 @image_app.command("build")
@@ -330,14 +352,17 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def recover() -> None:
     """Finish or undo what an interrupted publish left (every exec does this too)."""
+    from luminaguard.effects.text import visible
+
     told = _runtime().decisions.recover()
-    print("\n".join(told) or "nothing was interrupted")
+    print("\n".join(map(visible, told)) or "nothing was interrupted")
 
 
 def run() -> None:
     """Run the command line; the only place that turns errors into exit codes."""
-    from luminaguard.cli.output import print_error
+    from luminaguard.cli.output import open_streams, print_error
 
+    open_streams()
     try:
         with _State.closing:
             app()
@@ -352,3 +377,22 @@ def run() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except Exception as error:
+        if _State.debug:
+            raise
+        log.event("internal_error", error=repr(error), where=_where(error))
+        unforeseen = LuminaGuardError(
+            f"Something went wrong that LuminaGuard did not foresee: {type(error).__name__}: {error}",
+            hint="Run the command again as 'luminaguard --debug ...' to see where, and report it.",
+            kept="Every publish is all or nothing; 'luminaguard recover' ends one that was interrupted.",
+        )
+        print_error(unforeseen, as_json=_State.as_json)
+        sys.exit(unforeseen.exit_code)
+
+
+def _where(error: BaseException) -> str:
+    """The innermost place of a traceback, for the log."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""

@@ -7,16 +7,16 @@ import time
 from typing import Any
 
 from luminaguard.cli.execute import deferred_signals, show_card
-from luminaguard.cli.output import print_json
+from luminaguard.cli.output import print_json, tell_recovered
 from luminaguard.effects.text import visible
 from luminaguard.runtime import Runtime
 
-__all__ = ["approve", "deny", "show_list", "show_one"]
+__all__ = ["approve", "close", "deny", "show_list", "show_one"]
 
 
 def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
     """Print the requests, oldest first."""
-    runtime.decisions.recover()
+    tell_recovered(runtime.decisions.recover())
     found = runtime.approvals.list(everything=everything)
     if as_json:
         print_json({"requests": [_fields(request) for request in found]})
@@ -42,22 +42,24 @@ def show_one(runtime: Runtime, request_id: str, *, full: bool, as_json: bool) ->
 
 def approve(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
     """Approve and publish."""
-    from luminaguard.approvals import State
-
-    runtime.decisions.recover()
+    tell_recovered(runtime.decisions.recover())
     request = runtime.approvals.get(request_id)
     with deferred_signals():
-        if request.state is not State.APPROVED:  # a crash may have come between deciding and publishing
-            runtime.decisions.decide(request, approve=True, means="command approvals approve")
-        runtime.decisions.publish(request_id)
+        runtime.decisions.approve_and_publish(request, means="command approvals approve")
     _tell(runtime, request_id, as_json, f"published {request_id} to {request.workspace}")
 
 
 def deny(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
-    """Deny."""
+    """Deny; an approval that was not used is taken back."""
     request = runtime.approvals.get(request_id)
-    runtime.decisions.decide(request, approve=False, means="command approvals deny")
+    runtime.decisions.deny(request, means="command approvals deny")
     _tell(runtime, request_id, as_json, f"denied {request_id}: nothing was published")
+
+
+def close(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
+    """End a request whose outcome is unknown, after a person has looked at the folder."""
+    kept = runtime.decisions.close_unknown(request_id)
+    _tell(runtime, request_id, as_json, f"closed {request_id}; {kept}")
 
 
 def _tell(runtime: Runtime, request_id: str, as_json: bool, text: str) -> None:

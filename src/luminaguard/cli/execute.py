@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from luminaguard.cli.output import Progress, print_json, print_lines
-from luminaguard.cli.relay import Relay, raw_terminal, terminal_size
+from luminaguard.cli.output import Progress, error_fields, print_json, print_lines, tell_recovered
+from luminaguard.cli.relay import Relay, terminal_size
 from luminaguard.effects.text import visible
 from luminaguard.errors import (
     EXIT_DENIED,
@@ -72,29 +72,38 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
         execution = anyio.run(_run, runtime, workspace, command, capture, progress)
     except CallFailed as error:
         progress.clear()
-        return _not_started(error.code, error.message, argv[0], options)
+        return _not_started(error.code, error.message, argv[0], capture)
     except (_Interrupted, KeyboardInterrupt) as error:
         progress.clear()
         number = error.number if isinstance(error, _Interrupted) else signal.SIGINT
-        if options.as_json:
-            print_json({"status": "refused", "exit_code": 128 + number, "error": {"type": "Interrupted"}})
+        pending = getattr(error, "request_id", "")
+        if capture is not None:
+            words = {"type": "Interrupted", "message": "The command was interrupted."}
+            print_json(_without_result(capture, 128 + number, words, pending))
         else:
             sys.stderr.write("interrupted: the machine was destroyed; nothing was published\n")
-            if pending := getattr(error, "request_id", ""):
+            if pending:
                 sys.stderr.write(f"its effects wait for a decision: {pending}\n")
         return EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
+    except LuminaGuardError as error:
+        progress.clear()
+        if capture is None:
+            raise
+        print_json(_without_result(capture, error.exit_code, error_fields(error)))
+        return error.exit_code
     finally:
         progress.clear()
+    tell_recovered(execution.recovered)
     try:
         status = _settle(runtime, execution, options)
     except LuminaGuardError as error:
-        if not options.as_json:
+        if capture is None:
             raise
         execution.status, execution.detail = "refused", error.message
-        print_json(_as_json(execution, capture, error))
+        print_json(_as_json(execution, capture) | {"error": error_fields(error)})
         return error.exit_code
-    if options.as_json:
-        print_json(_as_json(execution, capture, None))
+    if capture is not None:
+        print_json(_as_json(execution, capture))
     return status
 
 
@@ -118,18 +127,23 @@ async def _run(
                     interrupted = number
                     scope.cancel()
 
+    unread: set[int] = set()
+
     async def output(stream: int, data: bytes) -> None:
         progress.clear()
         if capture is not None:
             capture.add(stream, data)
-        else:
-            await _write(1 if stream == 1 else 2, data)
+        elif stream not in unread:
+            try:
+                await _write(1 if stream == 1 else 2, data)
+            except BrokenPipeError:  # as in `exec ... | head -1`: its effects are wanted all the same
+                unread.add(stream)
+                await relay.hang_up()
 
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch, tasks.cancel_scope)
-            with raw_terminal(command.terminal is not None):
-                result = await runtime.exec(workspace, command, output=output, feed=relay.feed, progress=progress)
+            result = await runtime.exec(workspace, command, output=output, feed=relay.feed, progress=progress)
             tasks.cancel_scope.cancel()
     except* Exception as group:  # noqa: BLE001  # raised again below, outside the task group's wrapping
         failure = _first(group)
@@ -201,13 +215,13 @@ def _settle(runtime: Runtime, execution: Execution, options: Options) -> int:
             )
         return EXIT_PENDING
     with deferred_signals():
-        runtime.decisions.decide(request, approve=verdict, means=means)
         if not verdict:
+            runtime.decisions.deny(request, means=means)
             execution.status = "denied"
             if not options.as_json:
                 sys.stderr.write("denied: nothing was published\n")
             return execution.outcome.exit_code if options.publish == "never" else EXIT_DENIED
-        runtime.decisions.publish(request.id)
+        runtime.decisions.approve_and_publish(request, means=means)
     execution.status = "published"
     if not options.as_json:
         sys.stderr.write(f"published {len(execution.changeset)} changes to {visible(request.workspace)}\n")
@@ -280,7 +294,7 @@ def deferred_signals() -> Iterator[None]:
             signal.raise_signal(caught[0])
 
 
-def _not_started(code: str, message: str, name: str, options: Options) -> int:
+def _not_started(code: str, message: str, name: str, capture: _Capture | None) -> int:
     status = _START_FAILURES.get(code, EXIT_REFUSED)
     shown = ascii(name)[1:-1][:200]
     hint = {
@@ -292,22 +306,27 @@ def _not_started(code: str, message: str, name: str, options: Options) -> int:
         "not-executable": "cannot be executed in the machine",
     }
     sentence = f"'{shown}' {text.get(code, f'could not be started ({code}: {ascii(message)[1:-1][:200]})')}."
-    if options.as_json:
-        print_json(
-            {
-                "status": "unchanged",
-                "exit_code": status,
-                "error": {"type": "CommandNotStarted", "message": sentence, "hint": hint},
-            }
-        )
+    if capture is not None:
+        words = {"type": "CommandNotStarted", "message": sentence, "hint": hint}
+        print_json(_without_result(capture, status, words) | {"status": "unchanged"})
     else:
         sys.stderr.write(f"error: {sentence}\n  hint: {hint}\n")
     return status
 
 
-def _as_json(execution: Execution, capture: _Capture | None, error: LuminaGuardError | None) -> dict[str, Any]:
-    assert capture is not None
-    value: dict[str, Any] = {
+def _without_result(
+    capture: _Capture, exit_code: int, error: dict[str, str], request_id: str | None = None
+) -> dict[str, Any]:
+    """The JSON object of a command that came to no result: what it printed until then is in it."""
+    return {
+        "status": "refused", "exit_code": exit_code, "stdout": capture.text(1), "stderr": capture.text(2),
+        "truncated": capture.truncated, "request_id": request_id or None, "changeset": None, "vm": None,
+        "error": error,
+    }  # fmt: skip
+
+
+def _as_json(execution: Execution, capture: _Capture) -> dict[str, Any]:
+    return {
         "status": execution.status,
         "exit_code": EXIT_TIMEOUT if execution.outcome.timed_out else execution.outcome.exit_code,
         "stdout": capture.text(1),
@@ -320,11 +339,3 @@ def _as_json(execution: Execution, capture: _Capture | None, error: LuminaGuardE
         "timings_ms": execution.timings_ms,
         "detail": execution.detail,
     }  # fmt: skip
-    if error is not None:
-        value["error"] = {
-            "type": type(error).__name__,
-            "message": error.message,
-            "kept": error.kept,
-            "hint": error.hint,
-        }
-    return value

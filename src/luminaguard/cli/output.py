@@ -17,7 +17,7 @@ from luminaguard.errors import LuminaGuardError
 if TYPE_CHECKING:
     from luminaguard.effects.render import Line
 
-__all__ = ["Progress", "print_error", "print_json", "print_lines"]
+__all__ = ["Progress", "error_fields", "open_streams", "print_error", "print_json", "print_lines", "tell_recovered"]
 
 _COLOURS = {
     "title": "\x1b[1m", "loud": "\x1b[1;33m", "path": "\x1b[1m", "dim": "\x1b[2m", "plus": "\x1b[32m",
@@ -26,6 +26,18 @@ _COLOURS = {
 _RESET = "\x1b[0m"
 _CONTINUED = "  ↪ "
 _EVERY_S = 2.0
+
+
+def open_streams() -> None:
+    """Give a process that was started without standard streams some, before anything else gets their numbers."""
+    for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # the lowest free number is this one
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
 
 
 def colours(stream: Any) -> bool:
@@ -69,16 +81,15 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def error_fields(error: LuminaGuardError) -> dict[str, str]:
+    """An error as JSON shows it."""
+    return {"type": type(error).__name__, "message": error.message, "kept": error.kept, "hint": error.hint}
+
+
 def print_error(error: LuminaGuardError, *, as_json: bool) -> None:
     """Say what happened, what was kept, and what to do."""
     if as_json:
-        fields = {
-            "type": type(error).__name__,
-            "message": error.message,
-            "kept": error.kept,
-            "hint": error.hint,
-        }
-        print_json({"status": "refused", "error": fields})
+        print_json({"status": "refused", "error": error_fields(error)})
         return
     head = "\x1b[1;31merror:\x1b[0m" if colours(sys.stderr) else "error:"
     message, kept, hint = visible(error.message), visible(error.kept), visible(error.hint)
@@ -86,6 +97,12 @@ def print_error(error: LuminaGuardError, *, as_json: bool) -> None:
     for note in getattr(error, "__notes__", []):
         sys.stderr.write(f"  note: {ascii(note)[1:-1][:1000]}\n")
     sys.stderr.flush()
+
+
+def tell_recovered(sentences: Iterable[str]) -> None:
+    """Say on standard error what was found of publishes that a crash had interrupted."""
+    for sentence in sentences:
+        sys.stderr.write(f"recovered: {visible(sentence)}\n")
 
 
 class Progress:

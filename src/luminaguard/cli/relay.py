@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from luminaguard.microvm.channel import Call
     from luminaguard.microvm.machine import Terminal
 
-__all__ = ["Relay", "raw_terminal", "terminal_size"]
+__all__ = ["Relay", "terminal_size"]
 
 _SIZE = 1 << 16
 
@@ -51,7 +51,11 @@ def raw_terminal(active: bool) -> Iterator[None]:
 
 
 class Relay:
-    """Feeds one command. A first SIGINT or SIGTERM goes to the command, a second one ends the machine."""
+    """Feeds one command. A first SIGINT or SIGTERM goes to the command, a second one ends the machine.
+
+    With a terminal, keys go through as they are while the command runs, and only then: before and
+    after it, Ctrl-C interrupts LuminaGuard itself.
+    """
 
     def __init__(self, *, terminal: bool) -> None:
         self._terminal = terminal
@@ -62,10 +66,16 @@ class Relay:
         """Copy standard input until it ends; runs until cancelled."""
         self._call = call
         try:
-            await self._copy(call)
-            await anyio.sleep_forever()
+            with raw_terminal(self._terminal):
+                await self._copy(call)
+                await anyio.sleep_forever()
         finally:
             self._call = None
+
+    async def hang_up(self) -> None:
+        """Nobody reads the command's output any more: tell it as a pipe would."""
+        if self._call is not None:
+            await self._call.signal(signal.SIGPIPE)
 
     async def signal(self, number: int) -> bool:
         """Pass a signal on; False when there is no command to take it, or it was the second."""

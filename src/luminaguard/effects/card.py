@@ -6,22 +6,22 @@ that came from the machine reaches the card unescaped, and what is cut off says 
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from luminaguard.effects import diffs
 from luminaguard.effects.changes import Change, Changeset, DirEntry, Entry, FileEntry, LinkEntry
 from luminaguard.effects.marks import LOUD, Mark, marks_of
 from luminaguard.effects.text import hides_something, visible, visible_name
 
 __all__ = ["CardItem", "DiffCard", "Summary", "make_card"]
 
-MAX_TEXT = 256 << 10
-MAX_CARD = 4 << 20
+MAX_TEXT = 1 << 20
+MAX_CARD = 8 << 20
 """Bytes of text that one card compares; changes after that are listed without their diffs, and say so."""
-_MAX_LINES = 8000
 _MAX_LINE = 500
+_BINARY = "binary"
 Contents = Callable[[str], bytes | None]
 """Gives a file's content by SHA-256, or None when it is not at hand."""
 
@@ -110,20 +110,25 @@ def _item(
     old, old_note = _text(change.before, before)
     new, new_note = _text(change.after, after)
     note = new_note or old_note
-    if "binary" in (new_note, old_note):
+    if _BINARY in (new_note, old_note):
         marks.append(Mark.BINARY)
     if source or change.kind in {"mode", "symlink"} or not _has_content(change):
         return CardItem(path, change.kind, headline, tuple(marks)), 0, 0
     if note:
+        if note != _BINARY and change.after is not None:
+            marks.append(Mark.UNSEEN)
         return CardItem(path, change.kind, headline, tuple(marks), note=note), 0, 0
     assert old is not None and new is not None
+    if _ends_with_return(new) and (not old or _ends_with_return(old)):
+        # As programs on Windows write them; alone at some lines, they are control characters like others.
+        old, new, note = _without_returns(old), _without_returns(new), "lines end with CR LF"
     if new and Mark.CONTROL not in marks and any(hides_something(line.replace("\t", "")) for line in new):
         marks.append(Mark.CONTROL)
-    lines = list(difflib.unified_diff(old, new, lineterm="", n=3))[2:]
+    lines = list(diffs.unified(old, new))
     plus = sum(line.startswith("+") for line in lines)
     minus = sum(line.startswith("-") for line in lines)
     shown = tuple(line[0] + _clip(line[1:]) for line in lines)
-    return CardItem(path, change.kind, headline, tuple(marks), shown), plus, minus
+    return CardItem(path, change.kind, headline, tuple(marks), shown, note), plus, minus
 
 
 def _headline(change: Change, source: str | None) -> str:
@@ -184,19 +189,25 @@ def _text(entry: Entry | None, contents: Contents | None) -> tuple[list[str] | N
     if data is None:
         return None, "the base content is no longer at hand"
     if b"\0" in data:
-        return None, "binary"
+        return None, _BINARY
     try:
-        text = data.decode()
+        text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError:
-        return None, "binary"
+        return None, _BINARY
     lines = text.split("\n")
     if lines and not lines[-1]:
         lines.pop()
     elif lines:
         lines[-1] += " (no newline at the end)"
-    if len(lines) > _MAX_LINES:
-        return None, f"too many lines to compare here ({len(lines):,})"
     return lines, ""
+
+
+def _ends_with_return(lines: list[str]) -> bool:
+    return bool(lines) and all(line.endswith("\r") for line in lines)
+
+
+def _without_returns(lines: list[str]) -> list[str]:
+    return [line.removesuffix("\r") for line in lines]
 
 
 def _clip(line: str) -> str:

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 Kind = Literal["create", "modify", "delete", "mode", "symlink"]
-RESERVED_PREFIX = ".luminaguard-"
+RESERVED_PREFIX = ".luminaguard-req-"
 """Names at the top of a workspace that publishing uses itself."""
 
 _MAX_PATH, _MAX_NAME, _MAX_DEPTH = 4095, 255, 200

@@ -11,7 +11,7 @@ from enum import Enum
 from luminaguard.effects.changes import Change, DirEntry, FileEntry, LinkEntry
 from luminaguard.effects.text import hides_something, mixes_scripts
 
-__all__ = ["Mark", "marks_of"]
+__all__ = ["LOUD", "QUIETER", "Mark", "marks_of"]
 
 
 class Mark(Enum):
@@ -33,10 +33,13 @@ class Mark(Enum):
     NAME = "DECEPTIVE NAME"
     CONTROL = "CONTROL CHARACTERS"
     LARGE = "LARGE"
+    UNSEEN = "NOT SHOWN"
 
 
+QUIETER = (Mark.DELETION, Mark.MODE, Mark.HIDDEN, Mark.BINARY, Mark.LARGE)
+"""Counted at the top of a card; each is too common to be listed there one by one."""
 LOUD = frozenset({Mark.HOOK, Mark.CI, Mark.AUTORUN, Mark.EXECUTABLE, Mark.LEAVES, Mark.WRITABLE, Mark.TYPE,
-                  Mark.NAME, Mark.CONTROL, Mark.GIT, Mark.SYMLINK})  # fmt: skip
+                  Mark.NAME, Mark.CONTROL, Mark.GIT, Mark.SYMLINK, Mark.UNSEEN})  # fmt: skip
 _CI_FILES = frozenset({".gitlab-ci.yml", ".travis.yml", "jenkinsfile", "azure-pipelines.yml", ".drone.yml",
                        "bitbucket-pipelines.yml", ".woodpecker.yml", "appveyor.yml", "cloudbuild.yaml"})  # fmt: skip
 _CI_FOLDERS = frozenset({".circleci", ".buildkite", ".woodpecker", ".ci", ".gitlab"})
@@ -49,6 +52,8 @@ _AUTORUN_FILES = frozenset({
     "gemfile", "dockerfile", ".mcp.json", ".vimrc", ".exrc", ".gdbinit", ".pythonrc", "crontab",
 })  # fmt: skip
 _AUTORUN_FOLDERS = frozenset({".vscode", ".idea", ".devcontainer", ".husky", ".claude", ".cursor", "autostart"})
+_OF_THE_DELETED = frozenset({Mark.HOOK, Mark.CI, Mark.GIT, Mark.HIDDEN, Mark.NAME, Mark.CONTROL})
+_FORGES = frozenset({".github", ".gitea", ".forgejo"})
 _LARGE = 10 << 20
 
 
@@ -58,7 +63,7 @@ def marks_of(change: Change) -> tuple[Mark, ...]:
     found = set(_of_path(path)) if after is not None else set()
     if after is None:
         found.add(Mark.DELETION)
-        found |= {mark for mark in _of_path(path) if mark in {Mark.HOOK, Mark.CI, Mark.NAME, Mark.CONTROL}}
+        found |= {mark for mark in _of_path(path) if mark in _OF_THE_DELETED}
     if before is not None and after is not None and type(before) is not type(after):
         found.add(Mark.TYPE)
     if isinstance(after, LinkEntry):
@@ -87,9 +92,10 @@ def _of_path(path: str) -> set[Mark]:
     if any(component.startswith(".") for component in components):
         found.add(Mark.HIDDEN)
     # A file system that folds case finds .GIT/hooks as well: compare without case.
-    if ".git" in components:
-        inside = components[components.index(".git") + 1 :]
-        if inside[:1] == ["hooks"] and not name.endswith(".sample"):
+    repository = next((i for i, component in enumerate(components) if component.endswith(".git")), None)
+    if repository is not None:  # .git, or a bare one such as project.git
+        inside = components[repository + 1 :]
+        if "hooks" in inside[:-1] and not name.endswith(".sample"):  # of a submodule too: modules/NAME/hooks
             found.add(Mark.HOOK)
         elif inside[:1] in (["config"], ["info"], ["config.worktree"]):
             found |= {Mark.GIT, Mark.AUTORUN}
@@ -97,7 +103,7 @@ def _of_path(path: str) -> set[Mark]:
             found.add(Mark.GIT)
     if ".githooks" in folders:
         found.add(Mark.HOOK)
-    if name in _CI_FILES or _CI_FOLDERS & set(folders) or (".github" in folders and "workflows" in folders):
+    if name in _CI_FILES or _CI_FOLDERS & set(folders) or _runs_workflows(folders):
         found.add(Mark.CI)
     if name in _AUTORUN_FILES or _AUTORUN_FOLDERS & set(folders):
         found.add(Mark.AUTORUN)
@@ -110,16 +116,23 @@ def _of_path(path: str) -> set[Mark]:
     return found
 
 
+def _runs_workflows(folders: list[str]) -> bool:
+    return bool(_FORGES & set(folders)) and bool({"workflows", "actions"} & set(folders))
+
+
 def _leaves(path: str, target: str) -> bool:
-    """Whether a link can point out of the workspace: absolute, or more ``..`` than folders."""
+    """Whether a link can point out of the workspace: absolute, more ``..`` than folders, or ``..`` after a name.
+
+    A name in a target may be a link itself, and ``..`` behind it leads from where that one points.
+    """
     if target.startswith("/"):
         return True
-    depth = path.count("/")
+    depth, named = path.count("/"), False
     for component in target.split("/"):
         if component == "..":
             depth -= 1
-            if depth < 0:
+            if named or depth < 0:
                 return True
         elif component not in {"", "."}:
-            depth += 1
+            depth, named = depth + 1, True
     return False

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from luminaguard.effects.card import CardItem, DiffCard
-from luminaguard.effects.marks import LOUD
+from luminaguard.effects.marks import LOUD, QUIETER
 
 __all__ = ["Line", "Style", "render"]
 
@@ -41,6 +41,9 @@ def render(card: DiffCard, *, max_diff_lines: int | None = 40) -> Iterator[Line]
         for item in loud:
             words = ", ".join(mark.value for mark in item.marks if mark in LOUD)
             yield "loud", f"  ! {item.path}   [{words}]"
+    counts = ((mark, sum(mark in item.marks for item in card.items)) for mark in QUIETER)
+    if also := ", ".join(f"{count} {mark.value}" for mark, count in counts if count):
+        yield "loud", f"ALSO MARKED: {also}"
     for item in card.items:
         yield "plain", ""
         yield from _item(item, max_diff_lines)

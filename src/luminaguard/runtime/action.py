@@ -46,7 +46,8 @@ class Execution:
     """What one action did, and where its effects stand.
 
     ``spawn_ms`` is from the start of the hypervisor process to a woken guest, in milliseconds.
-    ``jail`` names each layer around the hypervisor and ``on``, or why it is missing.
+    ``jail`` names each layer around the hypervisor and ``on``, or why it is missing. ``recovered`` says
+    what was found of publishes that a crash had interrupted.
     """
 
     vm_id: str
@@ -60,6 +61,7 @@ class Execution:
     detail: str = ""
     timings_ms: dict[str, float] = field(default_factory=dict)
     jail: dict[str, str] = field(default_factory=dict)
+    recovered: list[str] = field(default_factory=list)
 
 
 async def run(
@@ -91,16 +93,18 @@ async def run(
     """
     from luminaguard.microvm.broker import has_pool
     from luminaguard.workspaces.collect import Collector
+    from luminaguard.workspaces.own import refuse_changes
 
     marks = _Stopwatch()
+    recovered: list[str] = []
     runtime.tracker.reap()
     argv = _shown(command.argv)
     async with AsyncExitStack() as stack:
         prepared = _Prepared(stack)
         if runtime.publisher.interrupted():  # what is half published must be settled before it is read
-            await anyio.to_thread.run_sync(runtime.decisions.recover)
+            recovered += await anyio.to_thread.run_sync(runtime.decisions.recover)
         # The database is opened beside what takes longer: nothing runs in a machine before that is recorded.
-        opening, pooled = _Background(lambda: _open_ledger(runtime)), has_pool(runtime.folders.run)
+        opening, pooled = _Background(lambda: _open_ledger(runtime, recovered)), has_pool(runtime.folders.run)
         if pooled:
             stack.enter_context(opening)
         await _prepare(runtime, prepared, workspace, progress, template=not pooled)
@@ -128,8 +132,9 @@ async def run(
                     )
                 marks.lap("changes")
             changeset = collector.changeset(state.entries)
+            refuse_changes(changeset, runtime.own_paths(workspace))
             execution = Execution(vm_id, vm.backend, vm.accelerator, spawn_ms, outcome, changeset,
-                                  jail=vm.process.layers)  # fmt: skip
+                                  jail=vm.process.layers, recovered=recovered)  # fmt: skip
         except BaseException as error:
             if writer is not None:
                 writer.discard()
@@ -218,7 +223,7 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, p
             progress(f"reading the workspace: {count:,} entries")
 
     try:
-        prepared.state = read_state(workspace, runtime.limits("workspace"), told)
+        prepared.state = read_state(workspace, runtime.limits("workspace"), told, own=runtime.own_paths(workspace))
         prepared.disk = prepared.keep(WorkspaceImages(runtime.folders.cache).open(prepared.state))
     except LuminaGuardError as error:
         prepared.failures.append(error)
@@ -230,8 +235,8 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, p
         prepared.failures.append(failure)
 
 
-def _open_ledger(runtime: Runtime) -> Ledger:
-    runtime.decisions.recover()
+def _open_ledger(runtime: Runtime, recovered: list[str]) -> Ledger:
+    recovered += runtime.decisions.recover()
     return runtime.ledger
 
 
@@ -240,10 +245,11 @@ def _request(runtime: Runtime, execution: Execution, state: WorkspaceState, comm
     from luminaguard.approvals import Request, State
 
     runtime.blobs.persist(execution.vm_id)
-    now = time.time_ns()
+    # By the ledger's clock: it never goes back, and expiry is judged by it.
+    now = runtime.ledger.current_time()
     request = Request(
-        id=execution.vm_id.replace("vm-", "req-"), workspace=str(state.path), device=state.device,
-        inode=state.inode, digest=execution.changeset.digest, command=tuple(_shown(command.argv)),
+        id=execution.vm_id.replace("vm-", "req-"), workspace=str(state.path), inode=state.inode,
+        digest=execution.changeset.digest, command=tuple(_shown(command.argv)),
         exit_code=execution.outcome.exit_code, created_ns=now,
         expires_ns=now + runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING,
     )  # fmt: skip

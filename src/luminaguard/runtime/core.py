@@ -155,6 +155,13 @@ class Runtime:
         return {"memory_mib": s.memory_mib, "backend": s.backend, "accelerator": s.accelerator,
                 "programs": [s.qemu, s.firecracker, s.jailer], "jail": s.require_jail}  # fmt: skip
 
+    def own_paths(self, workspace: Path) -> frozenset[str]:
+        """Which of LuminaGuard's own folders lie in a workspace; raises WorkspaceError if it lies in one."""
+        from luminaguard.workspaces.own import own_paths
+
+        f = self.folders
+        return own_paths(workspace, (f.config, f.state, f.cache, f.run))
+
     def limits(self, of: Literal["workspace", "changeset"]) -> Any:
         """How large a workspace, or a changeset, may be."""
         from luminaguard.workspaces.state import Limits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Decisions"]
 
 _ORPHAN_AGE_S = 3600
+_LOCK_WAIT_S = 10.0
 Progress = Callable[[str], None]
 
 
@@ -46,7 +46,7 @@ class Decisions:
         """
         from luminaguard.approvals import Decision, Verdict, sign
 
-        now = time.time_ns()
+        now = self._runtime.ledger.current_time()
         verdict = Verdict.APPROVE if approve else Verdict.DENY
         decision = Decision(
             request_id=request.id, digest=request.digest, workspace=request.workspace, verdict=verdict,
@@ -57,6 +57,46 @@ class Decisions:
         if not approve:
             self._runtime.blobs.forget(request.id)
 
+    def approve_and_publish(self, request: Request, *, means: str) -> None:
+        """Approve a request and publish it in one go: no approval is left standing if nobody can publish now.
+
+        Raises:
+            ApprovalError: the request is not pending any more.
+            PublishError: another process publishes into the folder and does not end; nothing was decided.
+        """
+        from luminaguard.approvals import State
+
+        with self._runtime.publisher.lock(request.workspace, wait_s=_LOCK_WAIT_S):
+            if request.state is not State.APPROVED:  # a crash may have come between deciding and publishing
+                self.decide(request, approve=True, means=means)
+            self._publish(request.id, lambda _: None)
+
+    def deny(self, request: Request, *, means: str) -> None:
+        """Deny a request, or take back an approval that was not used; its contents are forgotten.
+
+        Raises:
+            ApprovalError: it is too late.
+        """
+        from luminaguard.approvals import State
+
+        if request.state is State.APPROVED:
+            self._runtime.approvals.revoke(request.id)
+            self._runtime.blobs.forget(request.id)
+        else:
+            self.decide(request, approve=False, means=means)
+
+    def close_unknown(self, request_id: str) -> str:
+        """End a request whose outcome is unknown, after a person has looked; return what was kept.
+
+        Raises:
+            ApprovalError: its outcome is known.
+        """
+        from luminaguard.approvals import State
+
+        self._runtime.approvals.finish(request_id, State.REFUSED, "closed by a person; the outcome stays unknown")
+        aside = self._runtime.publisher.set_aside(request_id)
+        return f"its journal is kept as {aside}" if aside else "there was no journal any more"
+
     def publish(self, request_id: str, step: Progress = lambda _: None) -> None:
         """Publish an approved request, once.
 
@@ -65,24 +105,29 @@ class Decisions:
             Conflict: the host's files are not the base any more; nothing was written.
             PublishError: nothing was published, or (OutcomeUnknown) a person must look.
         """
+        request = self._runtime.approvals.get(request_id)
+        with self._runtime.publisher.lock(request.workspace):
+            self._publish(request_id, step)
+
+    def _publish(self, request_id: str, step: Progress) -> None:
+        """The caller holds the lock of the workspace."""
         from luminaguard.approvals import State
+        from luminaguard.workspaces.own import refuse_changes
 
         request = self._runtime.approvals.get(request_id)
         changeset = self._runtime.approvals.changeset(request_id)
-        with self._runtime.publisher.lock(request.workspace):
-            self._recover_workspace(request.workspace)
-            self._runtime.approvals.claim(request_id, changeset.digest, self._approver().public_key())
-            try:
-                self._runtime.publisher.publish(
-                    request_id, request.workspace, request.device, request.inode, changeset, step
-                )
-            except OutcomeUnknown as error:
-                self._runtime.approvals.finish(request_id, State.UNKNOWN, error.message)
-                raise
-            except LuminaGuardError as error:
-                self._close(request_id, State.REFUSED, error.message)
-                raise
-            self._close(request_id, State.PUBLISHED, "published")
+        refuse_changes(changeset, self._runtime.own_paths(Path(request.workspace)))
+        self._recover_workspace(request.workspace)
+        self._runtime.approvals.claim(request_id, changeset.digest, self._approver().public_key())
+        try:
+            self._runtime.publisher.publish(request_id, request.workspace, request.inode, changeset, step)
+        except OutcomeUnknown as error:
+            self._runtime.approvals.finish(request_id, State.UNKNOWN, error.message)
+            raise
+        except LuminaGuardError as error:
+            self._close(request_id, State.REFUSED, error.message)
+            raise
+        self._close(request_id, State.PUBLISHED, "published")
 
     def _close(self, request_id: str, state: Any, outcome: str) -> None:
         """Record the end first; only then may the journal and the contents go."""

@@ -27,6 +27,7 @@ from sqlalchemy import (
     event,
     insert,
     select,
+    update,
 )
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 
@@ -34,7 +35,8 @@ from luminaguard.errors import LuminaGuardError, StorageError
 
 __all__ = ["Database", "checkpoints", "decisions", "ledger", "requests"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT")
 _metadata = MetaData()
 
 _schema = Table("schema_version", _metadata, Column("version", Integer, primary_key=True))
@@ -43,7 +45,6 @@ requests = Table(
     _metadata,
     Column("id", String(32), primary_key=True),
     Column("workspace", Text, nullable=False),
-    Column("device", BigInteger, nullable=False),
     Column("inode", BigInteger, nullable=False),
     Column("digest", String(80), nullable=False),
     Column("command", Text, nullable=False),
@@ -128,6 +129,9 @@ class Database:
             version = connection.execute(select(_schema.c.version)).scalar()
             if version is None:
                 connection.execute(insert(_schema).values(version=SCHEMA_VERSION))
+            elif version == 1:
+                connection.exec_driver_sql("ALTER TABLE requests DROP COLUMN device")
+                connection.execute(update(_schema).values(version=SCHEMA_VERSION))
             elif version != SCHEMA_VERSION:
                 raise StorageError(
                     f"{self.path} has schema version {version}; this LuminaGuard knows {SCHEMA_VERSION}.",
@@ -159,12 +163,21 @@ class Database:
 
     def _storage_error(self, error: DatabaseError) -> StorageError:
         said = str(error.orig)
-        if "locked" in said or "busy" in said:
+        name = str(getattr(error.orig, "sqlite_errorname", ""))
+        if name in _DAMAGED:
+            hint = (
+                f"Restore {self.path} from a backup, or move it away together with its -wal and -shm files and "
+                "ledger-head.json to start a new one; what waits for a decision is lost with it."
+            )
+        elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             hint = "Another LuminaGuard command is writing; run the command again."
-        elif "full" in said:
-            hint = "The disk is full: free some space and run the command again."
+        elif name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+            hint = (
+                f"Check that the disk of {self.path.parent} has free space, works, and may be written to; "
+                "then run the command again."
+            )
         else:
-            hint = f"Move {self.path} away to start a new one; 'luminaguard ledger export' may still read it."
+            hint = "Run the command again; 'luminaguard doctor' checks the database."
         return StorageError(f"The database {self.path} cannot be used: {said}.", hint=hint,
                             kept="The transaction was rolled back; nothing is half written.")  # fmt: skip
 

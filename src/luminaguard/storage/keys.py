@@ -24,8 +24,18 @@ def load_key(folder: Path, name: str) -> Ed25519PrivateKey:
     Raises:
         StorageError: the file is damaged, a link, someone else's, or readable by others.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"{name}.key"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _load(folder, path, name)
+    except OSError as error:
+        raise StorageError(
+            f"The key {path} cannot be used: {error.strerror}.",
+            hint="It must be a file of yours in a folder of yours, not a link; restore it from a backup.",
+        ) from error
+
+
+def _load(folder: Path, path: Path, name: str) -> Ed25519PrivateKey:
     try:
         return _read(path)
     except FileNotFoundError:

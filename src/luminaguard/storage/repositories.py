@@ -23,8 +23,8 @@ from luminaguard.approvals.model import Decision, Request, State, Verdict, may_b
 from luminaguard.approvals.signing import verify
 from luminaguard.effects.changes import Changeset
 from luminaguard.effects.text import visible
-from luminaguard.errors import ApprovalError, LedgerError, RequestNotFound
-from luminaguard.ledger.chain import Checkpoint, Entry, next_entry, sign_checkpoint, verify_chain
+from luminaguard.errors import ApprovalError, LedgerError, RequestNotFound, StorageError
+from luminaguard.ledger.chain import Checkpoint, Entry, next_entry, sign_checkpoint, verify_chain, verify_checkpoint
 from luminaguard.storage import database as tables
 from luminaguard.storage.database import Database
 
@@ -52,8 +52,48 @@ class Ledger:
         return entry
 
     def append_in(self, connection: Connection, kind: str, body: dict[str, Any]) -> Entry:
-        """Write one entry inside the caller's transaction; the caller publishes the head after it."""
+        """Write one entry inside the caller's transaction; the caller publishes the head after it.
+
+        Raises:
+            LedgerError: the end that was published last is not in the chain any more: going on would hide it.
+        """
         last = self._last(connection)
+        self._check_head(connection, last)
+        return self._extend(connection, last, kind, body)
+
+    def resume(self, reason: str) -> Entry:
+        """Go on after a break that a person has looked at; the chain says so for ever.
+
+        Raises:
+            LedgerError: nothing is broken.
+        """
+        with self._database.write() as connection:
+            last = self._last(connection)
+            try:
+                self._check_head(connection, last)
+            except LedgerError as error:
+                why = error.message
+            else:
+                raise LedgerError("The ledger has no break.", hint="There is nothing to resume.")
+            entry = self._extend(connection, last, "ledger.resumed", {"found": visible(why), "reason": visible(reason)})
+        self.publish_head(entry)
+        return entry
+
+    def _check_head(self, connection: Connection, last: Entry | None) -> None:
+        """The head may be behind the chain, after a crash; never ahead of it, beside it, or gone."""
+        if last is not None and last.seq == 1 and not self._head.exists():
+            return  # a crash may have come between the first entry and its head
+        head = self._read_head(connection)
+        if head is None:
+            return
+        if head.seq > (last.seq if last else 0):
+            raise _cut_off(f"its end was entry {head.seq}, and now it is {last.seq if last else 0}")
+        found = connection.execute(select(tables.ledger.c.hash).where(tables.ledger.c.seq == head.seq)).scalar()
+        if found != head.hash:
+            raise _cut_off(f"entry {head.seq} is another one than when it was the end")
+        verify_checkpoint(head, self.public_key)
+
+    def _extend(self, connection: Connection, last: Entry | None, kind: str, body: dict[str, Any]) -> Entry:
         entry = next_entry(last, self.now(last), kind, body)
         connection.execute(insert(tables.ledger).values(**dataclasses.asdict(entry)))
         checkpoint = sign_checkpoint(entry, self._key)
@@ -69,16 +109,28 @@ class Ledger:
         """:meth:`now` against the chain's present end."""
         return self.now(self._last(connection))
 
+    def current_time(self) -> int:
+        """:meth:`time` in a transaction of its own: nanoseconds since the epoch that never go back."""
+        with self._database.read() as connection:
+            return self.time(connection)
+
     def publish_head(self, entry: Entry) -> None:
         """Keep the newest checkpoint outside of the database, so that a cut-off end is noticed."""
         checkpoint = sign_checkpoint(entry, self._key)
         text = json.dumps({"seq": checkpoint.seq, "hash": checkpoint.hash,
                            "signature": base64.b64encode(checkpoint.signature).decode()})  # fmt: skip
         temporary = self._head.with_name(f".{self._head.name}-{os.getpid()}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            file.write(text)
-        temporary.replace(self._head)
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                file.write(text)
+            temporary.replace(self._head)
+        except OSError as error:
+            raise StorageError(
+                f"The ledger's head {self._head} cannot be written: {error.strerror}.",
+                hint="Check that the state folder has free space and is yours.",
+                kept="The entry itself is in the ledger.",
+            ) from error
 
     def entries(self) -> Iterator[Entry]:
         """All entries in order, read in pages."""
@@ -102,7 +154,8 @@ class Ledger:
         with self._database.read() as connection:
             rows = connection.execute(select(tables.checkpoints)).all()
         checkpoints = [Checkpoint(**row._mapping) for row in rows]  # noqa: SLF001  # as above
-        head = self._read_head()
+        with self._database.read() as connection:
+            head = self._read_head(connection)
         if head is not None:
             checkpoints.append(head)
         return verify_chain(self.entries(), checkpoints, self.public_key)
@@ -112,21 +165,21 @@ class Ledger:
         """The key that verifies the checkpoints."""
         return self._key.public_key()
 
-    def _read_head(self) -> Checkpoint | None:
+    def _read_head(self, connection: Connection) -> Checkpoint | None:
         try:
             with self._head.open(encoding="ascii") as file:
                 raw = json.loads(file.read(_MAX_HEAD))
             return Checkpoint(int(raw["seq"]), str(raw["hash"]), base64.b64decode(raw["signature"], validate=True))
         except FileNotFoundError:
-            with self._database.read() as connection:
-                if self._last(connection) is None:
-                    return None
+            if self._last(connection) is None:
+                return None
             why = "is missing"
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = f"cannot be read ({error})"
         raise LedgerError(
             f"The ledger does not verify: its head file {self._head} {why}.",
-            hint="Without it nobody can tell whether the end of the ledger was cut off. Find out who removed it.",
+            hint="Without it nobody can tell whether the end of the ledger was cut off. Find out who removed it; "
+            "then 'luminaguard ledger resume' goes on, and records that.",
             kept="Nothing was deleted.",
         )
 
@@ -174,7 +227,14 @@ class Approvals:
         """
         with self._database.read() as connection:
             row = self._row(connection, request_id)
-        changeset = Changeset.from_json(json.loads(row.changeset))
+        try:
+            changeset = Changeset.from_json(json.loads(row.changeset))
+        except ValueError as error:
+            raise StorageError(
+                f"The changes of {request_id} in the database cannot be read ({error}).",
+                hint="The database was damaged or edited: restore it from a backup, or deny the request.",
+                kept="Nothing was deleted.",
+            ) from error
         if changeset.digest != row.digest:
             raise ApprovalError(
                 f"The stored changes of {request_id} are not the ones that approval was asked for.",
@@ -226,6 +286,22 @@ class Approvals:
             body = {"request": request.id, "digest": decision.digest, "verdict": decision.verdict.value,
                     "means": decision.means, "approver": decision.approver}  # fmt: skip
             entry = self._ledger.append_in(connection, "request.decided", body)
+        self._ledger.publish_head(entry)
+
+    def revoke(self, request_id: str) -> None:
+        """Deny what was approved and has not been published.
+
+        Raises:
+            ApprovalError: it is not approved any more.
+        """
+        with self._database.write() as connection:
+            self._expire(connection)
+            request = _request(self._row(connection, request_id))
+            if request.state is not State.APPROVED:
+                raise _not_now(request, State.DENIED)
+            self._move(connection, request, State.DENIED)
+            body = {"request": request_id, "digest": request.digest}
+            entry = self._ledger.append_in(connection, "request.revoked", body)
         self._ledger.publish_head(entry)
 
     def claim(self, request_id: str, digest: str, key: Ed25519PublicKey) -> Request:
@@ -285,10 +361,7 @@ class Approvals:
 
     def _move(self, connection: Connection, request: Request, state: State) -> None:
         if not may_become(request.state, state):
-            raise ApprovalError(
-                f"{request.id} is {request.state.value} and cannot become {state.value}.",
-                hint="Look at it with 'luminaguard approvals show'; run the command again if it is still wanted.",
-            )
+            raise _not_now(request, state)
         done = connection.execute(
             update(tables.requests)
             .where(tables.requests.c.id == request.id, tables.requests.c.state == request.state.value)
@@ -317,9 +390,36 @@ class Approvals:
         return row
 
 
+def _not_now(request: Request, state: State) -> ApprovalError:
+    return ApprovalError(
+        f"{request.id} is {request.state.value} and cannot become {state.value}.",
+        hint="Look at it with 'luminaguard approvals show'; run the command again if it is still wanted.",
+    )
+
+
+def _cut_off(how: str) -> LedgerError:
+    return LedgerError(
+        f"The ledger was cut off or exchanged: {how}.",
+        hint="Find out who restored or edited the database; 'luminaguard ledger verify' says more. "
+        "Then 'luminaguard ledger resume' goes on, and records that.",
+        kept="Nothing was written to it.",
+    )
+
+
 def _request(row: Row[Any]) -> Request:
+    try:
+        return _parse_request(row)
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(
+            f"The request {visible(str(row.id)[:64])} in the database cannot be read ({error}).",
+            hint="The database was damaged or edited: restore it from a backup.",
+            kept="Nothing was deleted.",
+        ) from error
+
+
+def _parse_request(row: Row[Any]) -> Request:
     return Request(
-        id=row.id, workspace=row.workspace, device=row.device, inode=row.inode, digest=row.digest,
+        id=row.id, workspace=row.workspace, inode=row.inode, digest=row.digest,
         command=tuple(json.loads(row.command)), exit_code=row.exit_code, created_ns=row.created_ns,
         expires_ns=row.expires_ns, state=State(row.state),
     )  # fmt: skip

@@ -318,6 +318,6 @@ def unknown(journal: Journal, why: str) -> OutcomeUnknown:
     return OutcomeUnknown(
         f"Publishing {journal.request_id} into {journal.workspace} was interrupted and not undone completely: {why}.",
         hint=f"Look into {journal.staging} in that folder: it holds the old and new files. "
-        f"Then delete it and {journal.path}.",
+        f"Then delete it, and run 'luminaguard approvals close {journal.request_id}'.",
         kept="Old and new contents were all kept.",
     )

@@ -42,7 +42,6 @@ class Journal:
     path: Path
     request_id: str
     workspace: str
-    device: int
     inode: int
     changeset: Changeset
     phase: Phase
@@ -61,8 +60,8 @@ class Journal:
         """
         self.phase = phase
         fields = {
-            "format": 1, "request": self.request_id, "workspace": self.workspace, "device": self.device,
-            "inode": self.inode, "phase": phase, "inodes": self.inodes, "changes": self.changeset.to_json(),
+            "format": 1, "request": self.request_id, "workspace": self.workspace, "inode": self.inode,
+            "phase": phase, "inodes": self.inodes, "changes": self.changeset.to_json(),
         }  # fmt: skip
         text = json.dumps(fields)
         if len(text) > _MAX:
@@ -98,7 +97,7 @@ class Journal:
             if raw["format"] != 1 or raw["phase"] not in _PHASES:
                 raise ValueError("unknown format or phase")
             return cls(
-                path, str(raw["request"]), str(raw["workspace"]), int(raw["device"]), int(raw["inode"]),
+                path, str(raw["request"]), str(raw["workspace"]), int(raw["inode"]),
                 Changeset.from_json(raw["changes"]), raw["phase"],
                 {int(number): int(inode) for number, inode in raw["inodes"].items()},
             )  # fmt: skip

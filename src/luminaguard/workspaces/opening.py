@@ -42,7 +42,7 @@ def open_root(path: Path) -> int:
         if error.errno in {errno.ELOOP, errno.ENOTDIR}:
             link = path.is_symlink()
             why = "is a symbolic link" if link else "is not a folder"
-            hint = f"Name the folder itself: {path.resolve()}" if link else "Name a folder."
+            hint = f"Name the folder itself: {os.path.realpath(path)}" if link else "Name a folder."
         else:
             why, hint = f"cannot be opened ({error.strerror})", "Check the path after --workspace."
     raise _unusable(path, why, hint)

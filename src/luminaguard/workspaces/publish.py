@@ -18,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ from luminaguard.workspaces.renames import something_at
 
 __all__ = ["Publisher", "Step"]
 
+_LOCK_PAUSE_S = 0.05
+
 
 class Publisher:
     """Publishes into workspaces; keeps journals and locks in the state folder."""
@@ -50,30 +53,36 @@ class Publisher:
         self._blobs = blobs
 
     @contextmanager
-    def lock(self, workspace: str, *, wait: bool = False) -> Iterator[None]:
+    def lock(self, workspace: str, *, wait_s: float = 0) -> Iterator[None]:
         """Only one process publishes into a workspace at a time.
 
         Raises:
-            PublishError: another one does, and ``wait`` is false.
+            PublishError: another one does, and goes on for ``wait_s`` seconds.
         """
         self._locks.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = hashlib.sha256(workspace.encode()).hexdigest()[:32]
         fd = os.open(self._locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise PublishError(
-                    f"Another process is publishing into {workspace}.",
-                    hint="Run the command again in a moment.",
-                ) from None
+            deadline = time.monotonic() + wait_s
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() < deadline:
+                        time.sleep(_LOCK_PAUSE_S)
+                        continue
+                    raise PublishError(
+                        f"Another process is publishing into {workspace}.",
+                        hint="Run the command again in a moment.",
+                    ) from None
             yield
         finally:
             os.close(fd)
 
-    def check(self, workspace: str, device: int, inode: int, changeset: Changeset) -> None:
+    def check(self, workspace: str, inode: int, changeset: Changeset) -> None:
         """Raise Conflict unless the workspace is still the base of the changeset."""
-        root = self._root(workspace, device, inode)
+        root = self._root(workspace, inode)
         try:
             self._check_base(root, changeset)
         finally:
@@ -83,7 +92,6 @@ class Publisher:
         self,
         request_id: str,
         workspace: str,
-        device: int,
         inode: int,
         changeset: Changeset,
         step: Step = lambda _: None,
@@ -95,10 +103,10 @@ class Publisher:
             PublishError: it cannot be done (disk full, file system without the renames); undone.
             OutcomeUnknown: it failed and could not be undone completely; it says what is left.
         """
-        root = self._root(workspace, device, inode)
+        root = self._root(workspace, inode)
         try:
-            journal = Journal(self._journals / f"{request_id}.json", request_id, workspace, device, inode,
-                              changeset, "staging", {})  # fmt: skip
+            journal = Journal(self._journals / f"{request_id}.json", request_id, workspace, inode, changeset,
+                              "staging", {})  # fmt: skip
             self._check_base(root, changeset)
             work = Work(root, journal, step)
             try:
@@ -111,7 +119,10 @@ class Publisher:
                 step("journal committed")
                 journal.write("committed")
             except (OSError, LuminaGuardError) as error:
-                work.undo()
+                try:
+                    work.undo()
+                except OSError as second:
+                    raise unknown(journal, str(second)) from error
                 raise _failure(error) from error
             work.clean_up()
         finally:
@@ -120,6 +131,16 @@ class Publisher:
     def close(self, request_id: str) -> None:
         """Forget the journal of a publish whose end has been recorded."""
         (self._journals / f"{request_id}.json").unlink(missing_ok=True)
+
+    def set_aside(self, request_id: str) -> Path | None:
+        """Keep the journal for a person, where it is not in the way any more; its path, None if there is none."""
+        journal = self._journals / f"{request_id}.json"
+        aside = journal.with_suffix(".closed")
+        try:
+            journal.replace(aside)
+        except FileNotFoundError:
+            return None
+        return aside
 
     def interrupted(self) -> list[Path]:
         """Journals of publishes that have not ended."""
@@ -137,7 +158,7 @@ class Publisher:
         """
         journal = Journal.load(path)
         try:
-            root = self._root(journal.workspace, journal.device, journal.inode)
+            root = self._root(journal.workspace, journal.inode)
         except (Conflict, WorkspaceError) as error:
             raise unknown(journal, "the workspace is gone or was replaced") from error
         try:
@@ -151,10 +172,10 @@ class Publisher:
             os.close(root)
 
     @staticmethod
-    def _root(workspace: str, device: int, inode: int) -> int:
+    def _root(workspace: str, inode: int) -> int:
+        # Not the device: its number may be another one after each boot, and the base is compared anyway.
         root = open_root(Path(workspace))
-        info = os.fstat(root)
-        if (info.st_dev, info.st_ino) != (device, inode):
+        if os.fstat(root).st_ino != inode:
             os.close(root)
             raise conflict(f"{workspace} is another folder than the one that the command ran on")
         return root

@@ -87,13 +87,16 @@ class WorkspaceState:
         return digest.hexdigest()
 
 
-def read_state(path: Path, limits: Limits, step: Callable[[int], None] | None = None) -> WorkspaceState:
+def read_state(
+    path: Path, limits: Limits, step: Callable[[int], None] | None = None, *, own: frozenset[str] = frozenset()
+) -> WorkspaceState:
     """Read the folder.
 
     Args:
         path: absolute path.
         limits: beyond them the folder is refused.
         step: told the number of entries from time to time.
+        own: paths that are left out, see :mod:`luminaguard.workspaces.own`.
 
     Raises:
         WorkspaceError: it cannot be a workspace, and why.
@@ -103,7 +106,7 @@ def read_state(path: Path, limits: Limits, step: Callable[[int], None] | None = 
     try:
         info = os.fstat(root)
         state = WorkspaceState(path, info.st_dev, info.st_ino, info.st_mode & 0o777)
-        _Reader(state, limits, _ignore_rules(root), step).folder(root, "", 0)
+        _Reader(state, limits, _ignore_rules(root), step, own).folder(root, "", 0)
         return state
     finally:
         os.close(root)
@@ -116,8 +119,10 @@ class _Reader:
         limits: Limits,
         ignore: GitIgnoreSpec | None,
         step: Callable[[int], None] | None,
+        own: frozenset[str],
     ) -> None:
         self._state = state
+        self._own = own
         self._limits = limits
         self._ignore = ignore
         self._step = step
@@ -143,6 +148,9 @@ class _Reader:
     def _entry(self, fd: int, entry: os.DirEntry[str], path: str, depth: int) -> None:
         info = entry.stat(follow_symlinks=False)
         is_folder = stat.S_ISDIR(info.st_mode)
+        if path in self._own:
+            self._state.ignored += 1
+            return
         if self._ignore is not None and self._ignore.match_file(f"{path}/" if is_folder else path):
             self._state.ignored += 1
             return

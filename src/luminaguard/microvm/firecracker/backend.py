@@ -217,7 +217,8 @@ class FirecrackerHypervisor:
             root = stack.enter_context(self._folders.create(os.path.basename(self.firecracker.path), name))
             await anyio.to_thread.run_sync(self._furnish, root, parts, config)
             sinks = [Sink.make(root / pipe, uid, stack) for pipe in (bodies.LOG, bodies.METRICS)]
-            limits = Limits(memory_bytes=(memory_mib + _OVERHEAD_MIB) << 20, address_bytes=0)
+            # What it writes counts as its memory where the jails lie on a tmpfs.
+            limits = Limits(memory_bytes=(memory_mib + files_mib + _OVERHEAD_MIB) << 20, address_bytes=0)
             layers = dict.fromkeys(("uid", "privileges", "namespaces", "files", "rlimits"), "on")
 
             def command(info: int, gate: int) -> list[str]:

@@ -57,8 +57,8 @@ def replacement(index: int, name: str) -> dict[str, Any]:
 
 
 def logger() -> dict[str, Any]:
-    """Warnings and errors, into a pipe that holds a bounded number of them."""
-    return {"log_path": f"/{LOG}", "level": "Warning", "show_level": True, "show_log_origin": False}
+    """Errors, into a pipe that holds a bounded number of them."""
+    return {"log_path": f"/{LOG}", "level": "Error", "show_level": True, "show_log_origin": False}
 
 
 def metrics() -> dict[str, Any]:

@@ -243,6 +243,7 @@ class Jail:
             self._bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
             *_bwrap_options(name, info, gate), "--cap-drop", "ALL", *capabilities,
             "--dev-bind", "/", "/", "--proc", "/proc", "--",
+            self._setpriv, "--inh-caps=-all", "--ambient-caps=-all", "--",  # what bubblewrap keeps outlives the uid
         ]  # fmt: skip
 
     async def _child(self, info: int, said: int) -> int:
