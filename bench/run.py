@@ -27,7 +27,6 @@ from luminaguard.effects.changes import FileEntry
 from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT
 from luminaguard.microvm.machine import Command, boot, clone
 from luminaguard.microvm.port import BootSource
-from luminaguard.microvm.template import TemplateStore
 from luminaguard.runtime import Runtime
 from luminaguard.settings import Folders, load_settings
 from luminaguard.testing import Home
@@ -144,7 +143,7 @@ class Bench:
             root, disk = image.open_part(ROOT), WorkspaceImages(self.folder).open(state)
             woken, done = [], []
             hypervisor = self.runtime.hypervisor
-            store = TemplateStore(self.runtime.folders.cache)
+            store = self.runtime.templates
             async with store.saved(hypervisor, image, 256, lambda _: None) as saved:
                 for _ in range(count):
                     start = time.perf_counter()

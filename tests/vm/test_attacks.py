@@ -189,6 +189,7 @@ def test_nothing_of_the_hosts_environment_is_in_the_machine(home, workspace):
 
 def copy_cache(cache: Path, target: Path) -> Path:
     shutil.copytree(cache, target, symlinks=True, ignore=shutil.ignore_patterns("packages", "workspaces"))
+    shutil.copytree(cache.parent / "state" / "keys", target.parent / "state" / "keys")
     return target
 
 

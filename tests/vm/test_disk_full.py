@@ -40,7 +40,9 @@ def small(tmp_path, cache) -> Home:
 
 
 COPY_IMAGE = 'mkdir -p "$1/cache" && cp -r "$2/images" "$1/cache/"'
-COPY_ALL = f'{COPY_IMAGE} && cp -r "$2/templates" "$1/cache/"'
+COPY_ALL = (
+    f'{COPY_IMAGE} && cp -r "$2/templates" "$1/cache/" && mkdir "$1/state" && cp -r "$2/../state/keys" "$1/state/"'
+)
 
 
 def size_mib(folder: Path) -> int:

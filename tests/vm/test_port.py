@@ -14,7 +14,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from luminaguard.errors import ImageTampered, MachineError
+from luminaguard.errors import ImageTampered, JailUnavailable, MachineError
 from luminaguard.images.build import ImageStore
 from luminaguard.images.manifest import ROOT
 from luminaguard.microvm import machine as machines
@@ -40,12 +40,15 @@ BACKENDS = ["qemu", pytest.param("stand-in", marks=needs_root),
             pytest.param("firecracker", marks=pytest.mark.firecracker)]  # fmt: skip
 
 
+SECRET = b"s" * 32
+
+
 class Port:
     """A backend with its template, on folders of its own."""
 
     def __init__(self, hypervisor: Hypervisor, cache: Path, image, run_folder: Path) -> None:
         self.hypervisor = hypervisor
-        self.store = TemplateStore(cache)
+        self.store = TemplateStore(cache, SECRET)
         self.image = image
         self.run_folder = run_folder
         self.tracker = VMTracker(run_folder)
@@ -88,7 +91,7 @@ def port(request, cache, tmp_path_factory):
     run_folder.mkdir()
     if request.param == "qemu":
         hypervisor: Hypervisor = choose_hypervisor(Settings(backend="qemu"), run_folder, Jail())
-        templates = cache
+        templates = folder
     else:
         programs = (
             os.environ.get("LUMINAGUARD_FIRECRACKER", "firecracker"),
@@ -258,7 +261,7 @@ def test_a_saved_machine_that_differs_from_what_was_saved_is_refused(port, part,
 
     run(build)
     shutil.copytree(port.store.folder, tmp_path / "templates", copy_function=os.link)
-    copied = TemplateStore(tmp_path)
+    copied = TemplateStore(tmp_path, SECRET)
     key = copied.key(port.hypervisor, port.image, 256)
     path = tmp_path / "templates" / key / part
     data = bytearray(path.read_bytes())
@@ -274,6 +277,22 @@ def test_a_saved_machine_that_differs_from_what_was_saved_is_refused(port, part,
             pass
 
     with pytest.raises(ImageTampered):
+        run(use)
+
+
+def test_a_saved_machine_that_another_installation_signed_is_refused(port):
+    async def build() -> None:
+        async with port.template():
+            pass
+
+    run(build)
+    other = TemplateStore(port.store.folder.parent, b"o" * 32)
+
+    async def use() -> None:
+        async with other.saved(port.hypervisor, port.image, 256, lambda _: None):
+            pass
+
+    with pytest.raises(ImageTampered, match="not signed by this installation"):
         run(use)
 
 
@@ -391,3 +410,53 @@ def test_a_live_firecracker_is_jailed(port):
             assert all(int(uid) > 1_000_000_000 for uid in uids)
 
     run(scenario)
+
+
+@needs_root
+def test_a_build_without_filters_is_refused_unless_the_user_said_so(cache, tmp_path):
+    programs = standin.install(tmp_path, filtered=False)
+    found = find_firecracker(*map(str, programs))
+    image = ImageStore(cache).current()
+
+    async def attempt(required: bool) -> dict[str, str]:
+        hypervisor = FirecrackerHypervisor(found, Jail(required=required), JailFolders(tmp_path / "run"))
+        store = TemplateStore(tmp_path / str(required), SECRET)
+        root = image.open_part(ROOT)
+        try:
+            async with store.saved(hypervisor, image, 256, lambda _: None) as saved:
+                disks = (root, placeholder(b""))
+                async with hypervisor.clone(new_id(), saved, disks) as machine:
+                    return machine.process.layers
+        finally:
+            os.close(root)
+            hypervisor.close()
+
+    with pytest.raises(JailUnavailable, match="no filters"):
+        anyio.run(attempt, True)
+    assert "no filters" in anyio.run(attempt, False)["seccomp"]
+
+
+@pytest.mark.firecracker
+def test_the_main_job_on_firecracker(home, workspace):
+    """The command line, from the folder to the published change, with the backend asked for by name."""
+    result = home.exec(
+        workspace, "sh", "-c", "cat a.txt; echo new > n; rm run.sh", flags=("--publish", "always"), timeout_s=400,
+        LUMINAGUARD_BACKEND="firecracker",
+    )  # fmt: skip
+    assert result.code == 0, result
+    value = result.json
+    assert (value["vm"]["backend"], value["vm"]["accelerator"]) == ("firecracker", "kvm")
+    assert set(value["vm"]["jail"].values()) == {"on"}
+    assert value["stdout"] == "one\ntwo\n"
+    assert (workspace / "n").read_text() == "new\n"
+    assert not (workspace / "run.sh").exists()
+    assert home.run("ledger", "verify").code == 0
+    assert home.run("vm", "list", "--json").json == {"vms": []}
+    assert not list((home.folder / "run" / "jails").glob("firecracker/*"))
+
+
+@pytest.mark.parametrize("wish", [{"LUMINAGUARD_ACCELERATOR": "tcg"}, {"LUMINAGUARD_FIRECRACKER": "/none"}])
+def test_firecracker_that_was_asked_for_is_never_replaced_by_something_else(home, workspace, wish):
+    result = home.exec(workspace, "true", LUMINAGUARD_BACKEND="firecracker", **wish)
+    assert result.code == 123
+    assert result.json["error"]["type"] == "HypervisorUnavailable"

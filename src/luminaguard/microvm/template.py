@@ -2,11 +2,13 @@
 
     <cache>/templates/<key>/ram         the RAM that is not zero, range after range
     <cache>/templates/<key>/state       the device state
-    <cache>/templates/<key>/manifest.json   ranges, and the SHA-256 of both
+    <cache>/templates/<key>/manifest.json   ranges, the SHA-256 of both, what it was made of; signed
 
-The key covers all that a saved machine depends on (image, backend, memory), so a change of any of
-them makes a new template. Every use verifies both files while reading them; the RAM ends in a
-sealed memfd, so that not even a clone that has taken over its hypervisor can write to it.
+The key covers all that a saved machine depends on (image, backend, versions, processor, memory), so
+a change of any of them makes a new template. Every use verifies both files while reading them, and
+the manifest's signature (HMAC-SHA256 with a key of this installation): who could write to the cache
+alone can start nothing. The RAM ends in a sealed memfd, so that not even a clone that has taken over
+its hypervisor can write to it.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import hmac
 import json
 import os
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,37 +56,42 @@ _PAGE = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Manifest:
+    """``made_of`` is what the template's key is computed from; ``ranges`` say where the RAM's bytes belong."""
+
+    made_of: dict[str, Any]
     memory_mib: int
     ranges: list[tuple[int, int]]
     ram: Part
     state: Part
 
-    def dumps(self) -> str:
-        parts = {name: {"size": p.size, "sha256": p.sha256} for name, p in (("ram", self.ram), ("state", self.state))}
-        body = json.dumps({"format": 1, "memory_mib": self.memory_mib, "ranges": self.ranges, **parts})
-        # Where the RAM goes matters as much as what it is.
-        return json.dumps({"body": body, "sha256": hashlib.sha256(body.encode()).hexdigest()})
+    def dumps(self, secret: bytes) -> str:
+        body = json.dumps({"format": 2, **asdict(self)})
+        return json.dumps({"body": body, "hmac_sha256": _sign(body, secret)})
 
     @classmethod
-    def loads(cls, text: str) -> _Manifest:
+    def loads(cls, text: str, secret: bytes) -> _Manifest:
         sealed: dict[str, Any] = json.loads(text)
-        if hashlib.sha256(sealed["body"].encode()).hexdigest() != sealed["sha256"]:
-            raise ValueError("it was changed")
+        if not hmac.compare_digest(_sign(sealed["body"], secret), sealed["hmac_sha256"]):
+            raise ValueError("it was not signed by this installation, or was changed")
         raw: dict[str, Any] = json.loads(sealed["body"])
         ranges = [(int(start), int(length)) for start, length in raw["ranges"]]
-        return cls(int(raw["memory_mib"]), ranges, Part(**raw["ram"]), Part(**raw["state"]))
+        return cls(raw["made_of"], int(raw["memory_mib"]), ranges, Part(**raw["ram"]), Part(**raw["state"]))
+
+
+def _sign(body: str, secret: bytes) -> str:
+    return hmac.new(secret, body.encode(), hashlib.sha256).hexdigest()
 
 
 class TemplateStore:
-    """The templates of one cache folder."""
+    """The templates of one cache folder, signed with ``secret``."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, secret: bytes) -> None:
         self.folder = cache / "templates"
+        self._secret = secret
 
     def key(self, hypervisor: Hypervisor, image: Image, memory_mib: int) -> str:
         """Identity of the template for these parts."""
-        text = json.dumps([image.folder.name, hypervisor.fingerprint, memory_mib, _WARM_UP, PLACEHOLDER_BYTES])
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _key(_made_of(hypervisor, image, memory_mib))
 
     def exists(self, key: str) -> bool:
         """Whether a template with this key was built."""
@@ -127,8 +135,9 @@ class TemplateStore:
                 with ExitStack() as stack:
                     ram, state = await self._boot_and_save(stack, hypervisor, image, memory_mib)
                     step("saving it")
-                    manifest = await anyio.to_thread.run_sync(_store, work, ram, state, memory_mib)
-                _write_new(work / "manifest.json", manifest.dumps().encode())
+                    made_of = _made_of(hypervisor, image, memory_mib)
+                    manifest = await anyio.to_thread.run_sync(_store, work, ram, state, memory_mib, made_of)
+                _write_new(work / "manifest.json", manifest.dumps(self._secret).encode())
                 shutil.rmtree(self.folder / key, ignore_errors=True)
                 work.rename(self.folder / key)
             except OSError as error:
@@ -173,7 +182,9 @@ class TemplateStore:
     def _load(self, key: str, stack: ExitStack) -> SavedMachine:
         folder = self.folder / key
         try:
-            manifest = _Manifest.loads((folder / "manifest.json").read_text(encoding="ascii"))
+            manifest = _Manifest.loads((folder / "manifest.json").read_text(encoding="ascii"), self._secret)
+            if _key(manifest.made_of) != key:
+                raise ValueError("it belongs to another template")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _tampered(folder, f"its manifest cannot be read ({error})") from error
         state = open_sealed(folder / "state", manifest.state, folder)
@@ -191,6 +202,18 @@ class TemplateStore:
         entries.sort(key=lambda e: (e.name == key, e.stat().st_mtime), reverse=True)
         for old in entries[4:]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _made_of(hypervisor: Hypervisor, image: Image, memory_mib: int) -> dict[str, Any]:
+    """All that a saved machine depends on; the fingerprint covers versions, devices and the processor."""
+    parts = {name: image.manifest.parts[name].sha256 for name in (KERNEL, INITRAMFS, ROOT)}
+    return {"image": image.folder.name, "parts": parts, "backend": hypervisor.name,
+            "accelerator": hypervisor.accelerator, "fingerprint": hypervisor.fingerprint, "memory_mib": memory_mib,
+            "warm_up": _WARM_UP, "placeholder": PLACEHOLDER_BYTES}  # fmt: skip
+
+
+def _key(made_of: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 def placeholder(content: bytes) -> int:
@@ -221,7 +244,7 @@ async def _discard(_stream: int, _data: bytes) -> None:
     return
 
 
-def _store(work: Path, ram: int, state: int, memory_mib: int) -> _Manifest:
+def _store(work: Path, ram: int, state: int, memory_mib: int, made_of: dict[str, Any]) -> _Manifest:
     """Write the RAM's data and the state to disk; the boot has ended, so both stand still."""
     ranges: list[tuple[int, int]] = []
     digest = hashlib.sha256()
@@ -239,7 +262,7 @@ def _store(work: Path, ram: int, state: int, memory_mib: int) -> _Manifest:
         os.fsync(out.fileno())
     saved = os.pread(state, 64 << 20, 0)
     _write_new(work / "state", saved)
-    return _Manifest(memory_mib, ranges, Part(size, digest.hexdigest()),
+    return _Manifest(made_of, memory_mib, ranges, Part(size, digest.hexdigest()),
                      Part(len(saved), hashlib.sha256(saved).hexdigest()))  # fmt: skip
 
 

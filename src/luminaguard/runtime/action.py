@@ -175,15 +175,11 @@ async def _prepare(
 
 
 async def _prepare_template(runtime: Runtime, prepared: _Prepared, progress: Progress) -> None:
-    from luminaguard.microvm.template import TemplateStore
-
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(anyio.to_thread.run_sync, prepared.open_root)
         try:
             prepared.saved = await prepared.stack.enter_async_context(
-                TemplateStore(runtime.folders.cache).saved(
-                    runtime.hypervisor, prepared.image, runtime.settings.memory_mib, progress
-                )
+                runtime.templates.saved(runtime.hypervisor, prepared.image, runtime.settings.memory_mib, progress)
             )
         except LuminaGuardError as error:
             prepared.failures.append(error)

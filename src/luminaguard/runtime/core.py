@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from luminaguard.microvm.machine import Command
     from luminaguard.microvm.pool import Pool, PoolLimits, Template
     from luminaguard.microvm.port import Hypervisor
+    from luminaguard.microvm.template import TemplateStore
     from luminaguard.microvm.tracker import VMTracker
     from luminaguard.runtime.action import Execution, Feed, Output, Progress
     from luminaguard.runtime.decisions import Decisions
@@ -60,6 +61,14 @@ class Runtime:
         hypervisor = choose_hypervisor(self.settings, self.folders.run, jail)
         self._closing.callback(hypervisor.close)
         return hypervisor
+
+    @cached_property
+    def templates(self) -> TemplateStore:
+        """The machines that clones are copied from."""
+        from luminaguard.microvm.template import TemplateStore
+        from luminaguard.storage.keys import load_secret
+
+        return TemplateStore(self.folders.cache, load_secret(self.folders.state / "keys", "templates"))
 
     @cached_property
     def tracker(self) -> VMTracker:
@@ -106,9 +115,8 @@ class Runtime:
     async def open_pool(self, limits: PoolLimits | None = None) -> AsyncIterator[Pool]:
         """A warm pool of this runtime's machines, for as long as the context lasts."""
         from luminaguard.microvm.pool import Pool, PoolLimits
-        from luminaguard.microvm.template import TemplateStore
 
-        store, s = TemplateStore(self.folders.cache), self.settings
+        store, s = self.templates, self.settings
         limits = limits or PoolLimits(s.pool_minimum, s.pool_maximum, s.pool_max_age_s, s.pool_memory_mib)
 
         def current() -> str:
@@ -121,9 +129,8 @@ class Runtime:
     async def _pool_template(self) -> AsyncIterator[Template]:
         from luminaguard.images.manifest import ROOT
         from luminaguard.microvm.pool import Template
-        from luminaguard.microvm.template import TemplateStore
 
-        store, image = TemplateStore(self.folders.cache), self.images.current()
+        store, image = self.templates, self.images.current()
         async with AsyncExitStack() as stack:
             root = await anyio.to_thread.run_sync(image.open_part, ROOT)
             stack.callback(os.close, root)

@@ -1,25 +1,36 @@
-"""The two Ed25519 keys of an installation: the approver's, and the ledger's.
+"""The keys of an installation: Ed25519 for the approver and the ledger, a secret for saved machines.
 
-Made on first use, mode 0600 from the first byte. A key file that others can read is refused: what
-it has signed proves nothing.
+Each is 32 random bytes, made on first use, mode 0600 from the first byte. A key file that others can
+read is refused: what it has signed proves nothing.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typing import TYPE_CHECKING
 
 from luminaguard.errors import StorageError
 
-__all__ = ["load_key"]
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+__all__ = ["load_key", "load_secret"]
 
 _SIZE = 32
 
 
 def load_key(folder: Path, name: str) -> Ed25519PrivateKey:
-    """Read ``<folder>/<name>.key``, creating it if there is none.
+    """The Ed25519 key in ``<folder>/<name>.key``; see :func:`load_secret`."""
+    # Only here: whoever needs no signature is spared the import.
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
+
+    return Ed25519PrivateKey.from_private_bytes(load_secret(folder, name))
+
+
+def load_secret(folder: Path, name: str) -> bytes:
+    """Read the 32 bytes of ``<folder>/<name>.key``, creating it if there is none.
 
     Raises:
         StorageError: the file is damaged, a link, someone else's, or readable by others.
@@ -35,7 +46,7 @@ def load_key(folder: Path, name: str) -> Ed25519PrivateKey:
         ) from error
 
 
-def _load(folder: Path, path: Path, name: str) -> Ed25519PrivateKey:
+def _load(folder: Path, path: Path, name: str) -> bytes:
     try:
         return _read(path)
     except FileNotFoundError:
@@ -44,7 +55,7 @@ def _load(folder: Path, path: Path, name: str) -> Ed25519PrivateKey:
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(Ed25519PrivateKey.generate().private_bytes_raw())
+            file.write(secrets.token_bytes(_SIZE))
             file.flush()
             os.fsync(file.fileno())
         # A link and not a rename: of two first commands at once, one key must win for both.
@@ -56,7 +67,7 @@ def _load(folder: Path, path: Path, name: str) -> Ed25519PrivateKey:
     return _read(path)
 
 
-def _read(path: Path) -> Ed25519PrivateKey:
+def _read(path: Path) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(fd, "rb") as file:
         info = os.fstat(file.fileno())
@@ -66,4 +77,4 @@ def _read(path: Path) -> Ed25519PrivateKey:
             f"The key {path} is not usable: it must be yours, have mode 0600 and {_SIZE} bytes.",
             hint="Restore it, or move it away to make a new one; older signatures then no longer verify.",
         )
-    return Ed25519PrivateKey.from_private_bytes(data)
+    return data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,6 +36,16 @@ class Home:
         folder.mkdir(parents=True, exist_ok=True)
         if cache is not None:
             (folder / "cache").symlink_to(cache)
+            self._share_key(cache)
+
+    def _share_key(self, cache: Path) -> None:
+        """What is in a cache was signed by its first home: others that share it need the key."""
+        key = cache.resolve().parent / "state" / "keys" / "templates.key"
+        if key.exists():
+            target = self.folder / "state" / "keys" / key.name
+            target.parent.mkdir(parents=True, mode=0o700)
+            shutil.copyfile(key, target)
+            target.chmod(0o600)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -74,4 +74,4 @@ async def _accepted(connection: socket.socket) -> bool:
         if not byte:
             return False
         line += byte
-    return line.startswith(b"OK ") and line[3:-1].isdigit()
+    return line.startswith(b"OK ") and line.endswith(b"\n") and line[3:-1].isdigit()
