@@ -63,7 +63,9 @@ $b mkdir -p /new/dev/pts /new/dev/shm /new/srv
 $b mount -t devpts devpts /new/dev/pts
 $b mount -t tmpfs tmpfs /new/dev/shm
 $b mount -t tmpfs -o mode=755,size=1g tmpfs /new/srv
-$b ip link set lo up 2>/dev/null || true
+$b mkdir -p /new/srv/home/cache/images
+$b cp /new/payload/home/cache/images/current /new/srv/home/cache/images/
+$b ln -s /payload/home/cache/images/{image} /new/srv/home/cache/images/{image}
 status=0
 $b chroot /new /usr/bin/env -i {environment} {command} || status=$?
 echo "lab ended with status $status"
@@ -100,7 +102,7 @@ def emulate(folder: Path, images: ImageStore, firecracker: Firecracker, pytest: 
     print("firecracker-lab: packing this tree and its packages", flush=True)
     payload, initramfs = folder / "payload.squashfs", folder / "initramfs"
     pack(payload, image, firecracker)
-    vmlinux = make_initramfs(initramfs, images, pytest)
+    vmlinux = make_initramfs(initramfs, images, image, pytest)
     (folder / "vmlinux").write_bytes(vmlinux)
     qemu = find_qemu("qemu-system-x86_64")
     append = f"{guest_kernel.OPTIONS} reboot=t mitigations=off tsc_early_khz={tsc_khz()} tsc=reliable".replace(
@@ -138,7 +140,7 @@ def follow(command: list[str]) -> int:
     return status
 
 
-def make_initramfs(target: Path, images: ImageStore, pytest: list[str]) -> bytes:
+def make_initramfs(target: Path, images: ImageStore, image: Image, pytest: list[str]) -> bytes:
     """Write an initramfs that loads KVM and runs the tests; return the kernel."""
     shipped = lock.shipped()
     packages = shipped if shipped is not None else lock.resolve()
@@ -155,11 +157,13 @@ def make_initramfs(target: Path, images: ImageStore, pytest: list[str]) -> bytes
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/lab", "LANG": "C.UTF-8", "TMPDIR": "/srv",
         "PYTHONPATH": "/payload/tree/src:/payload/packages", "PYTHONDONTWRITEBYTECODE": "1",
         "LUMINAGUARD_FIRECRACKER": "/payload/bin/firecracker", "LUMINAGUARD_JAILER": "/payload/bin/jailer",
-        "LUMINAGUARD_TEST_CACHE": "/payload/home", "LUMINAGUARD_TEST_PREBUILT": "1", "TERM": "dumb",
+        "LUMINAGUARD_TEST_CACHE": "/srv/home", "LUMINAGUARD_TEST_PREBUILT": "1", "TERM": "dumb",
     }  # fmt: skip
     words = ["/usr/bin/python3", *pytest, "--rootdir", "/payload/tree", "-c", "/payload/tree/pyproject.toml",
              "--timeout", "900", "--basetemp", "/srv/pytest", "/payload/tree/tests"]  # fmt: skip
-    init = INIT.replace("{modules}", " ".join(name for name, _ in found.modules[0]))
+    init = INIT.replace("{image}", image.folder.name).replace(
+        "{modules}", " ".join(name for name, _ in found.modules[0])
+    )
     init = init.replace("{environment}", " ".join(f"{key}={value}" for key, value in environment.items()))
     archive.add("init", 0o100755, init.replace("{command}", " ".join(f"'{word}'" for word in words)).encode())
     for name, data in found.modules[0]:

@@ -8,6 +8,7 @@ import pytest
 
 from luminaguard.effects import Change, Changeset, DirEntry, FileEntry, LinkEntry
 from luminaguard.errors import ChangesetRefused, StorageError, WorkspaceChanged, WorkspaceError
+from luminaguard.workspaces import state as state_module
 from luminaguard.workspaces.own import own_paths, refuse_changes
 from luminaguard.workspaces.pack import WorkspaceImages
 from luminaguard.workspaces.state import IGNORE_FILE, Limits, read_state
@@ -196,3 +197,49 @@ def test_our_own_folder_is_no_workspace(tmp_path):
     for folder in (tmp_path / "state", tmp_path / "state" / "blobs"):
         with pytest.raises(WorkspaceError, match="LuminaGuard itself"):
             own_paths(folder, [tmp_path / "state"])
+
+
+# -- what was hashed before ------------------------------------------------------------------------------
+
+
+def test_unchanged_files_are_not_read_again_and_changed_ones_are(tmp_path, monkeypatch):
+    folder, indexes = tmp_path / "w", tmp_path / "indexes"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"f{number}").write_text(f"{number}")
+    monkeypatch.setattr("luminaguard.workspaces.index._SETTLED_NS", -(10**12))  # everything counts as old
+    first = read_state(folder, LIMITS, indexes=indexes)
+    hashed = []
+    real = state_module.hash_fd
+    monkeypatch.setattr(state_module, "hash_fd", lambda fd: hashed.append(fd) or real(fd))
+    assert read_state(folder, LIMITS, indexes=indexes).entries == first.entries
+    assert hashed == []
+    info = (folder / "f1").stat()
+    (folder / "f1").write_text("x")  # the same size
+    os.utime(folder / "f1", ns=(info.st_atime_ns, info.st_mtime_ns))  # and the same time: the kernel's tells
+    (folder / "f2").rename(folder / "moved")
+    again = read_state(folder, LIMITS, indexes=indexes).entries
+    assert again == read_state(folder, LIMITS).entries
+    assert again["f1"] != first.entries["f1"]
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path):
+    folder, indexes = tmp_path / "w", tmp_path / "indexes"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"f{number}").write_text("a")
+    read_state(folder, LIMITS, indexes=indexes)
+    assert not indexes.exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"format": 1, "files": 3}', '{"format": 1, "files": {"f0": null}}', "[]"])
+def test_a_damaged_index_is_as_good_as_none(tmp_path, monkeypatch, damage):
+    folder, indexes = tmp_path / "w", tmp_path / "indexes"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"f{number}").write_text("a")
+    monkeypatch.setattr("luminaguard.workspaces.index._SETTLED_NS", -(10**12))
+    want = read_state(folder, LIMITS, indexes=indexes).entries
+    (index,) = indexes.iterdir()
+    index.write_text(damage)
+    assert read_state(folder, LIMITS, indexes=indexes).entries == want

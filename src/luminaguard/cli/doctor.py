@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import anyio
+
 from luminaguard.cli.output import colours, print_json
 from luminaguard.errors import EXIT_UNAVAILABLE, LuminaGuardError
 from luminaguard.runtime import Runtime
@@ -19,7 +21,7 @@ __all__ = ["Finding", "run"]
 Level = Literal["ok", "note", "fail"]
 _WORDS = {"ok": "ok  ", "note": "note", "fail": "FAIL"}
 _COLOURS = {"ok": "\x1b[32m", "note": "\x1b[33m", "fail": "\x1b[1;31m"}
-_NEEDED_BYTES = 1 << 30
+_CACHE_BYTES, _STATE_BYTES = 1 << 30, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ def run(*, as_json: bool) -> int:
         settings = Settings.model_construct()
     else:
         runtime = Runtime(settings, folders)
-        checks = (_hypervisor, _kvm, _tools, _jail, _disk, _image, _database)
+        checks = (_hypervisor, _firecracker, _kvm, _host, _tools, _backend, _jail, _disk, _image, _machine, _database,
+                  _publishes)  # fmt: skip
         findings.extend(_tried(check, runtime) for check in checks)
         runtime.close()
     failed = any(finding.level == "fail" for finding in findings)
@@ -86,6 +89,33 @@ def _hypervisor(runtime: Runtime) -> Finding:
     return Finding("hypervisor", "ok", f"QEMU {version} at {found.path}")
 
 
+def _firecracker(runtime: Runtime) -> Finding:
+    from luminaguard.errors import HypervisorUnavailable
+    from luminaguard.microvm.firecracker.probe import find_firecracker
+
+    wanted = runtime.settings.backend == "firecracker"
+    try:
+        found = find_firecracker(runtime.settings.firecracker, runtime.settings.jailer)
+    except HypervisorUnavailable as error:
+        return Finding("firecracker", "fail" if wanted else "note", error.message, error.hint if wanted else "")
+    return Finding("firecracker", "ok", f"{'.'.join(map(str, found.version))} at {found.path}, with its jailer")
+
+
+def _backend(runtime: Runtime) -> Finding:
+    """Which of them machines really get."""
+    chosen = runtime.hypervisor
+    return Finding("backend", "ok", f"{chosen.name} with {chosen.accelerator}")
+
+
+def _host(_runtime: Runtime) -> Finding:
+    from luminaguard.cli.host_checks import host_notes
+
+    found = list(host_notes())
+    if not found:
+        return Finding("host", "ok", "nothing weakens the isolation of machines")
+    return Finding("host", "note", "; ".join(what for what, _ in found), "; ".join(remedy for _, remedy in found))
+
+
 def _kvm(_runtime: Runtime) -> Finding:
     from luminaguard.microvm.qemu.probe import probe_kvm
 
@@ -116,7 +146,7 @@ def _tools(_runtime: Runtime) -> Finding:
 
 
 def _jail(runtime: Runtime) -> Finding:
-    """Run QEMU in the jail, as every machine is, and say which layers it had."""
+    """Run the hypervisor in its jail, as every machine is, and say which layers it had."""
     from luminaguard.errors import JailUnavailable
 
     try:
@@ -147,14 +177,12 @@ def _remedy(otherwise: str) -> str:
 
 
 def _disk(runtime: Runtime) -> Finding:
+    needed = ((runtime.folders.cache, _CACHE_BYTES), (runtime.folders.state, _STATE_BYTES))
+    for folder, wanted in needed:
+        free = shutil.disk_usage(folder).free
+        if free < wanted:
+            return Finding("disk", "fail", f"{free >> 20} MiB free at {folder}", f"free {wanted >> 20} MiB there")
     free = shutil.disk_usage(runtime.folders.cache).free
-    if free < _NEEDED_BYTES:
-        return Finding(
-            "disk",
-            "fail",
-            f"{free >> 20} MiB free for the cache",
-            f"free 1 GiB at {runtime.folders.cache}",
-        )
     return Finding("disk", "ok", f"{free >> 30} GiB free at {runtime.folders.cache}")
 
 
@@ -166,6 +194,31 @@ def _image(runtime: Runtime) -> Finding:
         "ok",
         f"{image.id}, {image.manifest.distribution}, kernel {image.manifest.kernel_release}; verified",
     )
+
+
+def _machine(runtime: Runtime) -> Finding:
+    """Clone a machine and run a command in it; the first time a template is booted for it."""
+    import tempfile
+
+    from luminaguard.microvm.machine import Command
+
+    async def ignore(_stream: int, _data: bytes) -> None:
+        return
+
+    with tempfile.TemporaryDirectory(prefix="luminaguard-doctor-") as folder:
+        done = anyio.run(lambda: runtime.exec(Path(folder).resolve(), Command(("/bin/true",)), output=ignore))
+    if done.outcome.exit_code:
+        return Finding(
+            "machine", "fail", f"/bin/true ended with {done.outcome.exit_code}", "luminaguard image build --force"
+        )
+    return Finding("machine", "ok", f"a clone ran /bin/true (woken after {done.spawn_ms:.0f} ms)")
+
+
+def _publishes(runtime: Runtime) -> Finding:
+    told = runtime.decisions.recover()
+    if told:
+        return Finding("publishes", "note", "; ".join(told), "see 'luminaguard approvals list'")
+    return Finding("publishes", "ok", "none was interrupted")
 
 
 def _database(runtime: Runtime) -> Finding:

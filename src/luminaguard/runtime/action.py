@@ -219,7 +219,10 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, p
             progress(f"reading the workspace: {count:,} entries")
 
     try:
-        prepared.state = read_state(workspace, runtime.limits("workspace"), told, own=runtime.own_paths(workspace))
+        prepared.state = read_state(
+            workspace, runtime.limits("workspace"), told,
+            own=runtime.own_paths(workspace), indexes=runtime.folders.cache / "indexes",
+        )  # fmt: skip
         prepared.disk = prepared.keep(WorkspaceImages(runtime.folders.cache).open(prepared.state))
     except LuminaGuardError as error:
         prepared.failures.append(error)

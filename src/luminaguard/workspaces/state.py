@@ -27,6 +27,7 @@ from luminaguard.effects.changes import (
     encode,
 )
 from luminaguard.errors import WorkspaceChanged, WorkspaceError
+from luminaguard.workspaces.index import HashIndex
 from luminaguard.workspaces.opening import hash_fd, open_root
 
 __all__ = ["IGNORE_FILE", "Limits", "WorkspaceState", "read_state"]
@@ -88,7 +89,12 @@ class WorkspaceState:
 
 
 def read_state(
-    path: Path, limits: Limits, step: Callable[[int], None] | None = None, *, own: frozenset[str] = frozenset()
+    path: Path,
+    limits: Limits,
+    step: Callable[[int], None] | None = None,
+    *,
+    own: frozenset[str] = frozenset(),
+    indexes: Path | None = None,
 ) -> WorkspaceState:
     """Read the folder.
 
@@ -97,6 +103,7 @@ def read_state(
         limits: beyond them the folder is refused.
         step: told the number of entries from time to time.
         own: paths that are left out, see :mod:`luminaguard.workspaces.own`.
+        indexes: a folder for what was hashed before, see :mod:`luminaguard.workspaces.index`.
 
     Raises:
         WorkspaceError: it cannot be a workspace, and why.
@@ -106,7 +113,10 @@ def read_state(
     try:
         info = os.fstat(root)
         state = WorkspaceState(path, info.st_dev, info.st_ino, info.st_mode & 0o777)
-        _Reader(state, limits, _ignore_rules(root), step, own).folder(root, "", 0)
+        index = HashIndex(indexes, path) if indexes else None
+        _Reader(state, limits, _ignore_rules(root), step, own, index).folder(root, "", 0)
+        if index is not None:
+            index.save()
         return state
     finally:
         os.close(root)
@@ -120,7 +130,9 @@ class _Reader:
         ignore: GitIgnoreSpec | None,
         step: Callable[[int], None] | None,
         own: frozenset[str],
+        index: HashIndex | None,
     ) -> None:
+        self._index = index
         self._state = state
         self._own = own
         self._limits = limits
@@ -166,11 +178,27 @@ class _Reader:
             finally:
                 os.close(below)
         elif stat.S_ISREG(info.st_mode):
-            self._file(fd, entry.name, path)
+            self._file(fd, entry.name, path, info)
         else:
             raise self._refused(path, "is a device, a socket or a pipe", f"Remove it, or name it in {IGNORE_FILE}.")
 
-    def _file(self, parent: int, name: str, path: str) -> None:
+    def _file(self, parent: int, name: str, path: str, info: os.stat_result) -> None:
+        sha256 = self._index.lookup(path, info) if self._index else None
+        if sha256 is None:
+            info, sha256 = self._hash(parent, name, path)
+            if self._index:
+                self._index.learn(path, info, sha256)
+        elif self._state.size + info.st_size > self._limits.size:
+            raise self._too_large(path, info.st_size)
+        self._state.size += info.st_size
+        if info.st_nlink > 1:
+            first = self._inodes.setdefault(info.st_ino, path)
+            if first != path:
+                self._state.links[path] = first
+        self._add(path, FileEntry(info.st_mode & 0o777, info.st_size, sha256), info)
+
+    def _hash(self, parent: int, name: str, path: str) -> tuple[os.stat_result, str]:
+        """Read a file that must not change meanwhile."""
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
         try:
             before = os.fstat(fd)
@@ -188,12 +216,7 @@ class _Reader:
             before.st_ctime_ns,
         ):
             raise self._changed(path)
-        self._state.size += size
-        if before.st_nlink > 1:
-            first = self._inodes.setdefault(before.st_ino, path)
-            if first != path:
-                self._state.links[path] = first
-        self._add(path, FileEntry(before.st_mode & 0o777, size, sha256), before)
+        return before, sha256
 
     def _add(self, path: str, entry: Entry, info: os.stat_result) -> None:
         entries = self._state.entries
