@@ -9,18 +9,17 @@ It runs in a process of its own, because a broken KVM can hang in an uninterrupt
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
 from luminaguard.errors import HypervisorUnavailable
+from luminaguard.microvm.qemu import kvm_guest
 
 __all__ = [
     "KVM_LIMIT_MS",
@@ -36,11 +35,6 @@ __all__ = [
 MINIMUM, RECOMMENDED = (7, 2), (10, 0)
 KVM_LIMIT_MS = 5.0
 _PROBE_TIMEOUT = 3.0
-_GUEST = bytes.fromhex("b9ffffe2fef4")  # mov cx, 65535; loop $; hlt
-_KVM_CREATE_VM, _KVM_CREATE_VCPU, _KVM_GET_VCPU_MMAP_SIZE, _KVM_RUN = 0xAE01, 0xAE41, 0xAE04, 0xAE80
-_KVM_SET_USER_MEMORY_REGION = 0x4020AE46
-_KVM_SET_REGS, _KVM_GET_SREGS, _KVM_SET_SREGS = 0x4090AE82, 0x8138AE83, 0x4138AE84
-_KVM_EXIT_HLT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +120,7 @@ def probe_kvm() -> KvmProbe:
         return KvmProbe(False, "there is no /dev/kvm")
     try:
         done = subprocess.run(
-            [sys.executable, "-I", __file__], capture_output=True, text=True, timeout=_PROBE_TIMEOUT,
+            [sys.executable, "-I", kvm_guest.__file__], capture_output=True, text=True, timeout=_PROBE_TIMEOUT,
             check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -162,35 +156,3 @@ def tsc_khz() -> int:
 
         gc.collect()
     return int(sorted(best)[1])
-
-
-def _run_guest() -> float:
-    """Run the loop in a fresh KVM machine; return milliseconds. Raises OSError."""
-    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    vm = fcntl.ioctl(kvm, _KVM_CREATE_VM, 0)
-    memory = mmap.mmap(-1, mmap.PAGESIZE)
-    memory.write(_GUEST)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    fcntl.ioctl(vm, _KVM_SET_USER_MEMORY_REGION, struct.pack("<IIQQQ", 0, 0, 0x1000, mmap.PAGESIZE, address))
-    cpu = fcntl.ioctl(vm, _KVM_CREATE_VCPU, 0)
-    size = fcntl.ioctl(kvm, _KVM_GET_VCPU_MMAP_SIZE, 0)
-    run = mmap.mmap(cpu, size)
-    sregs = bytearray(312)
-    fcntl.ioctl(cpu, _KVM_GET_SREGS, sregs, True)
-    struct.pack_into("<Q", sregs, 0, 0)  # cs.base
-    struct.pack_into("<H", sregs, 12, 0)  # cs.selector
-    fcntl.ioctl(cpu, _KVM_SET_SREGS, bytes(sregs))
-    registers = bytearray(144)
-    struct.pack_into("<QQ", registers, 128, 0x1000, 2)  # rip, rflags
-    fcntl.ioctl(cpu, _KVM_SET_REGS, bytes(registers))
-    start = time.perf_counter()
-    fcntl.ioctl(cpu, _KVM_RUN, 0)
-    took = (time.perf_counter() - start) * 1000
-    (reason,) = struct.unpack_from("<I", run, 8)
-    if reason != _KVM_EXIT_HLT:
-        raise OSError(f"the guest ended with KVM exit reason {reason}")
-    return took
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"{_run_guest():.4f}\n")
