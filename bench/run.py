@@ -27,6 +27,7 @@ from luminaguard.effects.changes import FileEntry
 from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT
 from luminaguard.microvm.machine import Command, boot, clone
 from luminaguard.microvm.port import BootSource
+from luminaguard.microvm.qemu.probe import find_qemu
 from luminaguard.runtime import Runtime
 from luminaguard.settings import Folders, load_settings
 from luminaguard.testing import Home
@@ -73,7 +74,7 @@ class Bench:
         self.folder = folder
         folders = Folders.from_environment()
         self.runtime = Runtime(load_settings(folders), folders)
-        self.home = Home(folder / "home", folders.cache)
+        self.home = Home(folder / "home", folders.cache, folders.state / "keys")
         self.baselines: dict[str, float] = {}
 
     def facts(self) -> dict[str, Any]:
@@ -87,13 +88,14 @@ class Bench:
             "kernel": os.uname().release,
             "load": os.getloadavg()[0],
             "python": sys.version.split()[0],
-            "qemu": hypervisor.qemu.build,
+            "backend": hypervisor.name,
+            "qemu": find_qemu(self.runtime.settings.qemu).build,
             "accelerator": hypervisor.accelerator,
         }
 
     def baseline(self) -> dict[str, Any]:
         """What cannot be undercut here: the bare programs."""
-        qemu = self.runtime.hypervisor.qemu.path
+        qemu = find_qemu(self.runtime.settings.qemu).path
         command = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-M", "microvm,accel=tcg", "-m", "256",
                    "-S", "-bios", "qboot.rom", "-qmp", "stdio"]  # fmt: skip
 

@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,10 +126,13 @@ def emulate(folder: Path, images: ImageStore, firecracker: Firecracker, pytest: 
 def follow(command: list[str]) -> int:
     """Show what the machine prints until it ends; its exit status is in its last words."""
     status = 1
+    # It ends with whoever started it, however that ends, and after its time.
     with subprocess.Popen(
-        ["timeout", str(TIME_LIMIT_S), *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        ["setpriv", "--pdeathsig", "KILL", "--", *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
+        limit = threading.Timer(TIME_LIMIT_S, process.kill)
+        limit.start()
         try:
             for line in process.stdout:
                 sys.stdout.buffer.write(line)
@@ -136,7 +140,8 @@ def follow(command: list[str]) -> int:
                 if ended := _END.search(line):
                     status = int(ended[1])
         finally:
-            process.terminate()
+            process.kill()
+            limit.cancel()
     return status
 
 

@@ -29,21 +29,27 @@ class CommandResult:
 
 
 class Home:
-    """``LUMINAGUARD_HOME`` in a temporary folder; its cache may be shared with other homes."""
+    """``LUMINAGUARD_HOME`` in a temporary folder; its cache may be shared with other homes.
 
-    def __init__(self, folder: Path, cache: Path | None = None) -> None:
+    Args:
+        folder: the home; made if need be.
+        cache: a cache to share.
+        keys: the keys of the home that signed what is in the cache; next to the cache by default.
+    """
+
+    def __init__(self, folder: Path, cache: Path | None = None, keys: Path | None = None) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         if cache is not None:
             (folder / "cache").symlink_to(cache)
-            self._share_key(cache)
+            self._share_key(keys or cache.resolve().parent / "state" / "keys")
 
-    def _share_key(self, cache: Path) -> None:
+    def _share_key(self, keys: Path) -> None:
         """What is in a cache was signed by its first home: others that share it need the key."""
-        key = cache.resolve().parent / "state" / "keys" / "templates.key"
+        key = keys / "templates.key"
         if key.exists():
             target = self.folder / "state" / "keys" / key.name
-            target.parent.mkdir(parents=True, mode=0o700)
+            target.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
             shutil.copyfile(key, target)
             target.chmod(0o600)
 
