@@ -87,10 +87,21 @@ class Launcher:
         if (said := self._socket.recv(512)) != b"-":
             raise OSError(f"the launcher could not give up its rights: {said.decode('utf-8', 'replace')}")
 
-    def launch(self, order: dict[str, Any], terminal: int) -> str:
-        """Give the order, and the terminal if there is one (else -1); return why it failed, or nothing."""
+    def launch(self, order: dict[str, Any], terminal: int) -> None:
+        """Give the order, and the terminal if there is one (else -1); raises OSError if the child is gone.
+
+        How it went is read with :meth:`verdict` once :attr:`said` is readable.
+        """
+        socket.send_fds(self._socket, [json.dumps(order).encode()], [terminal] if terminal >= 0 else [])
+
+    @property
+    def said(self) -> int:
+        """A descriptor that becomes readable when the child has become the command, or could not."""
+        return self._socket.fileno()
+
+    def verdict(self) -> str:
+        """Why the command could not be started, as ``code:message``; nothing if it was."""
         try:
-            socket.send_fds(self._socket, [json.dumps(order).encode()], [terminal] if terminal >= 0 else [])
             # Ends with nothing when exec closes the other end.
             return self._socket.recv(512).decode("utf-8", "replace")
         except OSError as error:
@@ -112,6 +123,8 @@ def _become(fd: int, ends: tuple[int, int, int], confinement: Confinement, *, ra
         if not randomize:
             # QEMU 7 translates a program again for each address at which it is mapped.
             _libc.personality(_ADDR_NO_RANDOMIZE)
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # not as PID 1, which waits for it
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
         confinement.drop_privileges()
         inside.send(b"-")
         data, terminals, _, _ = socket.recv_fds(inside, 1 << 18, 1)

@@ -37,6 +37,9 @@ class Workload:
         self.channel = channel
         self.pid = launcher.pid
         self._group = launcher.group
+        self._launcher = launcher
+        self._trouble = ""
+        self._starting = True
         self._pty = pty
         self._loop = loop
         self._send = send
@@ -47,6 +50,9 @@ class Workload:
         self._pending = bytearray()  # received for stdin, not written yet
         self._stdin_eof = False
         self._status: int | None = None
+        if pty >= 0:
+            launcher.close_pipes()
+        loop.watch(launcher.said, select.POLLIN, self._on_said)
         for stream in self._outputs:
             self._watch_output(stream)
 
@@ -87,15 +93,34 @@ class Workload:
             self._group.kill()
         self._close_stdin()
 
+    def never_started(self, trouble: str) -> None:
+        """There is no child any more that could become the command."""
+        self._end_of_start(trouble)
+        self._status = 127 << 8
+        self._close_stdin()
+
+    def _on_said(self, _events: int) -> None:
+        self._loop.watch(self._launcher.said, 0, None)
+        self._end_of_start(self._launcher.verdict())
+
+    def _end_of_start(self, trouble: str) -> None:
+        self._starting, self._trouble = False, trouble
+
     def result(self) -> dict[str, Any] | None:
-        """The call's result once all output is sent and nothing of the command is left, else None."""
+        """The call's result once all output is sent and nothing of the command is left, else None.
+
+        One with a ``code`` says why the command could not be started.
+        """
         # A terminal's output ends with EIO once all is read.
-        if self._status is None or self._outputs:
+        if self._status is None or self._outputs or self._starting:
             return None
         if self._pty >= 0:
             self._loop.watch(self._pty, 0, None)
             os.close(self._pty)
         self._reap()
+        if self._trouble:
+            code, _, message = self._trouble.partition(":")
+            return {"code": code, "message": message}
         if os.WIFSIGNALED(self._status):
             return {"signal": os.WTERMSIG(self._status), "out_of_memory": self._group.ran_out_of_memory}
         return {"exit": os.WEXITSTATUS(self._status), "out_of_memory": False}

@@ -28,6 +28,8 @@ _UID = 1000
 _CHUNK = 1 << 20
 _KEPT = 8
 _COMMAND = ("mksquashfs", "-", "{out}", "-tar", "-noI", "-noD", "-noF", "-no-xattrs", "-no-duplicates",
+            # Tables that a mount would have to read: nothing exports the image, and uncompressed ends save nothing.
+            "-no-exports", "-no-fragments",
             "-mkfs-time", "0", "-noappend", "-quiet", "-no-progress", "-mem", "128M", "-processors", "1",
             "-force-uid", str(_UID), "-force-gid", str(_UID), "-root-mode", "{mode}",
             "-root-uid", str(_UID), "-root-gid", str(_UID))  # fmt: skip
