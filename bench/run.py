@@ -131,7 +131,8 @@ class Bench:
                 os.close(fd)
             return took
 
-        return spread([anyio.run(once) for _ in range(2 if QUICK else 5)], 2000)
+        found = spread([anyio.run(once) for _ in range(2 if QUICK else 5)], 2000)
+        return found | self._ratio(found, "qemu_to_greeting")
 
     def clone_to_true(self) -> dict[str, Any]:
         """From the start of QEMU to the end of the first /bin/true; and the wake alone."""
@@ -157,14 +158,14 @@ class Bench:
 
         woken, done = anyio.run(all_of_them)
         found = spread(done, 150) | {"woken": spread(woken)}
-        return found | {"ratio_to_bare_qemu": round(found["p50_ms"] / self.baselines["qemu_to_greeting"], 1)}
+        return found | self._ratio(found, "qemu_to_greeting")
 
     def pool_hit(self) -> dict[str, Any]:
         """From asking a filled pool to the first /bin/true finished, jailed."""
         laps = anyio.run(pool.hit, self.runtime, self._small_disk(), 40 if QUICK else 270)
         found = spread(laps["true"], 30) | {"goal_p99_ms": 45, "met_p99": spread(laps["true"])["p99_ms"] <= 45}
         found |= {"woken": spread(laps["woken"]), "first_byte": spread(laps["first_byte"])}
-        return found | {"ratio_to_bare_qemu": round(found["p50_ms"] / self.baselines["qemu_to_greeting"], 1)}
+        return found | self._ratio(found, "qemu_to_greeting")
 
     def idle_clones(self) -> dict[str, Any]:
         """What clones cost that only wait."""
@@ -175,8 +176,11 @@ class Bench:
         return anyio.run(pool.callers, self.runtime, self._small_disk(), 5 if QUICK else 60)
 
     def beside_us(self) -> dict[str, Any]:
-        """Other ways to run ``true`` apart from one's files, in the same run."""
-        return pool.peers(20)
+        """Other ways to run ``true`` apart from one's files, in the same run; ours as ratios to them."""
+        found = pool.peers(5 if QUICK else 20)
+        hit = statistics.median(anyio.run(pool.hit, self.runtime, self._small_disk(), 12)["true"])
+        ratios = {name: round(hit / value, 1) for name, value in found.items() if isinstance(value, float)}
+        return found | {"our_pool_hit": round(hit, 1), "our_pool_hit_to_each": ratios}
 
     def _small_disk(self) -> int:
         workspace = self.folder / "small"
@@ -186,7 +190,7 @@ class Bench:
     def version(self) -> dict[str, Any]:
         """``luminaguard --version``."""
         found = spread(times(20, lambda: self.home.run("--version")), 120)
-        return found | {"ratio_to_python": round(found["p50_ms"] / self.baselines["python_pass"], 1)}
+        return found | self._ratio(found, "python_pass")
 
     def exec_true(self) -> dict[str, Any]:
         """``luminaguard exec -- true`` end to end with a cached template, and where the time goes."""
@@ -195,7 +199,8 @@ class Bench:
         self.home.exec(workspace, "true")
         laps: list[dict[str, float]] = []
         found = spread(times(12, lambda: laps.append(self.home.exec(workspace, "true").json["timings_ms"])), 700)
-        return found | {"laps_p50_ms": {k: round(statistics.median(lap[k] for lap in laps), 1) for k in laps[0]}}
+        found |= {"laps_p50_ms": {k: round(statistics.median(lap[k] for lap in laps), 1) for k in laps[0]}}
+        return found | self._ratio(found, "python_pass")
 
     def workspace_10_mib(self) -> dict[str, Any]:
         """What 1,000 files of 10 KiB add to ``exec -- true``; new content each time, so nothing is cached."""
@@ -213,7 +218,38 @@ class Bench:
             without += times(1, lambda: self.home.exec(small, "true"))[:1]
             with_files += times(1, lambda: self.home.exec(large, "true"))[:1]
         added = [b - a for a, b in zip(without, with_files, strict=True)]
-        return spread(added, 600)
+        found = spread(added, 600)
+        return found | self._ratio(found, "python_pass")
+
+    def workspace_500_mib(self) -> dict[str, Any]:
+        """What 50,000 files with 520 MiB add: to the first call, to one that finds nothing changed, and to one
+        machine of the pool on the same state."""
+        large, small = self.folder / "huge", self.folder / "small"
+        small.mkdir(exist_ok=True)
+        count = 5_000 if QUICK else 50_000
+        content = os.urandom(10_900)
+        for number in range(count):
+            path = large / f"d{number % 500}" / f"f{number}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content + number.to_bytes(4, "big"))
+        time.sleep(2.5)  # what was written just now is never remembered
+        self.home.exec(small, "true")
+        base = statistics.median(times(5, lambda: self.home.exec(small, "true")))
+        first = times(1, lambda: self.home.exec(large, "true", timeout_s=600))[0]
+        later = times(5, lambda: self.home.exec(large, "true"))
+        disk = WorkspaceImages(self.home.folder / "cache").open(read_state(large, LIMITS))
+        laps = {name: anyio.run(pool.hit, self.runtime, fd, 12)["true"] for name, fd in
+                (("small", self._small_disk()), ("large", disk))}  # fmt: skip
+        on_state = statistics.median(laps["large"]) - statistics.median(laps["small"])
+        return {
+            "files": count,
+            "first_call_added_ms": round(first - base, 1), "goal_first_ms": 5000,
+            "unchanged_folder_added_ms": round(statistics.median(later) - base, 1),
+            "pool_hit_on_the_state_added_ms": round(on_state, 1), "goal_later_ms": 60, "met": on_state <= 60,
+        }  # fmt: skip
+
+    def _ratio(self, found: dict[str, Any], baseline: str) -> dict[str, float]:
+        return {f"ratio_to_{baseline}": round(found["p50_ms"] / self.baselines[baseline], 1)}
 
     def card_10_000_files(self) -> dict[str, Any]:
         """The host's part of 100 changes in 10,000 files: entries and contents in, changeset and card out."""
@@ -237,7 +273,8 @@ class Bench:
                 card = make_card(changeset, before, lambda sha: blobs.read("bench", sha, MAX_TEXT))
             assert len(card.items) == 100
 
-        return spread(times(20, once), 300)
+        found = spread(times(20, once), 300)
+        return found | self._ratio(found, "python_pass")
 
 
 def main() -> None:
@@ -247,7 +284,7 @@ def main() -> None:
         bench = Bench(Path(folder))
         report: dict[str, Any] = {"host": bench.facts(), "baseline": bench.baseline()}
         for name in ("cold_boot", "clone_to_true", "pool_hit", "idle_clones", "eight_callers", "beside_us", "version",
-                     "exec_true", "workspace_10_mib", "card_10_000_files"):  # fmt: skip
+                     "exec_true", "workspace_10_mib", "workspace_500_mib", "card_10_000_files"):  # fmt: skip
             if not wanted or name in wanted:
                 print(f"measuring {name} ...", file=sys.stderr, flush=True)
                 report[name] = getattr(bench, name)()

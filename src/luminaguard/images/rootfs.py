@@ -47,6 +47,8 @@ _FILES = {
 _LINKS = {
     "usr/bin/sh": "dash", "usr/bin/awk": "gawk", "usr/bin/python": "python3",
     "usr/bin/which": "which.debianutils", "etc/localtime": "/usr/share/zoneinfo/Etc/UTC",
+    # Where OpenSSL looks: the package that has these links is left out, as it has the command-line tool.
+    "usr/lib/ssl/cert.pem": "/etc/ssl/certs/ca-certificates.crt", "usr/lib/ssl/certs": "/etc/ssl/certs",
 }  # fmt: skip
 _LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu/", "usr/lib/", "usr/lib64/")
 _NOT_COMPILED = re.compile(r"/(test|tests|idlelib|lib2to3|turtledemo|ensurepip)/")
