@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from luminaguard.errors import HypervisorUnavailable
-from luminaguard.microvm.firecracker.backend import FirecrackerHypervisor
-from luminaguard.microvm.firecracker.probe import Firecracker, find_firecracker
 from luminaguard.microvm.jail import Jail, JailFolders
 from luminaguard.microvm.port import Hypervisor
 from luminaguard.microvm.qemu.backend import QemuHypervisor
@@ -40,7 +38,8 @@ def choose_hypervisor(settings: Settings, run: Path, jail: Jail) -> Hypervisor:
         HypervisorUnavailable: what was asked for is not there or does not work here.
     """
     memo = _Memo(run / "hypervisor.json", settings)
-    if settings.backend != "qemu" and settings.accelerator != "tcg":
+    wanted = settings.backend == "firecracker" or (settings.backend == "auto" and shutil.which(settings.firecracker))
+    if wanted and settings.accelerator != "tcg":
         try:
             return _firecracker(settings, memo, run, jail)
         except HypervisorUnavailable:
@@ -54,7 +53,11 @@ def choose_hypervisor(settings: Settings, run: Path, jail: Jail) -> Hypervisor:
     return _qemu(settings, memo, jail)
 
 
-def _firecracker(settings: Settings, memo: _Memo, run: Path, jail: Jail) -> FirecrackerHypervisor:
+def _firecracker(settings: Settings, memo: _Memo, run: Path, jail: Jail) -> Hypervisor:
+    # Only where it may be used: every command would pay for the import.
+    from luminaguard.microvm.firecracker.backend import FirecrackerHypervisor
+    from luminaguard.microvm.firecracker.probe import Firecracker, find_firecracker
+
     if os.geteuid() != 0:
         raise HypervisorUnavailable(
             "Firecracker's jailer needs root.", hint="Run LuminaGuard as root, or set backend to 'qemu'."
