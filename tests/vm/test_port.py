@@ -22,7 +22,7 @@ from luminaguard.microvm.channel import open_channel
 from luminaguard.microvm.firecracker.backend import FirecrackerHypervisor
 from luminaguard.microvm.firecracker.probe import find_firecracker
 from luminaguard.microvm.jail import CgroupStore, Jail, JailFolders
-from luminaguard.microvm.machine import Command, MicroVM, clone, new_id, watch
+from luminaguard.microvm.machine import Command, MicroVM, all_disks, clone, new_id, watch
 from luminaguard.microvm.pool import Pool, PoolLimits, Template
 from luminaguard.microvm.port import Hypervisor
 from luminaguard.microvm.select import choose_hypervisor
@@ -193,7 +193,7 @@ def test_three_clones_live_side_by_side(port):
 def test_a_clone_that_waits_takes_another_disk_and_then_runs(port):
     async def scenario() -> None:
         async with port.template() as template:
-            disks = (template.root, template.rehearsal)
+            disks = all_disks((template.root, template.rehearsal))
             async with port.hypervisor.clone(new_id(), template.saved, disks, running=False) as machine:
                 await machine.check()
                 disk = port.disk("two")
@@ -211,7 +211,7 @@ def test_a_clone_that_waits_takes_another_disk_and_then_runs(port):
 def test_a_machine_that_cannot_be_paused_says_so_and_one_that_can_goes_on(port):
     async def scenario() -> None:
         async with port.template() as template:
-            disks = (template.root, template.rehearsal)
+            disks = all_disks((template.root, template.rehearsal))
             async with port.hypervisor.clone(new_id(), template.saved, disks) as machine:
                 if not port.hypervisor.capabilities.pause:
                     with pytest.raises(MachineError, match="loses its guest"):
@@ -424,7 +424,7 @@ def test_a_build_without_filters_is_refused_unless_the_user_said_so(cache, tmp_p
         root = image.open_part(ROOT)
         try:
             async with store.saved(hypervisor, image, 256, lambda _: None) as saved:
-                disks = (root, placeholder(b""))
+                disks = all_disks((root, placeholder(b"")))
                 async with hypervisor.clone(new_id(), saved, disks) as machine:
                     return machine.process.layers
         finally:

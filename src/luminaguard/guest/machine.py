@@ -119,26 +119,30 @@ def make_upper(size: str) -> None:
     """In the template: the tmpfs on which each clone's changes will lie."""
     base = f"{BASE}/workspace"
     _mount("tmpfs", base, "tmpfs", _SAFE, f"mode=700,size={size}")
-    for folder in ("lower", "upper", "work"):
+    for folder in ("lower", "layer", "upper", "work"):
         os.mkdir(f"{base}/{folder}", 0o755)
 
 
-def mount_workspace() -> None:
-    """In a clone: the second disk, read-only, under an overlay."""
+def mount_workspace(*, layer: bool) -> None:
+    """In a clone: the second disk, read-only, under an overlay; on it, with ``layer``, the third one."""
     base = f"{BASE}/workspace"
-    _mount(f"{BASE}/dev/vdb", f"{base}/lower", "squashfs", _SAFE | _MS_RDONLY)
+    lower = f"{base}/lower"
+    _mount(f"{BASE}/dev/vdb", lower, "squashfs", _SAFE | _MS_RDONLY)
+    if layer:
+        _mount(f"{BASE}/dev/vdc", f"{base}/layer", "squashfs", _SAFE | _MS_RDONLY)
+        lower = f"{base}/layer:{lower}"
     root = os.stat(f"{base}/lower")
     os.chmod(UPPER, stat.S_IMODE(root.st_mode) | 0o700)
     os.chown(UPPER, UID, UID)
     _mount("overlay", WORKSPACE, "overlay", _SAFE,
-           f"lowerdir={base}/lower,upperdir={UPPER},workdir={base}/work,"
+           f"lowerdir={lower},upperdir={UPPER},workdir={base}/work,"
            "redirect_dir=off,metacopy=off,index=off,xino=off")  # fmt: skip
 
 
-def unmount_workspace() -> None:
+def unmount_workspace(*, layer: bool) -> None:
     """Undo :func:`mount_workspace`, and forget what the overlay left in its work folder."""
     base = f"{BASE}/workspace"
-    for target in (WORKSPACE, f"{base}/lower"):
+    for target in (WORKSPACE, f"{base}/lower", *([f"{base}/layer"] if layer else [])):
         if _libc.umount2(target.encode(), 0) != 0:
             raise OSError(ctypes.get_errno(), f"umount {target}")
     for folder in (f"{base}/work/work", f"{base}/work", UPPER):

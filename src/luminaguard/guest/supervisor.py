@@ -66,7 +66,7 @@ class Supervisor:
         self._workload: Workload | None = None
         self._changes: Changes | None = None
         self._changes_channel = 0
-        self._mounted = False
+        self._mounted = self._layer = False
         self._randomize = True
         self._ended, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -149,7 +149,8 @@ class Supervisor:
             self._randomize = bool(params["randomize"])
             machine.make_upper(str(params["upper_size"]))
             return {}
-        machine.mount_workspace()
+        self._layer = bool(params["layer"])
+        machine.mount_workspace(layer=self._layer)
         self._mounted = True
         return {"boot_id": machine.read_boot_id()}
 
@@ -158,7 +159,7 @@ class Supervisor:
         if self._workload is not None or self._changes is not None:
             raise CallError("busy", "a command is running")
         if self._mounted:
-            machine.unmount_workspace()
+            machine.unmount_workspace(layer=self._layer)
             self._mounted = False
         self._launch_ahead()
         return {}

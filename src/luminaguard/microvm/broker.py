@@ -1,7 +1,7 @@
 """Lend machines of one process's pool to others of the same user, over a Unix socket.
 
-One datagram each way (SOCK_SEQPACKET, JSON, at most 64 KiB). The borrower sends the workspace image
-as a descriptor; it gets the guest's channel as one, and talks to the guest itself from then on. The
+One datagram each way (SOCK_SEQPACKET, JSON, at most 64 KiB). The borrower sends the workspace's images
+as descriptors; it gets the guest's channel as one, and talks to the guest itself from then on. The
 lease is the connection: when either side closes it, or dies, the machine is destroyed.
 
 The socket lies in a private folder, and a peer with another uid is refused (SO_PEERCRED, unix(7)).
@@ -113,14 +113,14 @@ class Lender:
             connection.send(json.dumps({"status": asdict(self._pool.status), "kind": self._kind, "pid": os.getpid()})
                             .encode())  # fmt: skip
             return
-        if request["op"] != "borrow" or len(fds) != 1:
+        if request["op"] != "borrow" or len(fds) not in {1, 2}:
             raise ValueError("unknown request")
         if request["kind"] != self._kind:
             connection.send(json.dumps({"error": "other-kind"}).encode())
             return
         task = [str(word)[:500] for word in request["task"]][:100]
         try:
-            async with self._pool.machine(fds[0], folder=str(request["folder"])[:4096], task=task) as vm:
+            async with self._pool.machine(*fds, folder=str(request["folder"])[:4096], task=task) as vm:
                 channel, number = vm.hand_over()
                 reply = {"id": vm.id, "backend": vm.backend, "accelerator": vm.accelerator, "boot_id": vm.boot_id,
                          "call": number, "pid": vm.process.pid, "layers": vm.process.layers}  # fmt: skip
@@ -166,7 +166,7 @@ class Lender:
 
 @asynccontextmanager
 async def borrow(
-    run: Path, workspace: int, kind: dict[str, Any], *, folder: str, task: Sequence[str]
+    run: Path, disks: Sequence[int], kind: dict[str, Any], *, folder: str, task: Sequence[str]
 ) -> AsyncIterator[MicroVM | None]:
     """A woken machine from a pool that another process serves, or None when there is no such pool.
 
@@ -182,7 +182,7 @@ async def borrow(
     with connection:
         request = {"op": "borrow", "kind": kind, "folder": folder, "task": list(task)}
         try:
-            socket.send_fds(connection, [json.dumps(request).encode()], [workspace])
+            socket.send_fds(connection, [json.dumps(request).encode()], list(disks))
             reply, fds = await _reply(connection)
         except OSError:
             reply, fds = {"error": "gone"}, []

@@ -28,12 +28,15 @@ from luminaguard.microvm.jail import JailedProcess
 from luminaguard.microvm.port import BootSource, Hypervisor, ProcessInfo, SavedMachine, VirtualMachine
 from luminaguard.microvm.tracker import State, Tracked, VMTracker
 
-__all__ = ["Command", "LayerEntry", "MicroVM", "Outcome", "Owned", "Terminal", "boot", "clone", "new_id", "watch"]
+__all__ = ["DISKS", "Command", "LayerEntry", "MicroVM", "Outcome", "Owned", "Terminal", "all_disks", "boot", "clone",
+           "new_id", "watch"]  # fmt: skip
 
 BOOT_TIMEOUT = 60.0
 CALL_TIMEOUT = 20.0
 CHANGES_SILENCE = 30.0
 WATCH_S = 5.0
+DISKS = 3
+"""The root, a workspace, and a layer on it."""
 _MAX_META = 32 << 10
 _ENTRY_TYPES = frozenset({"file", "dir", "symlink", "whiteout", "other"})
 _PATH = "/usr/bin:/bin"
@@ -159,10 +162,11 @@ class MicroVM:
         self._state("running")
         return self._machine.channel, self._channel.release()
 
-    async def wake(self, *, upper_mib: int = 0, randomize: bool = True) -> None:
+    async def wake(self, *, layer: bool = False, upper_mib: int = 0, randomize: bool = True) -> None:
         """Give the clone its own clock, entropy and names, and mount the workspace.
 
         Args:
+            layer: whether the third disk lies on the second one.
             upper_mib: only for the machine that clones are copied from, which gets no workspace:
                 how much the clones may change, in MiB.
             randomize: for that machine too: whether commands get random addresses.
@@ -175,6 +179,7 @@ class MicroVM:
                 "hostname": self.id,
                 "machine_id": secrets.token_hex(16),
                 "workspace": not upper_mib,
+                "layer": layer,
                 "upper_size": f"{upper_mib}m",
                 "randomize": randomize,
             },
@@ -299,7 +304,7 @@ async def clone(
     workspace: str = "",
     task: Sequence[str] = (),
 ) -> AsyncIterator[MicroVM]:
-    """A woken copy of a saved machine, with ``disks`` (the root, and the workspace) behind it.
+    """A woken copy of a saved machine, with ``disks`` (the root, the workspace, and a layer on it) behind it.
 
     Args:
         hypervisor: what runs it.
@@ -311,17 +316,22 @@ async def clone(
         task: for the record: what it is for.
     """
     name = vm_id or new_id()
-    async with hypervisor.clone(name, saved, disks) as machine, open_channel(machine.channel) as channel:
+    async with hypervisor.clone(name, saved, all_disks(disks)) as machine, open_channel(machine.channel) as channel:
         with tracker.track(name, hypervisor.name, hypervisor.accelerator, machine.process,
                            workspace=workspace, task=list(task)) as tracked:  # fmt: skip
             vm = MicroVM(name, machine, channel, tracked, backend=hypervisor.name,
                          accelerator=hypervisor.accelerator)  # fmt: skip
             try:
-                await vm.wake()
+                await vm.wake(layer=len(disks) == DISKS)
                 yield vm
             except MachineError as error:
                 error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
                 raise
+
+
+def all_disks(disks: tuple[int, ...]) -> tuple[int, ...]:
+    """As many disks as the template has: the root once more for those that nobody will look at."""
+    return (*disks, *(disks[0] for _ in range(DISKS - len(disks))))
 
 
 async def watch(machine: Owned, vm_id: str) -> None:

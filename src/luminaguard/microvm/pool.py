@@ -31,7 +31,7 @@ import anyio.abc
 from luminaguard import log
 from luminaguard.errors import MachineError
 from luminaguard.microvm.channel import open_channel
-from luminaguard.microvm.machine import Command, MicroVM, clone, new_id, watch
+from luminaguard.microvm.machine import Command, MicroVM, all_disks, clone, new_id, watch
 from luminaguard.microvm.port import Hypervisor, SavedMachine, VirtualMachine
 from luminaguard.microvm.tracker import Tracked, VMTracker
 
@@ -172,22 +172,23 @@ class Pool:
 
     @asynccontextmanager
     async def machine(
-        self, workspace: int, *, vm_id: str | None = None, folder: str = "", task: Sequence[str] = ()
+        self, *disks: int, vm_id: str | None = None, folder: str = "", task: Sequence[str] = ()
     ) -> AsyncIterator[MicroVM]:
-        """A woken machine with the image ``workspace`` as its second disk; destroyed with the context.
+        """A woken machine with a workspace; destroyed with the context.
 
         Args:
-            workspace: descriptor, open for reading only; the caller's.
+            disks: of the workspace: its image, and perhaps one that lies on it; open for reading only,
+                the caller's.
             vm_id: its name; only a clone that is made on demand takes it.
             folder: for the record: the folder that it works on.
             task: for the record: what it is for.
         """
         self._arrivals.append(self._clock())
         async with AsyncExitStack() as stack:
-            vm = await self._wake_one(stack, workspace, folder, task)
+            vm = await self._wake_one(stack, disks, folder, task)
             self._notify()
             if vm is None:
-                vm = await stack.enter_async_context(self._on_demand(workspace, vm_id, folder, task))
+                vm = await stack.enter_async_context(self._on_demand(disks, vm_id, folder, task))
             self.status.in_use += 1
             self._notify()
             try:
@@ -197,7 +198,7 @@ class Pool:
 
     @asynccontextmanager
     async def _on_demand(
-        self, workspace: int, vm_id: str | None, folder: str, task: Sequence[str]
+        self, disks: tuple[int, ...], vm_id: str | None, folder: str, task: Sequence[str]
     ) -> AsyncIterator[MicroVM]:
         """What a miss gets."""
         self.status.misses += 1
@@ -206,7 +207,7 @@ class Pool:
         try:
             template = await self._wait_for_template()
             self._cloning += 1
-            async with clone(self._hypervisor, template.saved, (template.root, workspace), self._tracker,
+            async with clone(self._hypervisor, template.saved, (template.root, *disks), self._tracker,
                              vm_id=vm_id, workspace=folder, task=task) as vm:  # fmt: skip
                 self.status.waiting, self._cloning, waiting = self.status.waiting - 1, self._cloning - 1, False
                 yield vm
@@ -224,7 +225,7 @@ class Pool:
     # -- keeping clones -----------------------------------------------------------------------------
 
     async def _wake_one(
-        self, stack: AsyncExitStack, workspace: int, folder: str, task: Sequence[str]
+        self, stack: AsyncExitStack, disks: tuple[int, ...], folder: str, task: Sequence[str]
     ) -> MicroVM | None:
         """A kept clone, woken on a workspace; one that fails before it was used makes room for the next."""
         for _ in range(_ATTEMPTS):
@@ -232,7 +233,7 @@ class Pool:
             if kept is None:
                 return None
             try:
-                vm = await stack.enter_async_context(self._woken(kept, workspace, folder, task))
+                vm = await stack.enter_async_context(self._woken(kept, disks, folder, task))
             except MachineError as error:
                 self.status.died += 1
                 log.event("pool.clone_failed", vm=kept.id, error=str(error))
@@ -242,16 +243,19 @@ class Pool:
         return None
 
     @asynccontextmanager
-    async def _woken(self, kept: _Kept, workspace: int, folder: str, task: Sequence[str]) -> AsyncIterator[MicroVM]:
+    async def _woken(
+        self, kept: _Kept, disks: tuple[int, ...], folder: str, task: Sequence[str]
+    ) -> AsyncIterator[MicroVM]:
         """The clone at work; whatever happens, it is not used again."""
         try:
             kept.tracked.update(workspace=folder, task=list(task), state="starting")
-            await kept.machine.replace_disk(WORKSPACE_DISK, workspace)
+            for number, disk in enumerate(disks, WORKSPACE_DISK):
+                await kept.machine.replace_disk(number, disk)
             await kept.machine.resume()
             async with open_channel(kept.machine.channel, first_call=kept.next_call) as channel:
                 vm = MicroVM(kept.id, kept.machine, channel, kept.tracked, backend=self._hypervisor.name,
                              accelerator=self._hypervisor.accelerator)  # fmt: skip
-                await vm.wake()
+                await vm.wake(layer=len(disks) > 1)
                 yield vm
         except MachineError as error:
             error.add_note(f"{self._hypervisor.name}: {await kept.machine.diagnosis()}")
@@ -347,7 +351,7 @@ class Pool:
     async def _keep(self, template: Template, made: anyio.Event) -> None:
         """The life of one clone: make, rehearse, pause, wait, be used, end."""
         start, name = self._clock(), new_id()
-        disks = (template.root, template.rehearsal)
+        disks = all_disks((template.root, template.rehearsal))
         kept: _Kept | None = None
         try:
             rehearsed = self._hypervisor.capabilities.pause

@@ -169,7 +169,7 @@ class TemplateStore:
             kernel, initramfs, root = opened
             empty = placeholder(b"")
             parts.callback(os.close, empty)
-            source = BootSource(kernel, initramfs, (root, empty), memory_mib)
+            source = BootSource(kernel, initramfs, (root, empty, empty), memory_mib)
             async with boot(hypervisor, source, ram) as (vm, machine):
                 await vm.wake(upper_mib=memory_mib // 2, randomize=hypervisor.capabilities.random_addresses)
                 for argv in _WARM_UP:

@@ -194,7 +194,7 @@ async def _machine(
     from luminaguard.microvm.machine import clone
 
     if prepared.saved is None:
-        async with borrow(runtime.folders.run, prepared.disk, runtime.kind, folder=str(workspace), task=task) as vm:
+        async with borrow(runtime.folders.run, prepared.disks, runtime.kind, folder=str(workspace), task=task) as vm:
             if vm is not None:
                 yield vm
                 return
@@ -202,7 +202,7 @@ async def _machine(
         if prepared.failures:
             raise prepared.failures[0]
     assert prepared.saved is not None
-    disks = (prepared.root, prepared.disk)
+    disks = (prepared.root, *prepared.disks)
     async with clone(runtime.hypervisor, prepared.saved, disks, runtime.tracker,
                      workspace=str(workspace), task=task) as vm:  # fmt: skip
         yield vm
@@ -223,7 +223,8 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, p
             workspace, runtime.limits("workspace"), told,
             own=runtime.own_paths(workspace), indexes=runtime.folders.cache / "indexes",
         )  # fmt: skip
-        prepared.disk = prepared.keep(WorkspaceImages(runtime.folders.cache).open(prepared.state))
+        images = WorkspaceImages(runtime.folders.cache).open_layered(prepared.state)
+        prepared.disks = tuple(prepared.keep(fd) for fd in images if fd >= 0)
     except LuminaGuardError as error:
         prepared.failures.append(error)
     except OSError as error:
@@ -269,7 +270,8 @@ class _Prepared:
         self.stack = stack
         self.state: WorkspaceState | None = None
         self.saved: SavedMachine | None = None
-        self.disk = self.root = -1
+        self.root = -1
+        self.disks: tuple[int, ...] = ()
         self.failures: list[LuminaGuardError] = []
 
     def open_root(self) -> None:

@@ -3,6 +3,9 @@
 The bytes that go into the image are hashed again on their way and must be those of the state. The
 image has no extended attributes, one owner and only permission bits, so nothing in a tree can act
 as an overlay's whiteout or bring a set-id bit along. Images are cached by what they contain.
+
+A large workspace is packed once; a later state of it is a small second image that lies on the first
+(see :mod:`layers`), until so much has changed that packing anew is cheaper.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import IO
 
 from luminaguard.effects.changes import DirEntry, FileEntry, LinkEntry
 from luminaguard.errors import StorageError, Unavailable, WorkspaceChanged
+from luminaguard.workspaces.layers import Base, Layer, difference
 from luminaguard.workspaces.opening import open_root, parent_of
 from luminaguard.workspaces.state import WorkspaceState
 
@@ -27,6 +31,8 @@ __all__ = ["WorkspaceImages"]
 _UID = 1000
 _CHUNK = 1 << 20
 _KEPT = 8
+_LAYERED_FROM = 1000  # entries; fewer are packed anew in no time
+_LAYER_FILES, _LAYER_BYTES = 2000, 64 << 20
 _COMMAND = ("mksquashfs", "-", "{out}", "-tar", "-noI", "-noD", "-noF", "-no-xattrs", "-no-duplicates",
             # Tables that a mount would have to read: nothing exports the image, and uncompressed ends save nothing.
             "-no-exports", "-no-fragments",
@@ -41,8 +47,8 @@ class WorkspaceImages:
     def __init__(self, cache: Path) -> None:
         self.folder = cache / "workspaces"
 
-    def open(self, state: WorkspaceState) -> int:
-        """The image of a state, packed first if need be, opened read-only; the caller owns it.
+    def open_layered(self, state: WorkspaceState) -> tuple[int, int]:
+        """The images that show a state: one, and another that lies on it, or -1; the caller owns both.
 
         Raises:
             WorkspaceChanged: a file is not any more what the state says.
@@ -50,12 +56,65 @@ class WorkspaceImages:
             Unavailable: mksquashfs is missing.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.folder / f"{state.image_key()}.squashfs"
+        complete = self._cached(self._path(state.image_key()))
+        if complete >= 0 or len(state.entries) < _LAYERED_FROM:
+            if complete >= 0:
+                os.close(complete)
+            return self.open(state), -1
+        pointer = self.folder / f"{hashlib.sha256(os.fsencode(state.path)).hexdigest()[:32]}.base"
+        layered = self._on_base(state, pointer)
+        if layered is not None:
+            return layered
+        fd = self.open(state)
+        Base.of(state).save(pointer)
+        return fd, -1
+
+    def _on_base(self, state: WorkspaceState, pointer: Path) -> tuple[int, int] | None:
+        base = Base.load(pointer)
+        if base is None or not _is_digest(base.key):
+            return None
+        lower = self._cached(self._path(base.key))
+        if lower < 0:
+            return None
+        try:
+            path = self._path(hashlib.sha256(f"layer {base.key} {state.image_key()}".encode()).hexdigest())
+            fd = self._cached(path)
+            if fd < 0:
+                layer = difference(base, state)
+                if len(layer.paths) + len(layer.gone) > _LAYER_FILES or layer.size > _LAYER_BYTES:
+                    os.close(lower)
+                    return None
+                fd = self._pack(state, path, layer)
+            self._keep(path, fd)
+            self._keep(self._path(base.key), lower)
+            self._forget()
+        except BaseException:  # whatever ends this, the descriptor must not leak
+            os.close(lower)
+            raise
+        return lower, fd
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.squashfs"
+
+    def _keep(self, path: Path, fd: int) -> None:
+        """Say that an image is as it was packed, and is used: the newest are kept."""
+        self._stamp(path).write_text(_changed_at(fd), encoding="ascii")
+        os.utime(self._stamp(path))
+
+    def open(self, state: WorkspaceState) -> int:
+        """The whole image of a state, packed first if need be, opened read-only; the caller owns it.
+
+        Raises:
+            WorkspaceChanged: a file is not any more what the state says.
+            StorageError: the disk is full.
+            Unavailable: mksquashfs is missing.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._path(state.image_key())
         fd = self._cached(path)
         if fd < 0:
             fd = self._pack(state, path)
-            self._stamp(path).write_text(_changed_at(fd), encoding="ascii")
-        os.utime(self._stamp(path))  # the newest are kept
+        self._keep(path, fd)
         self._forget()
         return fd
 
@@ -82,18 +141,18 @@ class WorkspaceImages:
         path.unlink(missing_ok=True)
         return -1
 
-    def _pack(self, state: WorkspaceState, path: Path) -> int:
+    def _pack(self, state: WorkspaceState, path: Path, layer: Layer | None = None) -> int:
         # Packed into a name of its own and then renamed: an image is whole or not there.
         partial = path.with_name(f".{path.stem[:16]}-{os.getpid()}.partial")
         try:
-            self._run(state, partial)
+            self._run(state, partial, layer)
             fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             partial.replace(path)
             return fd
         finally:
             partial.unlink(missing_ok=True)
 
-    def _run(self, state: WorkspaceState, out: Path) -> None:
+    def _run(self, state: WorkspaceState, out: Path, layer: Layer | None) -> None:
         mode = f"{state.mode | 0o700:o}"
         command = [word.replace("{out}", str(out)).replace("{mode}", mode) for word in _COMMAND]
         # Readable by all: the folder is private, and a QEMU started by root runs as nobody.
@@ -110,7 +169,7 @@ class WorkspaceImages:
             try:
                 with process.stdin:
                     _widen(process.stdin.fileno())
-                    _Tar(state, process.stdin).write()
+                    _Tar(state, process.stdin, layer).write()
             except BrokenPipeError:
                 broken = True
             except BaseException:  # a cancelled packing must not leave mksquashfs waiting for more
@@ -135,6 +194,11 @@ class WorkspaceImages:
             old.unlink(missing_ok=True)
 
 
+def _is_digest(key: str) -> bool:
+    """Whether a key from a file can be part of a path."""
+    return len(key) == 64 and set(key) <= set("0123456789abcdef")
+
+
 def _changed_at(fd: int) -> str:
     info = os.fstat(fd)
     return f"{info.st_dev} {info.st_ino} {info.st_size} {info.st_ctime_ns}"
@@ -143,9 +207,12 @@ def _changed_at(fd: int) -> str:
 class _Tar:
     """Writes the state as a tar stream; reads every file by descriptor and checks its hash."""
 
-    def __init__(self, state: WorkspaceState, out: IO[bytes]) -> None:
+    def __init__(self, state: WorkspaceState, out: IO[bytes], layer: Layer | None) -> None:
         self._state = state
         self._out = out
+        self._paths = list(state.entries) if layer is None else layer.paths
+        self._gone = [] if layer is None else layer.gone
+        self._present = set(self._paths)
 
     def write(self) -> None:
         root = open_root(self._state.path)
@@ -153,8 +220,10 @@ class _Tar:
             info = os.fstat(root)
             if (info.st_dev, info.st_ino) != (self._state.device, self._state.inode):
                 raise self._changed(str(self._state.path))
-            for path, entry in self._state.entries.items():
-                self._member(root, path, entry)
+            for path in self._paths:
+                self._member(root, path, self._state.entries[path])
+            for path in self._gone:
+                self._whiteout(path)
             self._out.write(bytes(2 * tarfile.BLOCKSIZE))
         finally:
             os.close(root)
@@ -162,7 +231,7 @@ class _Tar:
     def _member(self, root: int, path: str, entry: FileEntry | DirEntry | LinkEntry) -> None:
         info = tarfile.TarInfo(path)
         info.mtime = self._state.times[path]
-        if path in self._state.links:
+        if self._state.links.get(path) in self._present:
             info.type, info.linkname = tarfile.LNKTYPE, self._state.links[path]
         elif isinstance(entry, DirEntry):
             info.type, info.mode = tarfile.DIRTYPE, entry.mode
@@ -174,6 +243,11 @@ class _Tar:
         if info.size:
             assert isinstance(entry, FileEntry)
             self._content(root, path, entry)
+
+    def _whiteout(self, path: str) -> None:
+        info = tarfile.TarInfo(path)
+        info.type = tarfile.CHRTYPE  # of device 0:0
+        self._out.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
 
     def _content(self, root: int, path: str, entry: FileEntry) -> None:
         digest = hashlib.sha256()
