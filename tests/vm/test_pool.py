@@ -21,6 +21,7 @@ from luminaguard.microvm.tracker import VMTracker
 from luminaguard.microvm.usage import start_time
 from luminaguard.runtime import Runtime
 from luminaguard.settings import Folders, load_settings
+from luminaguard.testing.machines import alive, output_of, until
 from luminaguard.workspaces.pack import WorkspaceImages
 from luminaguard.workspaces.state import Limits, read_state
 
@@ -48,27 +49,6 @@ def run(function, *arguments):
             await function(*arguments)
 
     anyio.run(bounded)
-
-
-async def output_of(vm, *argv: str) -> str:
-    said = bytearray()
-
-    async def output(_stream: int, data: bytes) -> None:
-        said.extend(data)
-
-    outcome = await vm.run(Command(argv), output=output, timeout_s=60)
-    assert outcome.exit_code == 0, said
-    return said.decode()
-
-
-def alive(pid: int) -> bool:
-    return start_time(pid) != 0
-
-
-async def until(condition, timeout_s: float = 30) -> None:
-    with anyio.fail_after(timeout_s):
-        while not condition():
-            await anyio.sleep(0.02)
 
 
 def test_a_hit_works_on_the_callers_workspace_and_is_used_once(runtime, disk, workspace):
@@ -482,7 +462,7 @@ def test_a_lender_that_is_killed_is_an_error_for_the_borrower(home, workspace):
 
 
 def test_killing_the_owner_of_many_machines_leaves_none(home):
-    count = "12"
+    count = "20"
     variables = {"LUMINAGUARD_POOL_MINIMUM": count, "LUMINAGUARD_POOL_MAXIMUM": count}
     with served(home, **variables) as lender:
         deadline = time.monotonic() + 60
@@ -503,6 +483,24 @@ def test_killing_the_owner_of_many_machines_leaves_none(home):
 
 
 # -- records -------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_what_prometheus_reads(home, workspace):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with served(home):
+        home.exec(workspace, "true")
+        families = {f.name: f for f in text_string_to_metric_families(home.run("metrics").out)}
+    assert families["luminaguard_pool_hits"].samples[0].value == 1
+    assert families["luminaguard_pool_wait_seconds"].samples[0].value > 0
+    assert {sample.labels["kind"] for sample in families["luminaguard_vm_memory_bytes"].samples} == {
+        "rss",
+        "pss",
+        "private",
+    }
+    assert sum(sample.value for sample in families["luminaguard_vm_count"].samples) >= 1
+    assert str(workspace) not in home.run("metrics").out
+    assert "luminaguard_pool" not in home.run("metrics").out  # there is none any more
 
 
 def test_machines_are_shown_killed_and_remembered(home, workspace):

@@ -22,15 +22,15 @@ from luminaguard.microvm.channel import open_channel
 from luminaguard.microvm.firecracker.backend import FirecrackerHypervisor
 from luminaguard.microvm.firecracker.probe import find_firecracker
 from luminaguard.microvm.jail import CgroupStore, Jail, JailFolders
-from luminaguard.microvm.machine import Command, MicroVM, all_disks, clone, new_id, watch
+from luminaguard.microvm.machine import MicroVM, all_disks, clone, new_id, watch
 from luminaguard.microvm.pool import Pool, PoolLimits, Template
 from luminaguard.microvm.port import Hypervisor
 from luminaguard.microvm.select import choose_hypervisor
 from luminaguard.microvm.template import TemplateStore, placeholder
 from luminaguard.microvm.tracker import VMTracker
-from luminaguard.microvm.usage import start_time
 from luminaguard.settings import Settings
 from luminaguard.testing import firecracker as standin
+from luminaguard.testing.machines import alive, output_of, until
 from luminaguard.workspaces.pack import WorkspaceImages
 from luminaguard.workspaces.state import Limits, read_state
 
@@ -117,27 +117,6 @@ def run(function, *arguments):
     except MachineError as error:
         print("\n".join(getattr(error, "__notes__", [])))
         raise
-
-
-async def output_of(vm: MicroVM, *argv: str, status: int = 0) -> str:
-    said = bytearray()
-
-    async def output(_stream: int, data: bytes) -> None:
-        said.extend(data)
-
-    outcome = await vm.run(Command(argv), output=output, timeout_s=120)
-    assert outcome.exit_code == status, said
-    return said.decode()
-
-
-def alive(pid: int) -> bool:
-    return start_time(pid) != 0
-
-
-async def until(condition, timeout_s: float = 30) -> None:
-    with anyio.fail_after(timeout_s):
-        while not condition():
-            await anyio.sleep(0.02)
 
 
 def test_a_clone_runs_commands_shows_its_changes_and_leaves_nothing(port):

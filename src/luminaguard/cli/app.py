@@ -341,6 +341,14 @@ def pool_status(watch: Watch = False, as_json: Json = False) -> None:
 
 
 @app.command()
+def metrics() -> None:
+    """Print machines and the pool in the text format of Prometheus."""
+    from luminaguard.cli import machines
+
+    machines.metrics(_runtime())
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check everything that LuminaGuard needs on this machine, by trying it."""
     from luminaguard.cli import doctor as checks
@@ -377,7 +385,7 @@ def run() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
-    except Exception as error:
+    except Exception as error:  # whatever it is, people get a sentence and not a traceback
         if _State.debug:
             raise
         log.event("internal_error", error=repr(error), where=_where(error))

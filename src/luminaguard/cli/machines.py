@@ -17,7 +17,7 @@ from luminaguard.errors import LuminaGuardError, MachineNotFound
 from luminaguard.microvm.tracker import MachineRecord
 from luminaguard.runtime import Runtime
 
-__all__ = ["kill", "pool_status", "reap", "serve_pool", "show", "show_list", "watch"]
+__all__ = ["kill", "metrics", "pool_status", "reap", "serve_pool", "show", "show_list", "watch"]
 
 
 def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
@@ -82,6 +82,15 @@ def pool_status(runtime: Runtime, *, as_json: bool) -> None:
         print("no pool is running; start one with: luminaguard pool serve")
         return
     print(_pool_line(found))
+
+
+def metrics(runtime: Runtime) -> None:
+    """Print machines and the pool in the text format of Prometheus."""
+    from luminaguard.microvm.broker import pool_status as ask
+    from luminaguard.microvm.metrics import exposition
+
+    found = anyio.run(ask, runtime.folders.run)
+    sys.stdout.write(exposition(runtime.tracker.running(), found["status"] if found else None))
 
 
 def serve_pool(runtime: Runtime) -> None:
@@ -160,7 +169,11 @@ def _pool_line(found: dict[str, Any]) -> str:
     rate = f"{100 * s['hits'] / total:.0f} % hits of {total}" if total else "not used yet"
     now = f"{s['ready']} ready (target {s['target']}), {s['making']} being made, {s['in_use']} in use"
     ever = f"{s['made']} made, {s['expired']} expired, {s['died']} died, {s['failures']} failures"
-    line = f"{now}, {s['waiting']} waiting; {rate}; {ever}"
+    waits = (
+        f"waits {1000 * s['waited_s'] / total:.0f} ms on average, {1000 * s['longest_wait_s']:.0f} at most; "
+        * bool(total)
+    )
+    line = f"{now}, {s['waiting']} waiting; {rate}; {waits}{ever}"
     return f"{line}\nlast failure: {visible(s['last_failure'])}" if s["last_failure"] else line
 
 

@@ -77,7 +77,7 @@ class PoolLimits:
 
 @dataclass(slots=True)
 class PoolStatus:
-    """Counters since the pool began, and what it is doing now. Times are seconds."""
+    """Counters since the pool began, and what it is doing now. Times are seconds; callers wait until woken."""
 
     ready: int = 0
     making: int = 0
@@ -91,6 +91,8 @@ class PoolStatus:
     died: int = 0
     failures: int = 0
     refill_s: float = 0.0
+    waited_s: float = 0.0
+    longest_wait_s: float = 0.0
     last_failure: str = ""
     template: str = ""
 
@@ -183,13 +185,17 @@ class Pool:
             folder: for the record: the folder that it works on.
             task: for the record: what it is for.
         """
-        self._arrivals.append(self._clock())
+        arrival = self._clock()
+        self._arrivals.append(arrival)
         async with AsyncExitStack() as stack:
             vm = await self._wake_one(stack, disks, folder, task)
             self._notify()
             if vm is None:
                 vm = await stack.enter_async_context(self._on_demand(disks, vm_id, folder, task))
             self.status.in_use += 1
+            waited = self._clock() - arrival
+            self.status.waited_s += waited
+            self.status.longest_wait_s = max(self.status.longest_wait_s, waited)
             self._notify()
             try:
                 yield vm
