@@ -169,10 +169,8 @@ def _pool_line(found: dict[str, Any]) -> str:
     rate = f"{100 * s['hits'] / total:.0f} % hits of {total}" if total else "not used yet"
     now = f"{s['ready']} ready (target {s['target']}), {s['making']} being made, {s['in_use']} in use"
     ever = f"{s['made']} made, {s['expired']} expired, {s['died']} died, {s['failures']} failures"
-    waits = (
-        f"waits {1000 * s['waited_s'] / total:.0f} ms on average, {1000 * s['longest_wait_s']:.0f} at most; "
-        * bool(total)
-    )
+    mean, longest = 1000 * s["waited_s"] / max(total, 1), 1000 * s["longest_wait_s"]
+    waits = f"waits {mean:.0f} ms on average, {longest:.0f} at most; " if total else ""
     line = f"{now}, {s['waiting']} waiting; {rate}; {waits}{ever}"
     return f"{line}\nlast failure: {visible(s['last_failure'])}" if s["last_failure"] else line
 
