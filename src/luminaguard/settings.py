@@ -140,6 +140,10 @@ def _read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.loads(file.read(_MAX_FILE).decode())
     except FileNotFoundError:
+        if path.is_symlink():  # someone meant it to be there
+            raise SettingsError(
+                f"{path} is a link to nothing.", hint="Correct the link, or remove it to use the defaults."
+            ) from None
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(

@@ -238,3 +238,17 @@ def test_an_unreadable_workspace_has_a_hint(home, workspace):
     workspace.chmod(0)
     says(home.run("exec", "--workspace", str(workspace), "--", "true"), 122, "cannot be read")
     workspace.chmod(0o700)
+
+
+def test_settings_that_are_a_link_to_nothing_are_an_error(bare_home):
+    (bare_home.folder / "config").mkdir()
+    (bare_home.folder / "config" / "luminaguard.toml").symlink_to("elsewhere.toml")
+    says(bare_home.run("approvals", "list"), 123, "link to nothing")
+
+
+def test_an_image_whose_manifest_was_changed_is_listed_as_damaged(bare_home):
+    folder = bare_home.folder / "cache" / "images" / ("a" * 64)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    assert "DAMAGED" in bare_home.run("image", "list").out
+    assert bare_home.run("image", "list", "--json").json == {"images": [], "damaged": ["a" * 64]}

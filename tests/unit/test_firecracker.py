@@ -18,7 +18,7 @@ from luminaguard.microvm.firecracker import bodies, vsock
 from luminaguard.microvm.firecracker.api import Api, connect_inside
 from luminaguard.microvm.firecracker.probe import find_firecracker
 from luminaguard.microvm.jail import JailFolders
-from luminaguard.microvm.jail.folders import Parts, copy_data, open_inside
+from luminaguard.microvm.jail.folders import Parts, copy_data, open_inside, remove_tree
 from luminaguard.testing import firecracker as standin
 from luminaguard.testing.firecracker.machine import Fatal, Machine, Refused
 
@@ -52,6 +52,15 @@ def test_a_jailer_of_another_version_is_refused(tmp_path):
 def test_programs_that_others_can_change_are_refused(tmp_path, mode):
     firecracker, jailer = standin.install(tmp_path)
     jailer.chmod(mode)
+    with pytest.raises(HypervisorUnavailable, match="changed by others"):
+        find_firecracker(str(firecracker), str(jailer))
+
+
+def test_programs_in_a_folder_that_others_can_change_are_refused(tmp_path):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    firecracker, jailer = standin.install(folder)
+    folder.chmod(0o777)
     with pytest.raises(HypervisorUnavailable, match="changed by others"):
         find_firecracker(str(firecracker), str(jailer))
 
@@ -201,37 +210,142 @@ def test_parts_are_laid_once_and_cannot_be_written_by_the_jailed(tmp_path):
     parts = Parts(folders)
     memory = os.memfd_create("part")
     os.write(memory, b"content")
-    with folders.create("firecracker", "vm-1") as one, folders.create("firecracker", "vm-2") as two:
+    first, second = folders.create("firecracker", "vm-1"), folders.create("firecracker", "vm-2")
+    one, two = first.root, second.root
+    parts.lay(memory, one, "ram")
+    parts.lay(memory, two, "ram")
+    assert (one / "ram").read_bytes() == b"content"
+    assert (one / "ram").stat().st_ino == (two / "ram").stat().st_ino
+    assert stat.S_IMODE((one / "ram").stat().st_mode) == 0o444
+    with pytest.raises(FileExistsError):
         parts.lay(memory, one, "ram")
-        parts.lay(memory, two, "ram")
-        assert (one / "ram").read_bytes() == b"content"
-        assert (one / "ram").stat().st_ino == (two / "ram").stat().st_ino
-        assert stat.S_IMODE((one / "ram").stat().st_mode) == 0o444
-        with pytest.raises(FileExistsError):
-            parts.lay(memory, one, "ram")
-        folders.sweep()  # of another process: ours are locked
-        parts.lay(memory, one, "again")
-        assert set(folders.machines()) == {"vm-1", "vm-2"}
+    folders.sweep()  # of another process: ours are locked, however old they are
+    os.utime(tmp_path / "jails" / "firecracker" / "vm-1", (0, 0))
+    folders.sweep()
+    parts.lay(memory, one, "again")
+    assert set(folders.machines()) == {"vm-1", "vm-2"}
+    first.remove()
+    second.remove()
     parts.close()
     os.close(memory)
     assert folders.machines() == {}
     assert [path.name for path in folders.folder.iterdir()] == ["firecracker"]
 
 
-def test_parts_of_a_process_that_was_killed_are_swept(tmp_path):
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's files may be linked into a jail")
+def test_a_file_of_roots_is_linked_and_not_copied(tmp_path):
+    parts, folder = Parts(JailFolders(tmp_path)), JailFolders(tmp_path).create("firecracker", "vm-1")
+    image = tmp_path / "image"
+    image.write_bytes(b"x")
+    image.chmod(0o644)
+    with image.open("rb") as file:
+        parts.lay(file.fileno(), folder.root, "vdb")
+        assert (folder.root / "vdb").stat().st_ino == image.stat().st_ino
+    image.chmod(0o600)  # what the jailed could not read is copied for it
+    with image.open("rb") as file:
+        parts.lay(file.fileno(), folder.root, "vdc")
+        assert (folder.root / "vdc").stat().st_ino != image.stat().st_ino
+    parts.close()
+    folder.remove()
+
+
+def test_the_part_that_was_not_used_for_longest_goes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("luminaguard.microvm.jail.folders._MOST_PARTS", 2)
+    parts, folder = Parts(JailFolders(tmp_path)), JailFolders(tmp_path).create("firecracker", "vm-1")
+    memory = [os.memfd_create("part") for _ in range(3)]
+    parts.lay(memory[0], folder.root, "ram")
+    for number, fd in enumerate(memory):
+        parts.lay(fd, folder.root, f"other{number}")
+        parts.lay(memory[0], folder.root, f"ram{number}")
+    assert len({(folder.root / f"ram{number}").stat().st_ino for number in range(3)}) == 1
+    for fd in memory:
+        os.close(fd)
+    parts.close()
+    folder.remove()
+
+
+def test_what_a_process_that_was_killed_left_is_swept(tmp_path):
     folders = JailFolders(tmp_path)
     if (child := os.fork()) == 0:
         memory = os.memfd_create("part")
         os.write(memory, b"content")
-        with folders.create("firecracker", "vm-1") as root:
-            Parts(folders).lay(memory, root, "ram")
-            os._exit(0)
+        Parts(folders).lay(memory, folders.create("firecracker", "vm-1").root, "ram")
+        os._exit(0)
     os.waitpid(child, 0)
+    (folders.folder / ".new-0123").mkdir()
+    os.utime(folders.folder / ".new-0123", (0, 0))
+    (folders.folder / ".new-4567").mkdir()  # just made, by someone who will lock it in a moment
     assert len(list(folders.folder.glob(".parts-*"))) == 1
     folders.sweep()
-    folders.remove("vm-1")
     assert list(folders.folder.glob(".parts-*")) == []
+    assert [path.name for path in folders.folder.glob(".new-*")] == [".new-4567"]
     assert folders.machines() == {}
+
+
+def test_a_tree_without_bottom_is_removed(tmp_path):
+    """What a hostile program leaves must not be deeper than what can be removed."""
+    top = tmp_path / "tree"
+    top.mkdir()
+    fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=fd)
+        os.symlink("/etc", "link", dir_fd=fd)
+        step = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
+        os.close(fd)
+        fd = step
+    os.close(fd)
+    remove_tree(top)
+    assert not top.exists()
+    assert Path("/etc/passwd").exists()
+    remove_tree(tmp_path / "none")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changes owners")
+def test_a_sealed_jail_takes_no_new_file(tmp_path):
+    tmp_path.chmod(0o755)
+    folder = JailFolders(tmp_path).create("firecracker", "vm-1")
+    for path in (folder.root, folder.root / "run", folder.root / "dev"):
+        path.mkdir(exist_ok=True)
+        os.chown(path, 1000, 1000)
+    folder.seal()
+    for path in (folder.root, folder.root / "run", folder.root / "dev"):
+        info = path.stat()
+        assert (info.st_uid, stat.S_IMODE(info.st_mode)) == (0, 0o755)
+    folder.remove()
+
+
+def test_a_caller_who_went_away_does_not_spoil_the_next_request(tmp_path):
+    """The answer that comes too late belongs to nobody."""
+    (tmp_path / "run").mkdir()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "run" / "s"))
+    listener.listen(4)
+
+    def serve() -> None:
+        for number in range(2):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                if number == 0:
+                    connection.recv(1)  # until it is hung up on
+                else:
+                    connection.sendall(reply(b'{"second": true}'))
+                    connection.recv(1)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+
+    async def talk() -> None:
+        api = Api(tmp_path, "run/s")
+        await api.open(lambda: True, 5)
+        with anyio.move_on_after(0.1):
+            await api.get("/first")
+        assert await api.get("/second") == {"second": True}
+        api.close()
+
+    anyio.run(talk)
+    listener.close()
+    thread.join(5)
 
 
 # -- what a request may be: the stand-in is as strict as the real program ----------------------------------

@@ -186,6 +186,8 @@ def test_our_own_folders_do_not_go_in_and_no_change_touches_them(tmp_path):
         Change(".config/luminaguard", None, LinkEntry("/tmp/evil")),
         Change(".config", DirEntry(0o755), None),
         Change(".config", DirEntry(0o755), LinkEntry("/tmp/evil")),
+        Change(".config", DirEntry(0o755), file),
+        Change(".config", DirEntry(0o755), DirEntry(0o777)),
     ):
         with pytest.raises(ChangesetRefused, match="LuminaGuard itself"):
             refuse_changes(Changeset.of([change]), own)

@@ -456,3 +456,11 @@ def test_a_workspace_that_contains_our_own_folders_keeps_them_out(home, tmp_path
     assert evil.code == 122
     assert "LuminaGuard itself" in evil.json["error"]["message"]
     assert home.exec(tmp_path / "home" / "state", "true").code == 122
+
+
+def test_a_new_mode_of_the_folder_itself_is_not_published_and_said_so(home, workspace):
+    workspace.chmod(0o750)
+    result = home.run("exec", "-w", str(workspace), "--publish", "always", "--", "chmod", "777", ".")
+    assert (result.code, "0777" in result.err) == (0, True)
+    assert workspace.stat().st_mode & 0o777 == 0o750
+    assert home.run("exec", "-w", str(workspace), "--", "true").err == ""

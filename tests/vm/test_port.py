@@ -131,6 +131,7 @@ def test_a_clone_runs_commands_shows_its_changes_and_leaves_nothing(port):
             await vm.changes(lambda entry: seen.append(entry.path), lambda _: None)
             assert seen == ["new"]
             assert set(vm.process.layers.values()) == {"on"} or os.geteuid() != 0
+            assert vm.process.layers["seccomp"] == "on"
         assert not alive(pid)
 
     run(scenario)
@@ -378,7 +379,10 @@ def test_a_live_firecracker_is_jailed(port):
                 assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
                 limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
                 assert next(line for line in limits if line.startswith("Max file size")).split()[3] == str(4 << 20)
+                assert f"/{vm.id}\n" in Path(f"/proc/{pid}/cgroup").read_text() or CgroupStore().missing
+                port.tracker.reap()  # another process's: it must leave what lives alone
                 root = JailFolders(port.run_folder).machines()[vm.id] / "root"
+                assert [path.stat().st_uid for path in (root, root / "run", root / "dev")] == [0, 0, 0]
                 for path in root.iterdir():
                     info = path.lstat()
                     if path.name in {"ram", "state", "vda", "vdb"}:

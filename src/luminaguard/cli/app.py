@@ -240,15 +240,18 @@ def image_list(as_json: Json = False) -> None:
     from luminaguard.cli.output import print_json
 
     _State.as_json = as_json
-    images = _runtime().images.images()
+    store = _runtime().images
+    images, damaged = store.images(), store.damaged()
     rows = [{"id": i.folder.name, "distribution": i.manifest.distribution, "kernel": i.manifest.kernel_release,
              "locked": i.manifest.locked, "bytes": sum(p.size for p in i.manifest.parts.values())}
             for i in images]  # fmt: skip
     if as_json:
-        print_json({"images": rows})
+        print_json({"images": rows, "damaged": damaged})
         return
     for row in rows:
         print(f"{str(row['id'])[:12]}  {row['distribution']}  {row['kernel']}  {int(row['bytes']) >> 20} MiB")
+    for name in damaged:
+        print(f"{name[:12]}  DAMAGED: its manifest is not the one that it was named after")
 
 
 @image_app.command("verify")

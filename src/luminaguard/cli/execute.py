@@ -94,6 +94,8 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
     finally:
         progress.clear()
     tell_recovered(execution.recovered)
+    if execution.detail and capture is None and not execution.outcome.timed_out:
+        sys.stderr.write(f"note: {execution.detail}\n")
     try:
         status = _settle(runtime, execution, options)
     except LuminaGuardError as error:

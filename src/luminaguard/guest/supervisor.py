@@ -245,6 +245,8 @@ class Supervisor:
             if part is None:
                 count, self._changes = self._changes.count, None
                 self._send(Frame(frames.EOF, channel, stream=frames.CHANGES))
-                self._answer(channel, frames.RESULT, {"entries": count})
+                self._answer(
+                    channel, frames.RESULT, {"entries": count, "mode": os.stat(machine.UPPER).st_mode & 0o7777}
+                )
                 return
             self._send(Frame(frames.DATA, channel, part, frames.CHANGES))

@@ -92,6 +92,11 @@ class ImageStore:
                     found.append(Image.load(entry.parent))
         return found
 
+    def damaged(self) -> list[str]:
+        """Names of folders that should be images, and whose manifests are not to be trusted."""
+        found = {entry.name for entry in self.folder.glob("*") if _is_digest(entry.name)}
+        return sorted(found - {image.folder.name for image in self.images()})
+
     def build(self, step: Callable[[str], None], *, locked: bool = False, force: bool = False) -> Image:
         """Build the image for this machine's distribution and make it current.
 

@@ -36,6 +36,7 @@ _MAX = 1 << 16
 _SOCKET, _LOCK = "pool.sock", "pool.lock"
 _REPLY_TIMEOUT_S = 60.0
 _MAX_BORROWERS = 256
+_END_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,9 @@ async def borrow(
             async with open_channel(channel_socket, first_call=int(reply["call"])) as channel:
                 yield MicroVM(str(reply["id"]), lent, channel, backend=str(reply["backend"]),
                               accelerator=str(reply["accelerator"]), boot_id=str(reply["boot_id"]))  # fmt: skip
+        connection.shutdown(socket.SHUT_WR)
+        with anyio.move_on_after(_END_S):  # the lender hangs up once the machine is destroyed
+            await anyio.wait_readable(connection)
 
 
 def has_pool(run: Path) -> bool:

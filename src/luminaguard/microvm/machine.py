@@ -255,10 +255,13 @@ class MicroVM:
         self,
         on_entry: Callable[[LayerEntry], None],
         on_content: Callable[[bytes], None],
-    ) -> None:
+    ) -> int | None:
         """Read the upper layer: each entry, and the content of each file right after its entry.
 
         The callbacks may raise to refuse what they are told; that ends the machine's usefulness.
+
+        Returns:
+            The permission bits of the workspace folder itself, if the guest told them.
 
         Raises:
             GuestProtocolError: the records are malformed.
@@ -278,6 +281,8 @@ class MicroVM:
             reader.feed(data)
         result = await _answer(call, CALL_TIMEOUT)
         reader.finish(result.get("entries"))
+        mode = result.get("mode")
+        return mode & 0o7777 if type(mode) is int else None
 
 
 @asynccontextmanager

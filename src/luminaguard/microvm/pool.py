@@ -10,8 +10,8 @@ Rules:
    waits loaded and has never run.
 4. Clones expire by age, and all of them when the template changes.
 5. The size follows demand: what arrives while one clone is made, and one more, between a minimum and
-   a maximum; the maximum is bounded by memory. One clone is made at a time, and none while a caller
-   waits for an on-demand clone.
+   a maximum; the maximum is bounded by memory. One clone is made at a time, and while callers wait
+   for on-demand clones only one for every four of them.
 
 Each clone lives in a task of its own, which owns all its contexts and ends them, whoever used it.
 """
@@ -42,8 +42,10 @@ _REHEARSAL = (("/bin/true",),)
 _MIB_EACH = 96  # private memory of a kept clone and its hypervisor, with room
 _DEMAND_WINDOW_S = 20.0
 _CHECK_S = 1.0
+_END_S = 5.0
 _ATTEMPTS = 2  # a workspace that no clone can take must not use up all of them
 _QUIET_S = 0.15
+_MISSES_A_REFILL = 4  # so many callers may come before one refill runs beside them
 _RETRY_S = (0.5, 1, 2, 5, 10, 30)
 
 
@@ -109,6 +111,7 @@ class _Kept:
     next_call: int
     taken: anyio.Event = field(default_factory=anyio.Event)
     done: anyio.Event = field(default_factory=anyio.Event)
+    ended: anyio.Event = field(default_factory=anyio.Event)
 
 
 class Pool:
@@ -137,6 +140,8 @@ class Pool:
         self._keepers: anyio.abc.TaskGroup
         self._cloning = 0
         self._checked = 0.0
+        self._unfilled = 0  # misses since a refill began
+        self._template_failures = 0
         self.status = PoolStatus()
 
     @classmethod
@@ -208,6 +213,7 @@ class Pool:
     ) -> AsyncIterator[MicroVM]:
         """What a miss gets."""
         self.status.misses += 1
+        self._unfilled += 1
         self.status.waiting += 1
         waiting, template = True, None
         try:
@@ -268,6 +274,8 @@ class Pool:
             raise
         finally:
             kept.done.set()
+            with anyio.move_on_after(_END_S, shield=True):  # destroyed with the context
+                await kept.ended.wait()
 
     def _take(self) -> _Kept | None:
         while self._ready:
@@ -311,6 +319,7 @@ class Pool:
                             await self._changed.wait()
                 failures = 0
             except Exception as error:  # noqa: BLE001  # whatever it is, those who run must not end with it
+                self._template_failures += 1
                 failures = self._failed(_first(error), failures)
                 await self._pause(_RETRY_S[min(failures, len(_RETRY_S)) - 1])
 
@@ -326,7 +335,8 @@ class Pool:
                 elif surplus < 0 and (quiet := self._until_quiet()) > 0:
                     await anyio.sleep(quiet)
                     continue
-                elif surplus < 0 and not self.status.waiting:
+                elif surplus < 0 and (not self.status.waiting or self._unfilled >= _MISSES_A_REFILL):
+                    self._unfilled = 0
                     made, before = anyio.Event(), self.status.failures
                     self.status.making, self._cloning = 1, self._cloning + 1
                     self._keepers.start_soon(self._keep, template, made)
@@ -386,8 +396,10 @@ class Pool:
         finally:
             if not made.is_set():
                 self._cloning -= 1
-            if kept is not None and kept in self._ready:
-                self._ready.remove(kept)
+            if kept is not None:
+                kept.ended.set()
+                if kept in self._ready:
+                    self._ready.remove(kept)
             self.status.ready = len(self._ready)
             made.set()
             self._notify()
@@ -453,9 +465,9 @@ class Pool:
         Raises:
             MachineError: it cannot be built.
         """
-        before = self.status.failures
+        before = self._template_failures
         while self._template is None:
-            if self.status.failures > before:
+            if self._template_failures > before:
                 raise MachineError(
                     f"The machine that clones are copied from cannot be made: {self.status.last_failure}",
                     hint="Run 'luminaguard doctor'.",

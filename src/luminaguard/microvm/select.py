@@ -56,7 +56,7 @@ def choose_hypervisor(settings: Settings, run: Path, jail: Jail) -> Hypervisor:
 def _firecracker(settings: Settings, memo: _Memo, run: Path, jail: Jail) -> Hypervisor:
     # Only where it may be used: every command would pay for the import.
     from luminaguard.microvm.firecracker.backend import FirecrackerHypervisor
-    from luminaguard.microvm.firecracker.probe import Firecracker, find_firecracker
+    from luminaguard.microvm.firecracker.probe import Firecracker, check_owner, find_firecracker
 
     if os.geteuid() != 0:
         raise HypervisorUnavailable(
@@ -67,6 +67,8 @@ def _firecracker(settings: Settings, memo: _Memo, run: Path, jail: Jail) -> Hype
         version = found["version"]
         program = Firecracker(found["path"], found["jailer"], (version[0], version[1], version[2]),
                               found["snapshot_version"])  # fmt: skip
+        for path in (program.path, program.jailer):
+            check_owner(path)
     else:
         program = find_firecracker(settings.firecracker, settings.jailer)
     memo.put("firecracker", asdict(program))

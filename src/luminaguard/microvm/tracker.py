@@ -135,10 +135,10 @@ class VMTracker:
             # and one that is about to be used is young.
             if name not in names and all(_age_s(folder) > _GROUP_AGE_S for folder in folders):
                 groups.remove(folders, wait=False)
-        for name, folder in self._jails.machines().items():
-            if name not in names and _age_s(folder) > _GROUP_AGE_S:
-                self._jails.remove(name)
         self._jails.sweep()
+        for path in self.folder.glob(".vm-*"):  # of owners that were killed before the record had its name
+            if _age_s(path) > _GROUP_AGE_S:
+                path.unlink(missing_ok=True)
         return dead
 
     def kill(self, vm_id: str) -> MachineRecord | None:
@@ -180,7 +180,6 @@ class VMTracker:
                     _end(record)
                     self._remember(record, "its owner died")
                     self._remove_group(record.id)
-                    self._jails.remove(record.id)
                     log.event("machine.reaped", vm=record.id, pid=record.pid)
                     dead.append(record)
                 path.unlink(missing_ok=True)

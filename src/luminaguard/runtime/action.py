@@ -19,7 +19,13 @@ import anyio
 import anyio.to_thread
 
 from luminaguard import log
-from luminaguard.errors import ChangesetRefused, GuestProtocolError, LuminaGuardError, WorkspaceError
+from luminaguard.errors import (
+    ChangesetRefused,
+    GuestProtocolError,
+    LuminaGuardError,
+    WorkspaceChanged,
+    WorkspaceError,
+)
 
 if TYPE_CHECKING:
     from luminaguard.approvals import Request
@@ -125,8 +131,9 @@ async def run(
                 marks.lap("command")
                 writer = runtime.blobs.writer(vm_id)
                 collector = Collector(writer, runtime.limits("changeset"))
+                mode: int | None = None
                 if not outcome.timed_out:
-                    await vm.changes(
+                    mode = await vm.changes(
                         lambda e: collector.entry(e.path, e.kind, e.mode, e.size, e.target, e.opaque),
                         collector.content,
                     )
@@ -150,7 +157,9 @@ async def run(
             "refused",
             "the command was stopped at its time limit",
         )
-    elif len(changeset):
+    elif mode is not None and mode != state.mode | 0o700:
+        execution.detail = f"the mode of the folder itself became {mode:04o} in the machine; that is not published"
+    if len(changeset) and not outcome.timed_out:
         execution.request = await anyio.to_thread.run_sync(_request, runtime, execution, state, command)
         execution.status = "pending"
     if execution.request is None:
@@ -209,6 +218,7 @@ async def _machine(
 
 
 def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, progress: Progress) -> None:
+    from luminaguard.workspaces.index import HashIndex
     from luminaguard.workspaces.pack import WorkspaceImages
     from luminaguard.workspaces.state import read_state
 
@@ -225,6 +235,9 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, p
         )  # fmt: skip
         images = WorkspaceImages(runtime.folders.cache).open_layered(prepared.state)
         prepared.disks = tuple(prepared.keep(fd) for fd in images if fd >= 0)
+    except WorkspaceChanged as error:
+        HashIndex(runtime.folders.cache / "indexes", workspace).forget()
+        prepared.failures.append(error)
     except LuminaGuardError as error:
         prepared.failures.append(error)
     except OSError as error:

@@ -2,8 +2,9 @@
 
 A file is taken for unchanged when its inode, size, modification time and change time are what they
 were. The kernel sets the change time itself and nobody else can, so a file that was written to has
-another one, unless that happened within the granularity of the clock: a file that was changed shortly
-before it was read is never remembered.
+another one, unless that happened within the granularity of the clock or goes on through a mapping: a
+file that was changed shortly before it was read is never remembered, and one that turns out to be
+another one makes the whole index be forgotten.
 
 A wrong hash could at worst show a machine an older file; what is published is compared with what
 really is there, hashed anew. So the index is a cache and may be deleted at any time.
@@ -71,6 +72,13 @@ class HashIndex:
             self._forget()
         except OSError:
             temporary.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Hash everything next time: something was not what the index said.
+
+        A program that writes through a mapping (mmap(2)) may change a file without changing its times again.
+        """
+        self._path.unlink(missing_ok=True)
 
     def _load(self) -> dict[str, list[Any]]:
         try:

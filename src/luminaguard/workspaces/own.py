@@ -42,7 +42,7 @@ def refuse_changes(changeset: Changeset, own: frozenset[str]) -> None:
     for change in changeset.changes:
         for folder in own:
             inside = change.path == folder or change.path.startswith(f"{folder}/")
-            above = folder.startswith(f"{change.path}/") and change.kind in {"delete", "symlink"}
+            above = folder.startswith(f"{change.path}/")  # it is there, so this is no creation
             if inside or above:
                 raise ChangesetRefused(
                     f"The command changed {change.path!a}, which belongs to LuminaGuard itself.",

@@ -10,6 +10,7 @@ A large workspace is packed once; a later state of it is a small second image th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -17,6 +18,7 @@ import os
 import stat
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +33,7 @@ __all__ = ["WorkspaceImages"]
 _UID = 1000
 _CHUNK = 1 << 20
 _KEPT = 8
+_LEFTOVER_AGE_S = 7 * 86400
 _LAYERED_FROM = 1000  # entries; fewer are packed anew in no time
 _LAYER_FILES, _LAYER_BYTES = 2000, 64 << 20
 _COMMAND = ("mksquashfs", "-", "{out}", "-tar", "-noI", "-noD", "-noF", "-no-xattrs", "-no-duplicates",
@@ -85,12 +88,12 @@ class WorkspaceImages:
                     os.close(lower)
                     return None
                 fd = self._pack(state, path, layer)
-            self._keep(path, fd)
-            self._keep(self._path(base.key), lower)
-            self._forget()
         except BaseException:  # whatever ends this, the descriptor must not leak
             os.close(lower)
             raise
+        self._keep(path, fd)
+        self._keep(self._path(base.key), lower)
+        self._forget()
         return lower, fd
 
     def _path(self, key: str) -> Path:
@@ -192,6 +195,10 @@ class WorkspaceImages:
         for _, old in sorted(found, reverse=True)[_KEPT:]:
             old.with_suffix(".squashfs").unlink(missing_ok=True)  # a machine that runs from it has it open
             old.unlink(missing_ok=True)
+        for leftover in (*self.folder.glob("*.base"), *self.folder.glob(".*.partial")):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
+                    leftover.unlink()
 
 
 def _is_digest(key: str) -> bool:
@@ -201,7 +208,10 @@ def _is_digest(key: str) -> bool:
 
 def _changed_at(fd: int) -> str:
     info = os.fstat(fd)
-    return f"{info.st_dev} {info.st_ino} {info.st_size} {info.st_ctime_ns}"
+    # Root's machines have other uids, which cannot write to root's files; and links into their jails, which
+    # change this time.
+    changed = info.st_mtime_ns if os.geteuid() == 0 else info.st_ctime_ns
+    return f"{info.st_dev} {info.st_ino} {info.st_size} {changed}"
 
 
 class _Tar:

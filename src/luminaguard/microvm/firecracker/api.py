@@ -28,7 +28,7 @@ _READ = 1 << 16
 
 
 class Api:
-    """One connection, kept alive.
+    """One connection, kept alive; made anew after one that broke or whose caller went away.
 
     Args:
         root: the jail's root folder.
@@ -75,15 +75,27 @@ class Api:
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         async with self._one_at_a_time:
-            with anyio.move_on_after(ANSWER_TIMEOUT_S):
-                try:
+            try:
+                with anyio.move_on_after(ANSWER_TIMEOUT_S):
                     return await self._exchange(method, path, body)
-                except (OSError, h11.ProtocolError) as error:
-                    raise _failed(f"{method} {path}: the connection broke ({error})") from error
+            except (OSError, h11.ProtocolError) as error:
+                self._hang_up()
+                raise _failed(f"{method} {path}: the connection broke ({error})") from error
+            except BaseException:  # a caller who was cancelled: the answer must not be taken for the next one's
+                self._hang_up()
+                raise
+            self._hang_up()
             raise _failed(f"{method} {path}: no answer within {ANSWER_TIMEOUT_S:g} s")
 
+    def _hang_up(self) -> None:
+        """The next request gets a connection of its own."""
+        self.close()
+        self._socket = None
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_READ)
+
     async def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        assert self._socket is not None, "open() comes first"
+        if self._socket is None:
+            self._socket = connect_inside(self._root, self._name)
         payload = b"" if body is None else json.dumps(body).encode()
         assert len(payload) <= _MAX_REQUEST
         headers = [("Host", "localhost"), ("Accept", "application/json")]

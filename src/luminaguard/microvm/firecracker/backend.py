@@ -15,10 +15,13 @@ was paused and resumed cannot be connected to any more (see :mod:`probe`).
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import socket
+import stat
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -26,14 +29,14 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from luminaguard.errors import HypervisorUnavailable, JailUnavailable, MachineError
+from luminaguard.errors import HypervisorUnavailable, JailUnavailable, MachineError, StorageError
 from luminaguard.microvm.firecracker import bodies
 from luminaguard.microvm.firecracker.api import Api
 from luminaguard.microvm.firecracker.probe import Firecracker
 from luminaguard.microvm.firecracker.sinks import Sink
 from luminaguard.microvm.firecracker.vsock import connect_guest
 from luminaguard.microvm.jail import Jail, JailedProcess, JailFolders, Limits, unused_uid
-from luminaguard.microvm.jail.folders import Parts, copy_data, open_inside
+from luminaguard.microvm.jail.folders import JailFolder, Parts, copy_data, open_inside
 from luminaguard.microvm.port import BootSource, Capabilities, SavedMachine, processor
 
 __all__ = ["FirecrackerHypervisor", "FirecrackerMachine"]
@@ -45,6 +48,7 @@ _CHECK_TIMEOUT_S = 5.0
 _SETTLE_S = 0.2
 _OVERHEAD_MIB = 64  # the program itself, the jailer and bubblewrap, beside the guest's memory
 _MAX_STATE = 16 << 20
+_UNFILTERED = "this build of Firecracker has no filters: use a release"
 _FILES_MIB = 4  # what a machine may write that is not being saved
 _CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "MKNOD", "SETGID", "SETUID", "SYS_ADMIN", "SYS_CHROOT")
 """Those of the jailer until it drops them: device nodes, their owner, the mount namespace, the uid."""
@@ -53,10 +57,11 @@ _CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "MKNOD", "SETGID", "SETUID",
 class FirecrackerMachine:
     """A running, or loaded, machine; made by :class:`FirecrackerHypervisor` only."""
 
-    def __init__(self, process: JailedProcess, root: Path, api: Api, parts: Parts, sinks: list[Sink], ram: int,
+    def __init__(self, process: JailedProcess, folder: JailFolder, api: Api, parts: Parts, sinks: list[Sink], ram: int,
                  pausable: bool) -> None:  # fmt: skip
         self.process = process
-        self._root = root
+        self._folder = folder
+        self._root = folder.root
         self._api = api
         self._parts = parts
         self._sinks = sinks
@@ -76,10 +81,16 @@ class FirecrackerMachine:
         self._channel = await connect_guest(self._root, bodies.VSOCK, lambda: self.process.running, timeout_s)
 
     def disconnect(self) -> None:
-        """Close the connection to the guest."""
+        """Hang up on the guest; the socket stays open, because others still wait for it."""
+        if self._channel is not None:
+            with contextlib.suppress(OSError):
+                self._channel.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close what was opened; nobody waits for it any more."""
         if self._channel is not None:
             self._channel.close()
-            self._channel = None
+        self._api.close()
 
     async def load(self, *, resume: bool) -> None:
         """Load the saved machine that was laid into the jail; connect to its guest if it runs."""
@@ -88,6 +99,10 @@ class FirecrackerMachine:
         await self._api.put("/snapshot/load", bodies.load(resume=resume))
         if resume:
             await self.connect(_CONNECT_TIMEOUT_S)
+
+    def seal(self) -> None:
+        """Its sockets are made: from here on it makes no file, whoever is in command of it."""
+        self._folder.seal()
 
     async def save(self, state: int) -> None:
         """Pause for good; memory goes into the memfd that the machine was booted with, the rest to ``state``."""
@@ -124,7 +139,10 @@ class FirecrackerMachine:
         """Put another read-only file behind a disk that nothing has open in the guest."""
         self._replaced += 1
         name = f"{bodies.DISKS[index]}-{self._replaced}"
-        await anyio.to_thread.run_sync(self._parts.lay, disk, self._root, name)
+        try:
+            await anyio.to_thread.run_sync(self._parts.lay, disk, self._root, name)
+        except OSError as error:
+            raise _disk(error) from error
         await self._api.patch(f"/drives/{bodies.DISKS[index]}", bodies.replacement(index, name))
 
     async def diagnosis(self) -> str:
@@ -138,9 +156,13 @@ class FirecrackerMachine:
         return self._sinks[1].words()
 
     def _fetch(self, name: str, target: int, limit: int) -> None:
-        source = open_inside(self._root, name, os.O_RDONLY)
         try:
-            size = os.fstat(source).st_size
+            source = open_inside(self._root, name, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            raise MachineError(f"Firecracker saved no '{name}': {error.strerror}.", hint="Run it again.") from error
+        try:
+            info = os.fstat(source)
+            size = info.st_size if stat.S_ISREG(info.st_mode) else -1
             if not 0 < size <= limit or (target == self._ram and size != limit):
                 raise MachineError(f"Firecracker saved {size} bytes as '{name}'.", hint="Run 'luminaguard doctor'.")
             copy_data(source, target, size)
@@ -158,6 +180,13 @@ class FirecrackerHypervisor:
         if os.geteuid() != 0:
             raise HypervisorUnavailable(
                 "Firecracker's jailer needs root.", hint="Run LuminaGuard as root, or set backend to 'qemu'."
+            )
+        folders.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.statvfs(folders.folder).f_flag
+        if flags & (os.ST_NODEV | os.ST_NOEXEC):
+            raise HypervisorUnavailable(
+                f"{folders.folder} is mounted nodev or noexec: no jail can be made there.",
+                hint="Set LUMINAGUARD_HOME, or XDG_STATE_HOME, to a folder on a file system without these options.",
             )
         self.firecracker = firecracker
         self._jail = jail
@@ -198,12 +227,15 @@ class FirecrackerHypervisor:
         async with self._start(name, saved.memory_mib, parts, b"", _FILES_MIB, -1) as machine:
             await machine.load(resume=running)
             self._check_filters(machine.process)
+            machine.seal()
             yield machine
 
     @asynccontextmanager
     async def try_jail(self) -> AsyncIterator[JailedProcess]:
         """Firecracker in the jail of a machine, without a guest."""
         async with self._start(f"doctor-{os.getpid()}", 0, {}, b"", _FILES_MIB, -1) as machine:
+            # Its other threads are confined once there is a guest.
+            machine.process.layers["seccomp"] = "on" if 2 in _seccomp_modes(machine.process.pid) else _UNFILTERED
             machine.process.kill()
             yield machine.process
 
@@ -212,11 +244,29 @@ class FirecrackerHypervisor:
         self, name: str, memory_mib: int, parts: dict[str, int], config: bytes, files_mib: int, ram: int
     ) -> AsyncIterator[FirecrackerMachine]:
         """Firecracker in its jail, answering on its API."""
-        uid = unused_uid()
+        try:
+            folder = self._folders.create(os.path.basename(self.firecracker.path), name)
+        except OSError as error:
+            raise _disk(error) from error
+        try:
+            async with self._furnished(name, folder, memory_mib, parts, config, files_mib, ram) as machine:
+                yield machine
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(folder.remove)
+
+    @asynccontextmanager
+    async def _furnished(
+        self, name: str, folder: JailFolder, memory_mib: int, parts: dict[str, int], config: bytes, files_mib: int,
+        ram: int,
+    ) -> AsyncIterator[FirecrackerMachine]:  # fmt: skip
+        uid, root = unused_uid(), folder.root
         with ExitStack() as stack:
-            root = stack.enter_context(self._folders.create(os.path.basename(self.firecracker.path), name))
-            await anyio.to_thread.run_sync(self._furnish, root, parts, config)
-            sinks = [Sink.make(root / pipe, uid, stack) for pipe in (bodies.LOG, bodies.METRICS)]
+            try:
+                await anyio.to_thread.run_sync(self._furnish, root, parts, config)
+                sinks = [Sink.make(root / pipe, uid, stack) for pipe in (bodies.LOG, bodies.METRICS)]
+            except OSError as error:
+                raise _disk(error) from error
             # What it writes counts as its memory where the jails lie on a tmpfs.
             limits = Limits(memory_bytes=(memory_mib + files_mib + _OVERHEAD_MIB) << 20, address_bytes=0)
             layers = dict.fromkeys(("uid", "privileges", "namespaces", "files", "rlimits"), "on")
@@ -226,17 +276,33 @@ class FirecrackerHypervisor:
 
             async with self._jail.launch(name, command, (), limits, layers) as process:
                 api = Api(root, bodies.SOCKET)
-                stack.callback(api.close)
-                machine = FirecrackerMachine(process, root, api, self._parts, sinks, ram, self.capabilities.pause)
+                machine = FirecrackerMachine(process, folder, api, self._parts, sinks, ram, self.capabilities.pause)
+                stack.callback(machine.close)
                 try:
                     await api.open(lambda: machine.process.running, _API_TIMEOUT_S)
                     process.pid = _child_of(process.pid)
+                    await self._check_start(name, process, api)
                     yield machine
                 except MachineError as error:
                     error.add_note(await machine.diagnosis())
                     raise
                 finally:
                     machine.disconnect()
+
+    async def _check_start(self, name: str, process: JailedProcess, api: Api) -> None:
+        """What runs is the version that was found, and still in its cgroup: the jailer may have moved it."""
+        running = (await api.get("/version")).get("firecracker_version")
+        if running != ".".join(map(str, self.firecracker.version)):
+            raise MachineError(
+                f"Firecracker was exchanged: {str(running)[:40]} runs instead of the version that was found.",
+                hint="Run the command again.",
+            )
+        if process.layers["cgroup"] == "on" and f"/{name}\n" not in _read(f"/proc/{process.pid}/cgroup"):
+            raise JailUnavailable(
+                "Firecracker left its cgroup while it was started.",
+                hint="Remove the group 'firecracker' from the cgroup hierarchy; see 'luminaguard doctor'.",
+                kept="No machine was started.",
+            )
 
     def _furnish(self, root: Path, parts: dict[str, int], config: bytes) -> None:
         for name, fd in parts.items():
@@ -253,7 +319,8 @@ class FirecrackerHypervisor:
             *self._jail.around_jailer(name, info, gate, _CAPABILITIES),
             self.firecracker.jailer, "--id", name, "--exec-file", self.firecracker.path,
             "--uid", str(uid), "--gid", str(uid), "--chroot-base-dir", str(self._folders.folder),
-            "--cgroup-version", "2", "--resource-limit", f"fsize={files_mib << 20}",
+            # The cgroup is ours: with version 2 the jailer would move it to /firecracker where there is one.
+            "--cgroup-version", "1", "--resource-limit", f"fsize={files_mib << 20}",
             "--resource-limit", f"no-file={limits.descriptors}", "--",
             *(["--config-file", f"/{bodies.CONFIG}"] if with_config else []),
         ]  # fmt: skip
@@ -265,8 +332,9 @@ class FirecrackerHypervisor:
             JailUnavailable: a thread is not, and the jail is required.
         """
         if all(mode == 2 for mode in _seccomp_modes(process.pid)):
+            process.layers["seccomp"] = "on"
             return
-        process.layers["seccomp"] = "this build of Firecracker has no filters: use a release"
+        process.layers["seccomp"] = _UNFILTERED
         if self._jail.required:
             raise JailUnavailable(
                 f"Firecracker is not confined: {process.layers['seccomp']}.",
@@ -276,12 +344,32 @@ class FirecrackerHypervisor:
 
 
 def _seccomp_modes(pid: int) -> list[int]:
-    """The seccomp mode of each thread (proc(5)); 2 is a filter."""
+    """The seccomp mode of each thread (proc(5)); 2 is a filter. Raises MachineError when it has ended."""
     modes = []
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        rows = dict(line.split(":", 1) for line in (thread / "status").read_text(encoding="utf-8").splitlines())
-        modes.append(int(rows["Seccomp"]))
+    try:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            rows = dict(line.split(":", 1) for line in (thread / "status").read_text(encoding="utf-8").splitlines())
+            modes.append(int(rows["Seccomp"]))
+    except OSError as error:
+        raise MachineError("Firecracker ended while it was being started.", hint="Run 'luminaguard doctor'.") from error
     return modes
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(1 << 16)
+    except OSError:
+        return ""
+
+
+def _disk(error: OSError) -> StorageError:
+    what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+    return StorageError(
+        f"The jail of a machine could not be furnished: {what}.",
+        hint="Free some space in the run-time folder (LUMINAGUARD_HOME, or XDG_STATE_HOME), and check who owns it.",
+        kept="No machine was started.",
+    )
 
 
 def _child_of(pid: int) -> int:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
 from dataclasses import dataclass
 
 from luminaguard.errors import HypervisorUnavailable
 
-__all__ = ["NEWEST", "OLDEST", "Firecracker", "find_firecracker"]
+__all__ = ["NEWEST", "OLDEST", "Firecracker", "check_owner", "find_firecracker"]
 
 OLDEST, NEWEST = (1, 15), (1, 17)
 _BROKEN = {(1, 16, 0)}
@@ -75,13 +76,28 @@ def _which(name: str) -> str:
     if path is None:
         raise HypervisorUnavailable(f"'{name}' was not found.", hint=_INSTALL)
     path = os.path.realpath(path)
-    info = os.stat(path)
-    if info.st_uid not in {0, os.geteuid()} or info.st_mode & 0o022:
-        # The jailer runs with all rights: whoever can change it has them too.
-        raise HypervisorUnavailable(
-            f"'{path}' can be changed by others than you and root.", hint=f"chown root '{path}'; chmod 755 '{path}'"
-        )
+    check_owner(path)
     return path
+
+
+def check_owner(path: str) -> None:
+    """The jailer runs with all rights: whoever can change or exchange it has them too.
+
+    Raises:
+        HypervisorUnavailable: someone else can.
+    """
+    place = path
+    while True:
+        info = os.stat(place)
+        is_shared = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX  # such as /tmp: nobody renames ours
+        if info.st_uid not in {0, os.geteuid()} or (info.st_mode & 0o022 and not is_shared):
+            raise HypervisorUnavailable(
+                f"'{place}' can be changed by others than you and root.",
+                hint=f"chown root '{place}'; chmod 755 '{place}'",
+            )
+        if place == "/":
+            return
+        place = os.path.dirname(place)
 
 
 def _version(path: str) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ __all__ = ["Sink"]
 
 _KEPT = 8192
 _READ = 1 << 16
+_MOST_READS = 32
 
 
 class Sink:
@@ -36,6 +37,8 @@ class Sink:
     def words(self) -> str:
         """The end of what was written so far, printable."""
         with contextlib.suppress(BlockingIOError):
-            while data := os.read(self._fd, _READ):
+            for _ in range(_MOST_READS):  # one that never stops writing must not keep us here
+                if not (data := os.read(self._fd, _READ)):
+                    break
                 self._last = (self._last + data)[-_KEPT:]
         return self._last.decode("utf-8", "replace").strip()

@@ -17,6 +17,7 @@ __all__ = ["CgroupStore"]
 _PARENT = "luminaguard"
 _V1 = {"memory": "memory.limit_in_bytes", "pids": "pids.max"}
 _V2 = {"memory": "memory.max", "pids": "pids.max"}
+_SWAP = {1: "memory.memsw.limit_in_bytes", 2: "memory.swap.max"}
 _REMOVE_TIMEOUT_S = 2.0
 
 
@@ -48,6 +49,9 @@ class CgroupStore:
                 made.append(group)
             for controller, parent in self._parents.items():
                 (parent / name / files[controller]).write_text(values[controller], encoding="ascii")
+            swap = self._parents["memory"] / name / _SWAP[self.version]
+            if swap.exists():  # a kernel without swap accounting has no such file, and a host without swap no need
+                swap.write_text("0" if self.version == 2 else values["memory"], encoding="ascii")
         except OSError:
             self.remove(made)
             raise

@@ -1,6 +1,6 @@
 """The folders that jailed hypervisors have as their root, and what is laid into them.
 
-    <run>/jails/<program>/<machine>/root/    one machine's root, as Firecracker's jailer wants it
+    <run>/jails/<program>/<machine>/root/    one machine's root, as Firecracker's jailer wants it; locked
     <run>/jails/.parts-<random>/             copies of parts that exist in memory only, one process's own
 
 A jailed program owns its root folder, so nothing in it is trusted: it is opened by descriptor, and no
@@ -14,14 +14,15 @@ import errno
 import fcntl
 import os
 import secrets
-import shutil
 import stat
-from collections.abc import Iterator
+import threading
+import time
 from pathlib import Path
 
-__all__ = ["JailFolders", "Parts", "copy_data", "is_socket", "open_inside"]
+__all__ = ["JailFolder", "JailFolders", "Parts", "copy_data", "is_socket", "open_inside", "remove_tree"]
 
-_PARTS = ".parts-"
+_PARTS, _NEW = ".parts-", ".new-"
+_NEW_AGE_S = 60.0
 _MOST_PARTS = 16
 _CHUNK = 1 << 20
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -33,42 +34,48 @@ class JailFolders:
     def __init__(self, run: Path) -> None:
         self.folder = run / "jails"
 
-    @contextlib.contextmanager
-    def create(self, program: str, name: str) -> Iterator[Path]:
-        """An empty root folder for a machine, removed with the context."""
-        machine = self.folder / program / name
-        machine.mkdir(mode=0o700, parents=True)
-        try:
-            root = machine / "root"
-            root.mkdir(mode=0o755)
-            yield root
-        finally:
-            shutil.rmtree(machine, ignore_errors=True)
+    def create(self, program: str, name: str) -> JailFolder:
+        """An empty root folder for a machine; it is its maker's until :meth:`JailFolder.remove`."""
+        parent = self.folder / program
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return JailFolder(_locked_folder(self.folder, parent / name))
 
     def machines(self) -> dict[str, Path]:
         """The folders that exist, by the name of their machine."""
         return {path.name: path for path in self.folder.glob("*/*") if not path.parent.name.startswith(".")}
 
-    def remove(self, name: str) -> None:
-        """Remove what a machine whose owner was killed has left."""
-        for found, path in self.machines().items():
-            if found == name:
-                shutil.rmtree(path, ignore_errors=True)
-
     def sweep(self) -> None:
-        """Remove the parts of processes that are gone."""
-        for folder in self.folder.glob(f"{_PARTS}*"):
+        """Remove the jails and the parts of processes that are gone; never raises for what is in them."""
+        for folder in (*self.machines().values(), *self.folder.glob(f"{_PARTS}*")):
+            _remove_if_free(folder)
+        for folder in self.folder.glob(f"{_NEW}*"):  # made and not yet locked, by a process that lives, or died
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - folder.stat().st_mtime > _NEW_AGE_S:
+                    _remove_if_free(folder)
+
+
+class JailFolder:
+    """A machine's folder, locked for as long as its maker lives."""
+
+    def __init__(self, lock: tuple[Path, int]) -> None:
+        self._path, self._lock = lock
+        self.root = self._path / "root"
+        self.root.mkdir(mode=0o755)
+
+    def seal(self) -> None:
+        """From here on its program makes no file any more: the folders in it are root's."""
+        for folder in ("", "run", "dev"):
+            fd = open_inside(self.root, folder, os.O_RDONLY | os.O_DIRECTORY) if folder else os.open(self.root, _FOLDER)
             try:
-                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            except BlockingIOError:
-                pass  # its process lives
+                os.chown(f"/proc/self/fd/{fd}", 0, 0)
+                os.chmod(f"/proc/self/fd/{fd}", 0o755)  # noqa: S103  # to be read by its program, under a private folder
             finally:
                 os.close(fd)
+
+    def remove(self) -> None:
+        """Remove it, whatever the jailed program has left in it."""
+        remove_tree(self._path)
+        os.close(self._lock)
 
 
 class Parts:
@@ -83,6 +90,7 @@ class Parts:
         self._folder: Path | None = None
         self._lock = -1
         self._copies: dict[tuple[int, int, int, int], Path] = {}
+        self._one_at_a_time = threading.Lock()
 
     def lay(self, fd: int, root: Path, name: str) -> None:
         """Make what ``fd`` has open appear as ``root/name``, readable by all and writable by root alone.
@@ -91,19 +99,25 @@ class Parts:
             OSError: the disk is full, or the folder cannot be written to.
         """
         info = os.fstat(fd)
+        # Only a link that was asked for by descriptor: os.link without one does not follow /proc's links.
         if info.st_nlink and info.st_uid == 0 and not info.st_mode & 0o022 and info.st_mode & 0o004:
             try:
-                os.link(f"/proc/self/fd/{fd}", root / name, follow_symlinks=True)
+                folder = os.open(root, _FOLDER)
+                try:
+                    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+                finally:
+                    os.close(folder)
                 return
             except OSError as error:
                 if error.errno not in {errno.EXDEV, errno.ENOENT, errno.EPERM, errno.EMLINK}:
                     raise
-        os.link(self._copy(fd, info), root / name)
+        with self._one_at_a_time:
+            os.link(self._copy(fd, info), root / name)
 
     def close(self) -> None:
         """Remove the copies; jails that have links to them keep them alive."""
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove_tree(self._folder)
             os.close(self._lock)
             self._folder = None
 
@@ -124,20 +138,75 @@ class Parts:
             finally:
                 os.close(out)
             self._copies[key] = path
+        self._copies[key] = self._copies.pop(key)  # the one that was not used for longest goes first
         return self._copies[key]
 
     def _own_folder(self) -> Path:
         if self._folder is None:
             self._parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            name = secrets.token_hex(6)
-            # Locked before it gets its name: a sweep never finds it unlocked.
-            temporary, folder = self._parent / f".new-{name}", self._parent / f"{_PARTS}{name}"
-            temporary.mkdir(mode=0o700)
-            self._lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            temporary.rename(folder)
-            self._folder = folder
+            self._folder, self._lock = _locked_folder(self._parent, self._parent / f"{_PARTS}{secrets.token_hex(6)}")
         return self._folder
+
+
+def _locked_folder(parent: Path, folder: Path) -> tuple[Path, int]:
+    """Make a folder and lock it before it gets its name: a sweep never finds it unlocked."""
+    temporary = parent / f"{_NEW}{secrets.token_hex(6)}"
+    temporary.mkdir(mode=0o700)
+    lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        temporary.rename(folder)
+    except BaseException:  # whatever ends this, the descriptor must not leak
+        os.close(lock)
+        raise
+    return folder, lock
+
+
+def _remove_if_free(folder: Path) -> None:
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_tree(folder)
+    except BlockingIOError:
+        pass  # its process lives
+    finally:
+        os.close(fd)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder that a hostile program could write to; what cannot be removed stays, and nothing is raised.
+
+    However deep the tree is, there is no recursion and no long path: the folders in a folder are moved
+    up to the top before it goes.
+    """
+    with contextlib.suppress(OSError):
+        top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            while names := os.listdir(top):
+                for name in names:
+                    _flatten(top, name)
+        finally:
+            os.close(top)
+        folder.rmdir()
+
+
+def _flatten(top: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=top)
+    except IsADirectoryError:
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+        try:
+            for inner in os.listdir(fd):
+                try:
+                    os.unlink(inner, dir_fd=fd)
+                except IsADirectoryError:
+                    os.rename(inner, secrets.token_hex(8), src_dir_fd=fd, dst_dir_fd=top)
+        finally:
+            os.close(fd)
+        os.rmdir(name, dir_fd=top)
 
 
 def copy_data(source: int, target: int, size: int) -> None:

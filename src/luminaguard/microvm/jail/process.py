@@ -36,8 +36,8 @@ from luminaguard.microvm.jail.cgroups import CgroupStore
 
 __all__ = ["Jail", "JailedProcess", "Limits", "ProcessInfo", "Program", "unused_uid"]
 
-_UID_BASE, _UID_COUNT = 1_600_000_000, 1 << 24
-"""Far from any uid that a distribution, systemd or subordinate ranges give out."""
+_UID_BASE, _UID_COUNT = 1_900_000_000, 1 << 24
+"""Above the ranges of distributions, subordinate ids and systemd (its containers end at 1,879,048,191)."""
 _INSIDE = "65534"
 _START_TIMEOUT_S = 10.0
 _END_TIMEOUT_S = 1.0
