@@ -78,7 +78,7 @@ def change(folder: Path, seed: int) -> None:
         match chance.randrange(9):
             case 0:
                 remove(path)
-            case 1 if path.is_file():
+            case 1 if path.is_file() and not path.is_symlink():  # never through a link: it may lead anywhere
                 path.write_text(f"changed {chance.random()}\n")
             case 2 if not path.is_symlink():
                 path.chmod(0o700 if path.is_dir() else chance.choice([0o600, 0o755]))
@@ -100,7 +100,7 @@ def change(folder: Path, seed: int) -> None:
             case 6 if not path.is_symlink():
                 os.utime(path, (1_000_000_000, 1_000_000_000))
             case 7:
-                (folder / f"l{chance.randrange(1000)}").symlink_to("/etc/passwd")
+                (folder / f"l{chance.randrange(1000)}").symlink_to("/nonexistent/target")
             case _:
                 (folder / f"n{chance.randrange(1000)}").write_text("new\n")
 
