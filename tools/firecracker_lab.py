@@ -179,7 +179,8 @@ def make_initramfs(target: Path, images: ImageStore, image: Image, pytest: list[
 
 def pack(target: Path, image: Image, firecracker: Firecracker) -> None:
     """A disk with this tree, the Python packages, the programs with their libraries, and the guest image."""
-    command = ["mksquashfs", "-", str(target), "-tar", "-comp", "lz4", "-no-xattrs", "-quiet", "-no-progress"]
+    command = ["mksquashfs", "-", str(target), "-tar", "-comp", "lz4", "-no-xattrs", "-root-mode", "755", "-quiet",
+               "-no-progress"]  # fmt: skip
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stdin is not None
         with tarfile.open(fileobj=process.stdin, mode="w|", format=tarfile.PAX_FORMAT, dereference=True) as tar:

@@ -464,3 +464,18 @@ def test_a_new_mode_of_the_folder_itself_is_not_published_and_said_so(home, work
     assert (result.code, "0777" in result.err) == (0, True)
     assert workspace.stat().st_mode & 0o777 == 0o750
     assert home.run("exec", "-w", str(workspace), "--", "true").err == ""
+
+
+def test_an_index_that_is_wrong_is_found_out_and_forgotten(home, workspace):
+    """As after a program that went on writing through a mapping, which changes no time."""
+    import hashlib
+
+    info = (workspace / "a.txt").stat()
+    row = [info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, "0" * 64]
+    indexes = home.folder / "cache" / "indexes"
+    indexes.mkdir(exist_ok=True)
+    name = hashlib.sha256(os.fsencode(workspace)).hexdigest()[:32]
+    (indexes / f"{name}.json").write_text(json.dumps({"format": 1, "files": {"a.txt": row}}))
+    first = home.exec(workspace, "cat", "a.txt")
+    assert (first.code, first.json["error"]["type"]) == (122, "WorkspaceChanged")
+    assert home.exec(workspace, "cat", "a.txt").json["stdout"] == "one\ntwo\n"

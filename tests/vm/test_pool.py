@@ -335,6 +335,25 @@ def test_demand_grows_the_pool_and_quiet_shrinks_it(runtime, disk, monkeypatch):
     run(scenario)
 
 
+def test_a_pool_is_refilled_while_callers_keep_coming(runtime, disk):
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(1, 4)) as pool:
+            await pool.wait_ready(1)
+
+            async def caller() -> None:
+                for _ in range(8):
+                    async with pool.machine(disk) as vm:
+                        await output_of(vm, "true")
+
+            async with anyio.create_task_group() as callers:
+                for _ in range(3):
+                    callers.start_soon(caller)
+            assert pool.status.made >= 3  # with the first one only, all but one had waited
+            assert pool.status.hits >= 2
+
+    run(scenario)
+
+
 def test_memory_bounds_the_pool():
     assert PoolLimits(1, 100, memory_mib=960).most == 10
     assert PoolLimits(1, 100, memory_mib=0).most == 0
