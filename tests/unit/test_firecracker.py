@@ -383,7 +383,7 @@ def test_what_the_backend_sends_is_valid_in_its_phase(files):
     clone = Machine("vm-2", "1.16.1")
     clone.request("PUT", "/logger", relative(bodies.logger()))
     clone.request("PUT", "/metrics", relative(bodies.metrics()))
-    clone.request("PUT", "/snapshot/load", relative(bodies.load(resume=False)))
+    clone.request("PUT", "/snapshot/load", relative(bodies.load(resume=False, override=True)))
     assert clone.state == "Paused"
     clone.request("PATCH", "/drives/vdb", relative(bodies.replacement(1, bodies.DISKS[0])))
     clone.request("PATCH", "/vm", {"state": "Resumed"})
@@ -454,7 +454,7 @@ def test_a_load_that_fails_ends_the_program(files, fault):
         (files / bodies.VSOCK).touch()
     with pytest.raises((Fatal, Refused)):
         Machine("vm-2", "1.15.0" if fault == "another version" else "1.16.1").request(
-            "PUT", "/snapshot/load", relative(bodies.load(resume=True))
+            "PUT", "/snapshot/load", relative(bodies.load(resume=True, override=False))
         )
 
 

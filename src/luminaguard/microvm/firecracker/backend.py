@@ -92,11 +92,11 @@ class FirecrackerMachine:
             self._channel.close()
         self._api.close()
 
-    async def load(self, *, resume: bool) -> None:
+    async def load(self, *, resume: bool, override_vsock: bool) -> None:
         """Load the saved machine that was laid into the jail; connect to its guest if it runs."""
         await self._api.put("/logger", bodies.logger())
         await self._api.put("/metrics", bodies.metrics())
-        await self._api.put("/snapshot/load", bodies.load(resume=resume))
+        await self._api.put("/snapshot/load", bodies.load(resume=resume, override=override_vsock))
         if resume:
             await self.connect(_CONNECT_TIMEOUT_S)
 
@@ -225,7 +225,7 @@ class FirecrackerHypervisor:
         """Load a saved machine; see :class:`luminaguard.microvm.port.Hypervisor`."""
         parts = {bodies.RAM: saved.ram, bodies.STATE: saved.state} | dict(zip(bodies.DISKS, disks, strict=False))
         async with self._start(name, saved.memory_mib, parts, b"", _FILES_MIB, -1) as machine:
-            await machine.load(resume=running)
+            await machine.load(resume=running, override_vsock=self.firecracker.can_override_vsock)
             self._check_filters(machine.process)
             machine.seal()
             yield machine

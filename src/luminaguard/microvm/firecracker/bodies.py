@@ -71,11 +71,16 @@ def snapshot() -> dict[str, Any]:
     return {"snapshot_type": "Full", "snapshot_path": f"/{STATE}", "mem_file_path": f"/{RAM}"}
 
 
-def load(*, resume: bool) -> dict[str, Any]:
-    """Load a machine whose memory is mapped privately from its file."""
-    return {
+def load(*, resume: bool, override: bool) -> dict[str, Any]:
+    """Load a machine whose memory is mapped privately from its file.
+
+    ``override`` says again where its vsock socket belongs, which Firecracker knows from 1.16 on; before,
+    the path that was saved is used, and is the same one.
+    """
+    body: dict[str, Any] = {
         "snapshot_path": f"/{STATE}",
         "mem_backend": {"backend_type": "File", "backend_path": f"/{RAM}"},
         "track_dirty_pages": False,
         "resume_vm": resume,
     }
+    return body | ({"vsock_override": {"uds_path": f"/{VSOCK}"}} if override else {})

@@ -39,6 +39,11 @@ class Firecracker:
     snapshot_version: str
 
     @property
+    def can_override_vsock(self) -> bool:
+        """Whether a loaded machine can be told where its vsock socket belongs."""
+        return self.version[:2] >= (1, 16)
+
+    @property
     def can_pause(self) -> bool:
         """Whether a machine can be paused, and go on, without being saved."""
         return self.version[:2] != (1, 16)

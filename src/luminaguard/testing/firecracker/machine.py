@@ -221,7 +221,9 @@ class Machine:
             self._open_disk(path)
         self._disks, self._config = state["disks"], state["config"]
         self.guest = Guest(memory, self._disks)
-        self._bind(state["vsock"])
+        if "vsock_override" in body and not self.version.startswith(("1.16.", "1.17.")):
+            raise ValueError("unknown field `vsock_override`")
+        self._bind(body.get("vsock_override", {}).get("uds_path", state["vsock"]))
         self.state = "Running" if body.get("resume_vm") else "Paused"
 
     def _open_disk(self, path: str) -> None:
