@@ -36,7 +36,7 @@ NOT_RUN = 77
 TREE = Path(__file__).resolve().parent.parent
 MODULES = (*spec.KERNEL_MODULES, "kvm_amd")
 PROGRAMS = ("bwrap", "setpriv", "prlimit", "mksquashfs")  # what the guest image has no use for
-MEMORY_MIB = 3072
+MEMORY_MIB = 4096
 TIME_LIMIT_S = 3000
 _END = re.compile(rb"lab ended with status (\d+)")
 
@@ -63,7 +63,7 @@ $b mount --move /dev /new/dev
 $b mkdir -p /new/dev/pts /new/dev/shm /new/srv
 $b mount -t devpts devpts /new/dev/pts
 $b mount -t tmpfs tmpfs /new/dev/shm
-$b mount -t tmpfs -o mode=755,size=1g tmpfs /new/srv
+$b mount -t tmpfs -o mode=755,size=2g tmpfs /new/srv
 $b mkdir -p /new/srv/home/cache/images
 $b cp /new/payload/home/cache/images/current /new/srv/home/cache/images/
 $b ln -s /payload/home/cache/images/{image} /new/srv/home/cache/images/{image}

@@ -23,7 +23,7 @@ __all__ = ["JailFolder", "JailFolders", "Parts", "copy_data", "is_socket", "open
 
 _PARTS, _NEW = ".parts-", ".new-"
 _NEW_AGE_S = 60.0
-_MOST_PARTS = 16
+_MOST_PARTS = 8  # a template has six
 _CHUNK = 1 << 20
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
