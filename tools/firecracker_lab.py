@@ -165,6 +165,7 @@ def make_initramfs(target: Path, images: ImageStore, image: Image, pytest: list[
         "LUMINAGUARD_TEST_CACHE": "/srv/home", "LUMINAGUARD_TEST_PREBUILT": "1", "TERM": "dumb",
     }  # fmt: skip
     words = ["/usr/bin/python3", *pytest, "--rootdir", "/payload/tree", "-c", "/payload/tree/pyproject.toml",
+             "-o", "tmp_path_retention_policy=none",
              "--timeout", "900", "--basetemp", "/srv/pytest", "/payload/tree/tests"]  # fmt: skip
     init = INIT.replace("{image}", image.folder.name).replace(
         "{modules}", " ".join(name for name, _ in found.modules[0])

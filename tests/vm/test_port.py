@@ -105,6 +105,7 @@ def port(request, cache, tmp_path_factory):
     found.real = request.param != "stand-in"
     yield found
     hypervisor.close()
+    shutil.rmtree(folder)  # hundreds of megabytes, which may lie in memory
 
 
 def run(function, *arguments):
