@@ -99,11 +99,11 @@ class Parts:
             OSError: the disk is full, or the folder cannot be written to.
         """
         info = os.fstat(fd)
-        # Only a link that was asked for by descriptor: os.link without one does not follow /proc's links.
         if info.st_nlink and info.st_uid == 0 and not info.st_mode & 0o022 and info.st_mode & 0o004:
             try:
                 folder = os.open(root, _FOLDER)
                 try:
+                    # With folders given, Python calls linkat, which follows /proc's link; link would not.
                     os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
                 finally:
                     os.close(folder)
