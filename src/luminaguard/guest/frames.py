@@ -35,6 +35,7 @@ __all__ = [
     "FrameError",
     "FrameReader",
     "encode",
+    "number",
 ]
 
 PROTOCOL = 1
@@ -80,6 +81,17 @@ def encode(frame: Frame) -> bytes:
     if len(frame.payload) > MAX_PAYLOAD:
         raise FrameError(f"payload of {len(frame.payload)} bytes")
     return _HEADER.pack(frame.kind, frame.stream, frame.channel, len(frame.payload)) + frame.payload
+
+
+def number(frame: Frame) -> int:
+    """The u32 that is a frame's payload.
+
+    Raises:
+        FrameError: it is anything else.
+    """
+    if len(frame.payload) != 4:
+        raise FrameError(f"{len(frame.payload)} bytes where a number of 4 belongs")
+    return int.from_bytes(frame.payload, "big")
 
 
 class FrameReader:

@@ -4,8 +4,8 @@ One thread, one loop. The workload is hostile: it runs confined (:mod:`confine`)
 killed as a whole, and can reach neither this process nor the port. The host may be trusted by the
 guest, but nothing here relies on that for the host's safety.
 
-Errors of one call end that call with a FAIL frame; anything unforeseen ends the process, with it
-the machine, and the host sees the channel close.
+Whatever goes wrong in a call ends that call with a FAIL frame. Bytes that are no frames end the
+process, with it the machine, and the host sees the channel close.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import os
 import select
 import signal
-import struct
 import sys
 from typing import Any
 
@@ -108,7 +107,7 @@ class Supervisor:
         elif self._workload is not None and frame.channel == self._workload.channel:
             self._workload.on_frame(frame)
         elif self._changes is not None and frame.channel == self._changes_channel and frame.kind == frames.CREDIT:
-            self._changes.credit += struct.unpack(">I", frame.payload)[0]
+            self._changes.credit += frames.number(frame)
         # Anything else is a late frame of a call that has ended.
 
     def _on_call(self, frame: Frame) -> None:
@@ -129,7 +128,7 @@ class Supervisor:
             self._fail(frame.channel, error.code, str(error))
         except OSError as error:
             self._fail(frame.channel, "os-error", f"{error.strerror or error} ({error.filename})")
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  # PID 1 ends with the machine: no call may end it
             self._fail(frame.channel, "bad-call", repr(error))
 
     def _answer(self, channel: int, kind: int, value: dict[str, Any]) -> None:
@@ -167,24 +166,27 @@ class Supervisor:
     def _exec(self, channel: int, params: dict[str, Any]) -> None:
         if self._workload is not None:
             raise CallError("busy", "a command is running")
-        terminal, limits = params["tty"], params["limits"]
+        # All of the call is read before anything is made that would have to be undone.
         order = {
             "argv": [str(word) for word in params["argv"]],
             "env": {str(key): str(value) for key, value in params["env"].items()},
             "cwd": str(params["cwd"]),
-            "limits": limits,
+            "limits": {name: int(params["limits"][name]) for name in ("nofile", "fsize")},
         }
-        launcher, self._launcher = self._launcher or self._new_launcher(), None
-        if limits["pids"] != launcher.group.pids:
-            launcher.group.limit_processes(int(limits["pids"]))
+        processes, terminal = int(params["limits"]["pids"]), params["tty"]
+        size = (int(terminal["rows"]) & 0xFFFF, int(terminal["columns"]) & 0xFFFF) if terminal else None
+        launcher = self._launcher = self._launcher or self._new_launcher()
+        if processes != launcher.group.pids:
+            launcher.group.limit_processes(processes)
         pty = inside = -1
-        if terminal:
+        if size:
             pty, inside = os.openpty()
-            set_size(pty, int(terminal["rows"]), int(terminal["columns"]))
+            set_size(pty, *size)
             os.fchown(inside, UID, UID)
             os.set_blocking(pty, False)
         # All is ready before the order is given: the command then runs to its end undisturbed.
         self._workload = Workload(channel, launcher, pty, self._loop, self._send)
+        self._launcher = None
         try:
             launcher.launch(order, inside)
         except OSError as error:

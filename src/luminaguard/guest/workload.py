@@ -67,7 +67,7 @@ class Workload:
             self._stdin_eof = True
             self._watch_stdin()
         elif frame.kind == frames.CREDIT and frame.stream in self._credit:
-            self._credit[frame.stream] += struct.unpack(">I", frame.payload)[0]
+            self._credit[frame.stream] += frames.number(frame)
             self._watch_output(frame.stream)
         elif frame.kind == frames.SIGNAL and frame.payload:
             self._signal(frame.payload[0])

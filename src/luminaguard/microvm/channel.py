@@ -124,8 +124,8 @@ class Call:
             raise _broken("it sent a frame on a call that had ended")
         if frame.kind in {frames.RESULT, frames.FAIL}:
             self._outcome = _outcome(frame)
-        elif frame.kind == frames.CREDIT and frame.stream == frames.STDIN and len(frame.payload) == 4:
-            self._credit += struct.unpack(">I", frame.payload)[0]
+        elif frame.kind == frames.CREDIT and frame.stream == frames.STDIN:
+            self._credit += frames.number(frame)
             if self._credit > frames.WINDOW:
                 raise _broken("it granted more credit than was used")
         elif frame.kind in {frames.DATA, frames.EOF} and frame.stream in self._inboxes:
