@@ -165,6 +165,7 @@ class GuestChannel:
         self._sending = anyio.Lock()
         self._unsent = bytearray()
         self._hello: dict[str, Any] | None = None
+        self._begun = False
         self._up = anyio.Event()
         self.failure: MachineError | None = None
 
@@ -256,7 +257,8 @@ class GuestChannel:
             call.wake()
 
     def _dispatch(self, frame: Frame) -> None:
-        if frame.kind == frames.HELLO and self._hello is None and frame.channel == 0:
+        first, self._begun = not self._begun, True
+        if frame.kind == frames.HELLO and first and frame.channel == 0:
             self._hello = _json(frame.payload)
             if self._hello.get("protocol") != frames.PROTOCOL:
                 raise _broken("it speaks another version of the protocol")

@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import anyio
 
 from luminaguard import log
-from luminaguard.errors import GuestProtocolError, MachineError
+from luminaguard.errors import GuestProtocolError, GuestUnresponsive, MachineError
 from luminaguard.guest import frames
 from luminaguard.microvm.channel import Call, CallFailed, GuestChannel, open_channel
 from luminaguard.microvm.jail import JailedProcess
@@ -275,7 +275,11 @@ class MicroVM:
             with anyio.move_on_after(CHANGES_SILENCE) as scope:
                 data = await call.read(frames.CHANGES)
             if scope.cancelled_caught:
-                await call.result(0)
+                raise GuestUnresponsive(
+                    f"The guest said nothing for {CHANGES_SILENCE:g} s while its changes were taken out.",
+                    hint="Run the command again, with a larger --memory if it is a big one.",
+                    kept="The machine was destroyed; the workspace was not touched.",
+                )
             if not data:
                 break
             reader.feed(data)
