@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from luminaguard.images.manifest import INITRAMFS, KERNEL, PARTS
 from luminaguard.testing import Home
 
 pytestmark = pytest.mark.vm
@@ -193,16 +194,17 @@ def copy_cache(cache: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("part", ["root.squashfs", "ram", "state", "manifest.json"])
+@pytest.mark.parametrize("part", ["vmlinux", "initramfs.cpio", "root.squashfs", "ram", "state", "manifest.json"])
 @pytest.mark.parametrize("how", ["flip", "truncate"])
 def test_a_tampered_image_or_template_starts_nothing(tmp_path, cache, workspace, part, how):
     own = copy_cache(cache, tmp_path / "cache")
     home = Home(tmp_path / "home", own)
     current = (own / "images" / "current").read_text().strip()
-    files = (
-        [own / "images" / current / part] if part == "root.squashfs" else list((own / "templates").glob(f"*/{part}"))
-    )
+    part_of_image = own / "images" / current / part
+    files = [part_of_image] if part in PARTS[:3] else list((own / "templates").glob(f"*/{part}"))
     assert files
+    if part in {KERNEL, INITRAMFS}:
+        shutil.rmtree(own / "templates")  # they are used when one is built
     for file in files:
         file.chmod(0o600)
         with file.open("r+b") as handle:
@@ -218,6 +220,7 @@ def test_a_tampered_image_or_template_starts_nothing(tmp_path, cache, workspace,
     assert result.code == 123, result
     assert result.json["error"]["type"] == "ImageTampered"
     assert "Delete" in result.json["error"]["hint"]
+    assert not list((own / "templates").glob("*/ram")) or part not in {KERNEL, INITRAMFS}
 
 
 def test_the_image_verifies_and_says_when_not(tmp_path, cache):

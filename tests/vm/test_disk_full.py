@@ -1,5 +1,6 @@
 """A full disk at each place where much is written: a clear refusal, and nothing half made is left."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -85,3 +86,35 @@ def test_while_contents_come_out(small, cache, workspace):
     assert result.returncode in {123, 125}, result
     assert "disk is full" in result.stderr
     assert not (workspace / "big").exists()
+
+
+PUBLISH = """
+mount -t tmpfs -o size=3m,mode=755 tmpfs "$1" && cp -a "$2/." "$1" && cd "$1" && before=$(ls -AlR --time-style=full-iso)
+shift 2
+"$@" > "$LUMINAGUARD_HOME/out"
+code=$?
+[ "$before" = "$(ls -AlR --time-style=full-iso)" ] && cmp a.txt "$LUMINAGUARD_HOME/a.txt" && echo as it was
+mount -o remount,size=30m . && "$@" > "$LUMINAGUARD_HOME/again" && ls -A
+exit $code
+"""
+
+
+def test_while_publishing(home, workspace, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    shutil.copyfile(workspace / "a.txt", home.folder / "a.txt")
+    change = "rm a.txt; echo new > run.sh; mkdir d; for i in 1 2 3 4 5; do head -c 1M /dev/urandom > d/$i; done"
+    argv = home.argv("exec", "-w", str(small), "--publish", "always", "--json", "--", "sh", "-c", change)
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", PUBLISH, "sh", str(small), str(workspace), *argv],
+        env=home.environment, capture_output=True, text=True, timeout=150, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    said = json.loads((home.folder / "out").read_text())
+    assert (said["status"], said["error"]["type"]) == ("refused", "PublishError"), said
+    assert "disk" in said["error"]["message"] or "space" in said["error"]["message"], said
+    # Nothing of it was written, nothing is left behind, and with room the same command is published.
+    assert result.stdout == "as it was\nd\nlink\nrun.sh\nsub\n", result
+    assert json.loads((home.folder / "again").read_text())["status"] == "published"
+    assert home.run("ledger", "verify").code == 0
+    requests = home.run("approvals", "list", "--all", "--json").json["requests"]
+    assert [request["state"] for request in requests] == ["refused", "published"]

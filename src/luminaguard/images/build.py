@@ -190,6 +190,7 @@ class ImageStore:
         _write(work / SBOM, _sbom(lock).encode())
         if reusable is not None:
             for name in (KERNEL, ROOT):
+                _write(work / name, b"")  # for its mode
                 shutil.copyfile(reusable.folder / name, work / name)
         else:
             _write(work / KERNEL, found.elf)
@@ -223,6 +224,7 @@ class ImageStore:
 
 def _squash(tree: rootfs.Tree, target: Path) -> None:
     command = [word.replace("{out}", str(target)) for word in _MKSQUASHFS]
+    _write(target, b"")  # for its mode, which mksquashfs keeps
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.PIPE)  # fmt: skip
@@ -331,8 +333,7 @@ def _part(path: Path) -> Part:
 
 
 def _write(path: Path, data: bytes) -> None:
-    # Read-only for all but the owner; readable, because a QEMU started by root runs as nobody.
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(data)
         file.flush()

@@ -177,6 +177,7 @@ def fetch(lock: PackageLock, folder: Path) -> list[Path]:
             )
             for package in missing:
                 _check(package, partial / package.filename)
+                (partial / package.filename).chmod(0o600)
                 (partial / package.filename).replace(folder / package.filename)
         except PackageUnavailable as error:
             if shutil.disk_usage(partial).free < _FULL_BYTES:

@@ -158,7 +158,7 @@ class WorkspaceImages:
     def _run(self, state: WorkspaceState, out: Path, layer: Layer | None) -> None:
         mode = f"{state.mode | 0o700:o}"
         command = [word.replace("{out}", str(out)).replace("{mode}", mode) for word in _COMMAND]
-        # Readable by all: the folder is private, and a QEMU started by root runs as nobody.
+        # Readable by all: the folder is private, and a jail gets a link to it under another uid.
         os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
         try:
             process = subprocess.Popen(
