@@ -213,7 +213,7 @@ def test_binary_large_and_missing_contents_say_so():
     rows = [
         (FileEntry(0o644, 3, SHA), b"\0\1\2", "binary"),
         (FileEntry(0o644, 1 << 30, SHA), b"", "too large"),
-        (FileEntry(0o644, 3, SHA), None, "no longer at hand"),
+        (FileEntry(0o644, 3, SHA), None, "no longer kept: the request was decided"),
     ]
     for entry, content, words in rows:
         changeset = Changeset.of([Change("f", None, entry)])

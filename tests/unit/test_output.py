@@ -4,6 +4,8 @@ import io
 import json
 import os
 import stat
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from luminaguard import log
 from luminaguard.cli import output
-from luminaguard.effects.text import visible_name
+from luminaguard.effects.text import hides_something, visible, visible_name
 
 
 class Screen(io.StringIO):
@@ -60,6 +62,37 @@ def test_a_name_never_looks_like_an_escape_of_another(name):
 def test_a_backslash_in_a_name_is_told_from_an_escape():
     assert visible_name(r"\u202e") == r"\\u202e"
     assert visible_name("\u202e") == r"\u202e"
+
+
+@pytest.mark.parametrize("text", ["👩‍🚀 and 👩🏽‍🚀", "❤️‍🔥", "🏳️‍🌈 ok ✅"])
+def test_emoji_that_are_joined_hide_nothing(text):
+    assert visible(text) == text
+    assert not hides_something(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u200db", "x\ufe0f", "✅\ufe0f\ufe0f", "✅\u200d", "\u200d✅", "✅\u200d\u200d✅", "✅\ufe0e"]
+)
+def test_joiners_elsewhere_are_shown(text):
+    assert hides_something(text)
+    assert visible(text) != text
+
+
+def test_what_is_over_soon_is_not_told_and_what_takes_long_is(monkeypatch, capsys):
+    monkeypatch.setattr(output, "_EVERY_S", 0.05)
+    with output.Progress().slowly("quick"):
+        pass
+    with output.Progress(quiet=True).slowly("silent"):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+    said = ""
+    with output.Progress().slowly("publishing") as step:
+        step("stage a")
+        while "stage a" not in said:
+            time.sleep(0.01)
+            said += capsys.readouterr().err
+    assert "publishing: stage a" in said
+    assert not any(t.name == "progress" for t in threading.enumerate())
 
 
 def test_progress_elsewhere_says_little(monkeypatch, capsys):

@@ -83,8 +83,9 @@ def test_a_pending_request_is_published_by_another_process(home, workspace):
 
 def test_denied_and_never_leave_the_folder_alone(home, workspace):
     before = listing(workspace)
-    request = home.exec(workspace, "touch", "n").json["request_id"]
+    request = home.exec(workspace, "sh", "-c", "echo n > n").json["request_id"]
     assert home.run("approvals", "deny", request).code == 0
+    assert "no longer kept: the request was decided" in home.run("approvals", "show", request).err
     assert home.run("approvals", "approve", request).code == 122
     never = home.exec(workspace, "touch", "n", flags=("--publish", "never"))
     assert (never.code, never.json["status"]) == (0, "denied")

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from luminaguard.cli.execute import deferred_signals, show_card
-from luminaguard.cli.output import print_json, tell_recovered
+from luminaguard.cli.output import Progress, print_json, tell_recovered
 from luminaguard.effects.text import visible
 from luminaguard.runtime import Runtime
 
@@ -37,15 +37,15 @@ def show_one(runtime: Runtime, request_id: str, *, full: bool, as_json: bool) ->
         print_json(_fields(request) | {"changeset": {"digest": changeset.digest, "changes": changeset.to_json()}})
         return
     sys.stderr.write(f"state: {request.state.value}\n")
-    show_card(runtime, request, full=full)
+    show_card(runtime, request, Progress(), full=full)
 
 
 def approve(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
     """Approve and publish."""
     tell_recovered(runtime.decisions.recover())
     request = runtime.approvals.get(request_id)
-    with deferred_signals():
-        runtime.decisions.approve_and_publish(request, means="command approvals approve")
+    with deferred_signals(), Progress(quiet=as_json).slowly("publishing") as step:
+        runtime.decisions.approve_and_publish(request, means="command approvals approve", step=step)
     _tell(runtime, request_id, as_json, f"published {request_id} to {request.workspace}")
 
 

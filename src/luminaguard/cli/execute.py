@@ -97,7 +97,7 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
     if execution.detail and capture is None and not execution.outcome.timed_out:
         sys.stderr.write(f"note: {execution.detail}\n")
     try:
-        status = _settle(runtime, execution, options)
+        status = _settle(runtime, execution, options, progress)
     except LuminaGuardError as error:
         if capture is None:
             raise
@@ -196,7 +196,7 @@ class _Capture:
         return self._data[stream].decode("utf-8", "replace")
 
 
-def _settle(runtime: Runtime, execution: Execution, options: Options) -> int:
+def _settle(runtime: Runtime, execution: Execution, options: Options, progress: Progress) -> int:
     """Show the card, get a decision where one is due, publish; return the exit status."""
     request = execution.request
     if execution.outcome.timed_out:
@@ -208,8 +208,8 @@ def _settle(runtime: Runtime, execution: Execution, options: Options) -> int:
     if request is None:
         return execution.outcome.exit_code
     if not options.as_json:
-        show_card(runtime, request)
-    verdict, means = _verdict(runtime, request, options)
+        show_card(runtime, request, progress)
+    verdict, means = _verdict(runtime, request, options, progress)
     if verdict is None:
         if not options.as_json:
             sys.stderr.write(
@@ -223,14 +223,15 @@ def _settle(runtime: Runtime, execution: Execution, options: Options) -> int:
             if not options.as_json:
                 sys.stderr.write("denied: nothing was published\n")
             return execution.outcome.exit_code if options.publish == "never" else EXIT_DENIED
-        runtime.decisions.approve_and_publish(request, means=means)
+        with progress.slowly("publishing") as step:
+            runtime.decisions.approve_and_publish(request, means=means, step=step)
     execution.status = "published"
     if not options.as_json:
         sys.stderr.write(f"published {len(execution.changeset)} changes to {visible(request.workspace)}\n")
     return execution.outcome.exit_code
 
 
-def _verdict(runtime: Runtime, request: Request, options: Options) -> tuple[bool | None, str]:
+def _verdict(runtime: Runtime, request: Request, options: Options, progress: Progress) -> tuple[bool | None, str]:
     if options.publish == "always":
         note = os.environ.get("LUMINAGUARD_DECISION_NOTE", "")
         return (
@@ -241,10 +242,10 @@ def _verdict(runtime: Runtime, request: Request, options: Options) -> tuple[bool
         return False, "flag --publish never"
     if options.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None, ""
-    return ask(runtime, request), "terminal"
+    return ask(runtime, request, progress), "terminal"
 
 
-def ask(runtime: Runtime, request: Request) -> bool | None:
+def ask(runtime: Runtime, request: Request, progress: Progress) -> bool | None:
     """Ask on the terminal; None leaves the request pending."""
     question = f"\nPublish exactly this to {visible(request.workspace)}? [y]es, [n]o, [f]ull diffs, [l]ater: "
     while True:
@@ -263,18 +264,19 @@ def ask(runtime: Runtime, request: Request) -> bool | None:
             case "n" | "no":
                 return False
             case "f" | "full":
-                show_card(runtime, request, full=True)
+                show_card(runtime, request, progress, full=True)
             case "l" | "later" | "q":
                 return None
             case _ if not answer:
                 return None
 
 
-def show_card(runtime: Runtime, request: Request, *, full: bool = False) -> None:
+def show_card(runtime: Runtime, request: Request, progress: Progress, *, full: bool = False) -> None:
     """Print the card of a request to standard error."""
     from luminaguard.effects.render import render
 
-    card = runtime.decisions.card(request)
+    with progress.slowly("making the card"):
+        card = runtime.decisions.card(request)
     if sys.stderr.isatty():
         sys.stderr.write(_TERMINAL_RESET)
     sys.stderr.write(f"\n{request.id}   {visible(' '.join(request.command))[:200]}   (exit {request.exit_code})\n")

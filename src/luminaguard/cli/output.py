@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shutil
 import sys
+import threading
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from luminaguard.effects.text import visible
@@ -132,6 +136,27 @@ class Progress:
             self._last = seconds
             sys.stderr.write(f"{seconds:5.1f} s  {message}\n")
             sys.stderr.flush()
+
+    @contextmanager
+    def slowly(self, message: str) -> Iterator[Callable[[str], None]]:
+        """Show a step only once it has taken two seconds; takes what it is at, step by step."""
+        at = [""]
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_EVERY_S):
+                self(f"{message}: {at[0]}" if at[0] else message)
+
+        watcher = threading.Thread(target=watch, name="progress", daemon=True)
+        if not self._quiet:
+            watcher.start()
+        try:
+            yield partial(operator.setitem, at, 0)
+        finally:
+            over.set()
+            if watcher.ident is not None:
+                watcher.join()
+            self.clear()
 
     def clear(self) -> None:
         """Take the spinner away before something else is printed."""

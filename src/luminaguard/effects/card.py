@@ -107,8 +107,8 @@ def _item(
     marks = list(marks_of(change))
     path = visible_name(change.path)
     headline = _headline(change, source)
-    old, old_note = _text(change.before, before)
-    new, new_note = _text(change.after, after)
+    old, old_note = _text(change.before, before, "the base content is no longer at hand")
+    new, new_note = _text(change.after, after, "this content is no longer kept: the request was decided")
     note = new_note or old_note
     if _BINARY in (new_note, old_note):
         marks.append(Mark.BINARY)
@@ -177,7 +177,7 @@ def _has_content(change: Change) -> bool:
     return isinstance(change.before, FileEntry) or isinstance(change.after, FileEntry)
 
 
-def _text(entry: Entry | None, contents: Contents | None) -> tuple[list[str] | None, str]:
+def _text(entry: Entry | None, contents: Contents | None, gone: str) -> tuple[list[str] | None, str]:
     """The lines of a text file; or why there are none to show."""
     if not isinstance(entry, FileEntry):
         return [], ""
@@ -187,7 +187,7 @@ def _text(entry: Entry | None, contents: Contents | None) -> tuple[list[str] | N
         return None, "not compared: this card has reached its limit of text"
     data = contents(entry.sha256)
     if data is None:
-        return None, "the base content is no longer at hand"
+        return None, gone
     if b"\0" in data:
         return None, _BINARY
     try:

@@ -12,6 +12,9 @@ _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u17b5")
 _SELECTORS = ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
 """Variation selectors: marks that change nothing to be seen, and can carry a whole message."""
 
+_JOINER, _EMOJI_SELECTOR = "\u200d", "\ufe0f"
+_SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+
 
 def visible(text: str, *, keep_tab: bool = False) -> str:
     r"""Escape every character that a terminal would not show as itself.
@@ -22,7 +25,10 @@ def visible(text: str, *, keep_tab: bool = False) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if _is_plain(c) or (keep_tab and c == "\t") else _escape(c) for c in text)
+    return "".join(
+        c if _is_plain(c) or (keep_tab and c == "\t") or _belongs_to_emoji(text, index) else _escape(c)
+        for index, c in enumerate(text)
+    )
 
 
 def visible_name(name: str) -> str:
@@ -32,7 +38,9 @@ def visible_name(name: str) -> str:
 
 def hides_something(text: str) -> bool:
     """Whether :func:`visible` has anything to escape (a tab or newline counts)."""
-    return not (text.isascii() and text.isprintable()) and not all(_is_plain(c) for c in text)
+    if text.isascii() and text.isprintable():
+        return False
+    return not all(_is_plain(c) or _belongs_to_emoji(text, index) for index, c in enumerate(text))
 
 
 def mixes_scripts(text: str) -> bool:
@@ -54,6 +62,25 @@ def _is_plain(c: str) -> bool:
         return False
     category = unicodedata.category(c)
     return category not in _INVISIBLE_CATEGORIES and (category != "Zs" or c == " ")
+
+
+def _belongs_to_emoji(text: str, index: int) -> bool:
+    """Whether this is the joiner between two emoji, or the one selector after one (unicode.org/reports/tr51).
+
+    One such character after a symbol hides nothing; a run of them could.
+    """
+    if text[index] == _EMOJI_SELECTOR:
+        return _is_symbol(text, index - 1)
+    if text[index] != _JOINER or not _is_symbol(text, index + 1):
+        return False
+    before = index - 1
+    if before >= 0 and (text[before] == _EMOJI_SELECTOR or text[before] in _SKIN_TONES):
+        before -= 1
+    return _is_symbol(text, before)
+
+
+def _is_symbol(text: str, index: int) -> bool:
+    return 0 <= index < len(text) and unicodedata.category(text[index]) == "So"
 
 
 def _escape(c: str) -> str:

@@ -45,6 +45,7 @@ Status = Literal["published", "pending", "denied", "unchanged", "refused"]
 Output = Callable[[int, bytes], Awaitable[None]]
 Feed = Callable[["Call"], Awaitable[None]]
 Progress = Callable[[str], None]
+_LONG_S = 1.5
 
 
 @dataclass(slots=True)
@@ -131,11 +132,16 @@ async def run(
                 marks.lap("command")
                 writer = runtime.blobs.writer(vm_id)
                 collector = Collector(writer, runtime.limits("changeset"))
+                told = _once_it_takes_long(progress, "taking the changes out")
+
+                def content(data: bytes) -> None:
+                    collector.content(data)
+                    told(f"{collector.size >> 20:,} MiB")
+
                 mode: int | None = None
                 if not outcome.timed_out:
                     mode = await vm.changes(
-                        lambda e: collector.entry(e.path, e.kind, e.mode, e.size, e.target, e.opaque),
-                        collector.content,
+                        lambda e: collector.entry(e.path, e.kind, e.mode, e.size, e.target, e.opaque), content
                     )
                 marks.lap("changes")
             changeset = collector.changeset(state.entries)
@@ -222,15 +228,10 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, p
     from luminaguard.workspaces.pack import WorkspaceImages
     from luminaguard.workspaces.state import read_state
 
-    start = time.monotonic()
-
-    def told(count: int) -> None:
-        if time.monotonic() - start > 1:
-            progress(f"reading the workspace: {count:,} entries")
-
+    told = _once_it_takes_long(progress, "reading the workspace")
     try:
         prepared.state = read_state(
-            workspace, runtime.limits("workspace"), told,
+            workspace, runtime.limits("workspace"), lambda count: told(f"{count:,} entries"),
             own=runtime.own_paths(workspace), indexes=runtime.folders.cache / "indexes",
         )  # fmt: skip
         images = WorkspaceImages(runtime.folders.cache).open_layered(prepared.state)
@@ -246,6 +247,17 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, p
             hint="Check the folder, and that the cache folder has free space.",
         )
         prepared.failures.append(failure)
+
+
+def _once_it_takes_long(progress: Progress, what: str) -> Progress:
+    """Tell how far something is, but not of what is over in a moment."""
+    start = time.monotonic()
+
+    def told(amount: str) -> None:
+        if time.monotonic() - start > _LONG_S:
+            progress(f"{what}: {amount}")
+
+    return told
 
 
 def _open_ledger(runtime: Runtime, recovered: list[str]) -> Ledger:

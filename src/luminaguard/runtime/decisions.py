@@ -57,8 +57,13 @@ class Decisions:
         if not approve:
             self._runtime.blobs.forget(request.id)
 
-    def approve_and_publish(self, request: Request, *, means: str) -> None:
+    def approve_and_publish(self, request: Request, *, means: str, step: Progress = lambda _: None) -> None:
         """Approve a request and publish it in one go: no approval is left standing if nobody can publish now.
+
+        Args:
+            request: what to publish.
+            means: how the person decided, for the record.
+            step: told before each step.
 
         Raises:
             ApprovalError: the request is not pending any more.
@@ -69,7 +74,7 @@ class Decisions:
         with self._runtime.publisher.lock(request.workspace, wait_s=_LOCK_WAIT_S):
             if request.state is not State.APPROVED:  # a crash may have come between deciding and publishing
                 self.decide(request, approve=True, means=means)
-            self._publish(request.id, lambda _: None)
+            self._publish(request.id, step)
 
     def deny(self, request: Request, *, means: str) -> None:
         """Deny a request, or take back an approval that was not used; its contents are forgotten.

@@ -29,6 +29,11 @@ class Collector:
         self._size = 0
         self._missing = 0
 
+    @property
+    def size(self) -> int:
+        """Bytes that have come."""
+        return self._size - self._missing
+
     def entry(self, path: str, kind: str, mode: int, size: int, target: str, opaque: bool) -> None:
         """Take one entry.
 
