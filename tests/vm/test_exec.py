@@ -284,9 +284,10 @@ ASK = """
 import os, time
 from types import SimpleNamespace
 from luminaguard.cli.execute import ask
+from luminaguard.cli.output import Progress
 os.write(2, b"ready")
 time.sleep(1)  # the keys arrive now
-print("answer", ask(None, SimpleNamespace(workspace="/w")), flush=True)
+print("answer", ask(None, SimpleNamespace(workspace="/w"), Progress()), flush=True)
 """
 
 
