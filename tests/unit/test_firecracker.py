@@ -1,10 +1,12 @@
 """Firecracker's backend against programs that lie, and its stand-in against requests that are wrong."""
 
+import contextlib
 import json
 import os
 import socket
 import stat
 import threading
+import time
 from pathlib import Path
 
 import anyio
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luminaguard.errors import HypervisorUnavailable, MachineError, StorageError
+from luminaguard.guest.port import VSOCK_PORT
 from luminaguard.microvm.firecracker import api as api_module
 from luminaguard.microvm.firecracker import bodies, vsock
 from luminaguard.microvm.firecracker.api import Api, connect_inside
@@ -20,6 +23,7 @@ from luminaguard.microvm.firecracker.probe import find_firecracker
 from luminaguard.microvm.jail import JailFolders
 from luminaguard.microvm.jail.folders import Parts, copy_data, open_inside, remove_tree
 from luminaguard.testing import firecracker as standin
+from luminaguard.testing.firecracker.firecracker import Program
 from luminaguard.testing.firecracker.machine import Fatal, Machine, Refused
 
 # -- versions ------------------------------------------------------------------------------------------
@@ -464,6 +468,63 @@ def test_pause_and_resume_without_a_snapshot_cuts_the_guest_off_on_1_16(files, v
     machine.request("PATCH", "/vm", {"state": "Paused"})
     machine.request("PATCH", "/vm", {"state": "Resumed"})
     assert machine.connectable is connectable
+
+
+@pytest.fixture
+def program(files):
+    """The stand-in's two sockets, served by threads of this process."""
+    running = Program(booted())
+    running.listen_for_guest()
+    threading.Thread(target=running.serve, args=("api",), daemon=True).start()
+    while not (files / "api").exists():
+        time.sleep(0.01)
+    return running
+
+
+def dial(path: str, said: bytes = b"") -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(10)
+    connection.connect(path)
+    with contextlib.suppress(BrokenPipeError):  # turned away already: its answer can still be read
+        connection.sendall(said)
+    return connection
+
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_the_eleventh_connection_to_the_api_is_turned_away(program):
+    connections = [dial("api", GET) for _ in range(10)]
+    assert all(c.recv(100).startswith(b"HTTP/1.1 200") for c in connections)
+    with dial("api", GET) as one_more:
+        assert one_more.recv(100).startswith(b"HTTP/1.1 503")
+    connections.pop().close()
+    deadline = time.monotonic() + 10
+    answer = b""
+    while not answer.startswith(b"HTTP/1.1 200") and time.monotonic() < deadline:
+        with dial("api", GET) as again:
+            answer = again.recv(100)
+    assert answer.startswith(b"HTTP/1.1 200")
+    for connection in connections:
+        connection.close()
+
+
+def test_a_snapshot_ends_what_talks_with_the_guest_and_the_next_one_begins_anew(program):
+    connect = b"CONNECT %d\n" % VSOCK_PORT
+    with dial(bodies.VSOCK, connect) as before, dial("api") as api:
+        assert before.recv(3) == b"OK "
+        for method, path, body in (
+            ("PATCH", "/vm", {"state": "Paused"}),
+            ("PUT", "/snapshot/create", relative(bodies.snapshot())),
+            ("PATCH", "/vm", {"state": "Resumed"}),
+        ):
+            data = json.dumps(body).encode()
+            api.sendall(f"{method} {path} HTTP/1.1\r\nHost: l\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+            assert api.recv(200).startswith(b"HTTP/1.1 204")
+        while before.recv(1 << 16):
+            pass  # the rest of its HELLO, and then the end
+    with dial(bodies.VSOCK, connect) as after:
+        assert after.recv(3) == b"OK "
 
 
 # -- vsock ---------------------------------------------------------------------------------------------

@@ -245,3 +245,18 @@ def test_a_damaged_index_is_as_good_as_none(tmp_path, monkeypatch, damage):
     (index,) = indexes.iterdir()
     index.write_text(damage)
     assert read_state(folder, LIMITS, indexes=indexes).entries == want
+
+
+def test_what_a_killed_process_left_of_an_index_is_swept(tmp_path, monkeypatch):
+    folder, indexes = tmp_path / "w", tmp_path / "indexes"
+    folder.mkdir()
+    indexes.mkdir()
+    for number in range(40):
+        (folder / f"f{number}").write_text("a")
+    for name in ("old.7.partial", "new.8.partial"):
+        (indexes / name).touch()
+    os.utime(indexes / "old.7.partial", (1, 1))
+    monkeypatch.setattr("luminaguard.workspaces.index._SETTLED_NS", -(10**12))
+    read_state(folder, LIMITS, indexes=indexes)
+    assert not (indexes / "old.7.partial").exists()
+    assert (indexes / "new.8.partial").exists(), "another process may be writing it"

@@ -230,7 +230,7 @@ def image_build(
     if as_json:
         print_json({"status": "built", "id": image.folder.name, "locked": image.manifest.locked})
     else:
-        note = "" if image.manifest.locked else " (packages newer than the shipped lock)"
+        note = "" if image.manifest.locked else " (not the packages of a shipped lock: apt chose them)"
         print(f"guest image {image.id}: {image.manifest.distribution}, kernel {image.manifest.kernel_release}{note}")
 
 

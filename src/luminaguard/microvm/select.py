@@ -7,9 +7,11 @@ or a refusal. Every machine's record, and ``luminaguard doctor``, say which it w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from luminaguard.settings import Settings
 __all__ = ["choose_hypervisor"]
 
 _MAX_MEMO = 1 << 16
+_LEFT_S = 3600
 
 
 def choose_hypervisor(settings: Settings, run: Path, jail: Jail) -> Hypervisor:
@@ -138,6 +141,10 @@ class _Memo:
         with os.fdopen(fd, "w", encoding="ascii") as file:
             json.dump({"key": self._key, "found": self._found}, file)
         temporary.replace(self._path)
+        for left in self._path.parent.glob(f".{self._path.name}-*"):  # by a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _LEFT_S:
+                    left.unlink()
 
 
 def _identity(settings: Settings) -> list[Any]:

@@ -12,6 +12,7 @@ really is there, hashed anew. So the index is a cache and may be deleted at any 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ _MAX = 512 << 20
 _SETTLED_NS = 2_000_000_000
 _WORTH_IT = 32  # files; fewer are hashed faster than an index is read
 _KEPT = 16
+_LEFT_S = 3600
 
 
 class HashIndex:
@@ -62,7 +64,7 @@ class HashIndex:
         """Write the index if it has learned enough; a full disk only costs the time to hash again."""
         if self._learned < _WORTH_IT:
             return
-        temporary = self._path.with_suffix(f".{os.getpid()}")
+        temporary = self._path.with_suffix(f".{os.getpid()}.partial")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -93,3 +95,7 @@ class HashIndex:
         found = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in found[_KEPT:]:
             old.unlink(missing_ok=True)
+        for left in self._folder.glob("*.partial"):  # by a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _LEFT_S:
+                    left.unlink()

@@ -7,11 +7,13 @@ import contextlib
 import ctypes
 import encodings.idna  # noqa: F401  # there is no importing in the chroot any more
 import json
+import os
 import re
 import socket
 import struct
 import sys
 import threading
+import time
 from typing import Any
 
 import h11
@@ -26,6 +28,10 @@ _MAX_BODY = 51_200
 _BAD_SNAPSHOT, _BAD_CONFIG = 1, 152
 _CONNECT = re.compile(rb"CONNECT (\d+)\n")
 _FIRST_PORT = 1 << 30
+_MOST_API_CONNECTIONS = 10
+_MOST_VSOCK_CONNECTIONS = 1023
+_RESET_S = 0.02
+"""After a snapshot the host's connections are not answered until the guest has taken note of the reset."""
 
 
 def main(arguments: list[str], version: str, *, filtered: bool) -> None:
@@ -62,16 +68,29 @@ class Program:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._ports = iter(range(_FIRST_PORT, _FIRST_PORT + 1_000_000))
+        self._one_request = threading.Lock()
+        self._api: set[socket.socket] = set()
+        self._guest: set[socket.socket] = set()
+        self._reset_until = 0.0
 
     def serve(self, path: str) -> None:
-        """Answer requests on the API socket, one connection after another, for ever."""
+        """Answer requests on the API socket, one at a time over ten connections, for ever."""
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)  # like the real one, it removes nothing that is in the way
             listener.listen(10)
             while True:
                 connection, _ = listener.accept()
-                with connection, contextlib.suppress(OSError, h11.ProtocolError):
-                    self._converse(connection)
+                if len(self._api) >= _MOST_API_CONNECTIONS:
+                    with connection, contextlib.suppress(OSError):
+                        connection.sendall(b"HTTP/1.1 503 \r\nContent-Length: 0\r\n\r\n")
+                    continue
+                self._api.add(connection)
+                threading.Thread(target=self._serve_api, args=(connection,), daemon=True).start()
+
+    def _serve_api(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError, h11.ProtocolError):
+            self._converse(connection)
+        self._api.discard(connection)
 
     def _converse(self, connection: socket.socket) -> None:
         http = h11.Connection(h11.SERVER)
@@ -79,7 +98,8 @@ class Program:
             request, body = _request(http, connection)
             if request is None:
                 return
-            status, value = self._answer(request.method.decode(), request.target.decode(), body)
+            with self._one_request:
+                status, value = self._answer(request.method.decode(), request.target.decode(), body)
             payload = json.dumps(value).encode() if value is not None else b""
             headers = [("Server", "Firecracker API"), ("Content-Length", str(len(payload)))]
             out = http.send(h11.Response(status_code=status, headers=headers)) or b""
@@ -98,9 +118,11 @@ class Program:
             return 400, {"fault_message": str(refused)}
         except Fatal as fatal:
             print(f"{fatal}", file=sys.stderr, flush=True)
-            raise SystemExit(_BAD_SNAPSHOT) from fatal
+            os._exit(_BAD_SNAPSHOT)
         if path == "/snapshot/load":
             self.listen_for_guest()
+        elif path == "/snapshot/create":
+            self._reset_transport()
         return (204, None) if value is None else (200, value)
 
     def listen_for_guest(self) -> None:
@@ -115,7 +137,24 @@ class Program:
             connection, _ = listener.accept()
             threading.Thread(target=self._connect, args=(connection,), daemon=True).start()
 
+    def _reset_transport(self) -> None:
+        """A snapshot ends every connection with the guest, whose listeners stay."""
+        self._reset_until = time.monotonic() + _RESET_S
+        for connection in tuple(self._guest):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def _connect(self, connection: socket.socket) -> None:
+        if len(self._guest) >= _MOST_VSOCK_CONNECTIONS:
+            connection.close()
+            return
+        self._guest.add(connection)
+        try:
+            self._talk(connection)
+        finally:
+            self._guest.discard(connection)
+
+    def _talk(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             # One read: the real program does not wait for the rest of a line either.
             match = _CONNECT.fullmatch(connection.recv(32))
@@ -124,6 +163,7 @@ class Program:
             while not self._machine.connectable or self._machine.state != "Running":
                 if connection.recv(1) == b"":
                     return
+            time.sleep(max(0.0, self._reset_until - time.monotonic()))
             if int(match[1]) == VSOCK_PORT:
                 connection.sendall(b"OK %d\n" % next(self._ports))
                 self._machine.guest.serve(connection)
