@@ -11,6 +11,7 @@ from luminaguard.testing import Home
 # On a busy machine slow is no finding; what a test claims never depends on time.
 settings.register_profile("luminaguard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("luminaguard")
+os.umask(0o022)  # modes in tests are those of most systems; Debian's ordinary users have 002
 
 
 @pytest.fixture(scope="session")

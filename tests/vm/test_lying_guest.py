@@ -68,7 +68,7 @@ def test_a_lie_is_refused_and_nothing_is_written(liars, workspace, lie):
         assert result.json["error"]["type"] == WHAT_IT_IS.get(lie, "GuestProtocolError"), result
         assert result.json["error"]["hint"]
     assert snapshot(workspace.parent) == before
-    assert not any((liars.folder / "state" / "blobs").iterdir()), "contents of a refused changeset are not kept"
+    assert not list((liars.folder / "state" / "blobs").glob("*")), "contents of a refused changeset are not kept"
     assert liars.run("vm", "list", "--json").json["vms"] == []
     assert liars.run("approvals", "list", "--json").json["requests"] == []
     last = json.loads(liars.run("ledger", "export").out.splitlines()[-1])
