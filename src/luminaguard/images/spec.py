@@ -45,7 +45,8 @@ DROPPED_PACKAGES = {
     # A package manager and its configuration system: the root file system is never changed.
     "dpkg", "debconf", "init-system-helpers", "usrmerge", "gcc-12-base", "gcc-14-base",
     # Perl: only git's optional helpers use it, and they are dropped with it.
-    "perl", "perl-base", "perl-modules-5.36", "perl-modules-5.40", "libperl5.36", "libperl5.40",
+    "perl", "perl-base", "perl-modules-5.36", "perl-modules-5.38", "perl-modules-5.40",
+    "libperl5.36", "libperl5.38t64", "libperl5.40",
     "liberror-perl", "libfile-find-rule-perl", "libnumber-compare-perl", "libtext-glob-perl",
     "libgdbm6", "libgdbm-compat4", "libgdbm6t64", "libgdbm-compat4t64",
     # git over the network: there is no network device.
