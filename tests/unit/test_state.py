@@ -2,15 +2,18 @@
 
 import os
 import subprocess
+import tarfile
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from luminaguard.effects import Change, Changeset, DirEntry, FileEntry, LinkEntry
 from luminaguard.errors import ChangesetRefused, StorageError, WorkspaceChanged, WorkspaceError
 from luminaguard.workspaces import state as state_module
 from luminaguard.workspaces.own import own_paths, refuse_changes
-from luminaguard.workspaces.pack import WorkspaceImages
+from luminaguard.workspaces.pack import WorkspaceImages, _file_header
 from luminaguard.workspaces.state import IGNORE_FILE, Limits, read_state
 
 LIMITS = Limits(1000, 1 << 24)
@@ -260,3 +263,13 @@ def test_what_a_killed_process_left_of_an_index_is_swept(tmp_path, monkeypatch):
     read_state(folder, LIMITS, indexes=indexes)
     assert not (indexes / "old.7.partial").exists()
     assert (indexes / "new.8.partial").exists(), "another process may be writing it"
+
+
+@given(
+    st.binary(min_size=1, max_size=120).filter(lambda name: b"\0" not in name),
+    st.integers(0, 0o777), st.integers(0, 1 << 34), st.integers(0, 0xFFFFFFFF),
+)  # fmt: skip
+def test_a_files_header_is_what_tarfile_would_write(name, mode, size, seconds):
+    info = tarfile.TarInfo(os.fsdecode(name))
+    info.mode, info.size, info.mtime = mode, size, seconds
+    assert _file_header(name, mode, size, seconds) == info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")

@@ -77,6 +77,28 @@ def parent_of(root: int, path: str) -> Iterator[tuple[int, bytes]]:
         os.close(fd)
 
 
+class Parents:
+    """Like :func:`parent_of` for many paths one after another: the folder of the last one stays open."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._path = ""
+        self._fd = os.dup(root)
+
+    def of(self, path: str) -> tuple[int, bytes]:
+        """The opened parent folder of a path, good until the next call, and its last component; raises OSError."""
+        parent, _, name = path.rpartition("/")
+        if parent != self._path:
+            fd = open_folder(self._root, parent)
+            os.close(self._fd)
+            self._fd, self._path = fd, parent
+        return self._fd, encode(name)
+
+    def close(self) -> None:
+        """Close what is open."""
+        os.close(self._fd)
+
+
 def entry_at(root: int, path: str) -> Entry | None:
     """What is at a path now: None for nothing, or for something that is no file, folder or link."""
     try:

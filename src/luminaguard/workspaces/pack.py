@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 from typing import IO
 
-from luminaguard.effects.changes import DirEntry, FileEntry, LinkEntry
+from luminaguard.effects.changes import DirEntry, FileEntry, LinkEntry, encode
 from luminaguard.errors import StorageError, Unavailable, WorkspaceChanged
 from luminaguard.workspaces.layers import Base, Layer, difference
-from luminaguard.workspaces.opening import open_root, parent_of
+from luminaguard.workspaces.opening import Parents, open_root
 from luminaguard.workspaces.state import WorkspaceState
 
 __all__ = ["WorkspaceImages"]
@@ -42,6 +42,9 @@ _COMMAND = ("mksquashfs", "-", "{out}", "-tar", "-noI", "-noD", "-noF", "-no-xat
             "-mkfs-time", "0", "-noappend", "-quiet", "-no-progress", "-mem", "128M", "-processors", "1",
             "-force-uid", str(_UID), "-force-gid", str(_UID), "-root-mode", "{mode}",
             "-root-uid", str(_UID), "-root-gid", str(_UID))  # fmt: skip
+
+_PLAIN = tarfile.TarInfo().tobuf(tarfile.GNU_FORMAT)
+_PLAIN_SUM = sum(_PLAIN[156:]) + 8 * ord(" ")  # the checksum counts as blanks in itself
 
 
 class WorkspaceImages:
@@ -226,19 +229,21 @@ class _Tar:
 
     def write(self) -> None:
         root = open_root(self._state.path)
+        parents = Parents(root)
         try:
             info = os.fstat(root)
             if (info.st_dev, info.st_ino) != (self._state.device, self._state.inode):
                 raise self._changed(str(self._state.path))
             for path in self._paths:
-                self._member(root, path, self._state.entries[path])
+                self._member(parents, path, self._state.entries[path])
             for path in self._gone:
                 self._whiteout(path)
             self._out.write(bytes(2 * tarfile.BLOCKSIZE))
         finally:
+            parents.close()
             os.close(root)
 
-    def _member(self, root: int, path: str, entry: FileEntry | DirEntry | LinkEntry) -> None:
+    def _member(self, parents: Parents, path: str, entry: FileEntry | DirEntry | LinkEntry) -> None:
         info = tarfile.TarInfo(path)
         info.mtime = self._state.times[path]
         if self._state.links.get(path) in self._present:
@@ -248,23 +253,23 @@ class _Tar:
         elif isinstance(entry, LinkEntry):
             info.type, info.linkname, info.mode = tarfile.SYMTYPE, entry.target, 0o777
         else:
-            info.mode, info.size = entry.mode, entry.size
+            self._out.write(_file_header(encode(path), entry.mode, entry.size, self._state.times[path]))
+            if entry.size:
+                self._content(parents, path, entry)
+            return
         self._out.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
-        if info.size:
-            assert isinstance(entry, FileEntry)
-            self._content(root, path, entry)
 
     def _whiteout(self, path: str) -> None:
         info = tarfile.TarInfo(path)
         info.type = tarfile.CHRTYPE  # of device 0:0
         self._out.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
 
-    def _content(self, root: int, path: str, entry: FileEntry) -> None:
+    def _content(self, parents: Parents, path: str, entry: FileEntry) -> None:
         digest = hashlib.sha256()
         left = entry.size
         try:
-            with parent_of(root, path) as (parent, name):
-                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+            parent, name = parents.of(path)
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
         except OSError as error:
             raise self._changed(path) from error
         try:
@@ -291,6 +296,16 @@ class _Tar:
             f"{path!a} changed while the workspace was packed.",
             hint="Run the command again when nothing else writes to the folder.",
         )
+
+
+def _file_header(name: bytes, mode: int, size: int, seconds: int) -> bytes:
+    """What :meth:`tarfile.TarInfo.tobuf` gives for a file, in a quarter of the time: nearly all entries are files."""
+    if len(name) >= 100 or size >= 1 << 33:  # beyond them the format has extensions
+        info = tarfile.TarInfo(os.fsdecode(name))
+        info.mode, info.size, info.mtime = mode, size, seconds
+        return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    head = b"%b%07o\0%b%011o\0%011o\0" % (name.ljust(100, b"\0"), mode, _PLAIN[108:124], size, seconds)
+    return b"%b%06o\0 %b" % (head, sum(head) + _PLAIN_SUM, _PLAIN[156:])
 
 
 def _widen(fd: int) -> None:
