@@ -234,7 +234,10 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, p
             workspace, runtime.limits("workspace"), lambda count: told(f"{count:,} entries"),
             own=runtime.own_paths(workspace), indexes=runtime.folders.cache / "indexes",
         )  # fmt: skip
-        images = WorkspaceImages(runtime.folders.cache).open_layered(prepared.state)
+        told = _once_it_takes_long(progress, "packing the workspace")
+        images = WorkspaceImages(runtime.folders.cache).open_layered(
+            prepared.state, lambda count: told(f"{count:,} entries")
+        )
         prepared.disks = tuple(prepared.keep(fd) for fd in images if fd >= 0)
     except WorkspaceChanged as error:
         HashIndex(runtime.folders.cache / "indexes", workspace).forget()

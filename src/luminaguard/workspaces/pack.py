@@ -19,6 +19,7 @@ import stat
 import subprocess
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -43,6 +44,14 @@ _COMMAND = ("mksquashfs", "-", "{out}", "-tar", "-noI", "-noD", "-noF", "-no-xat
             "-force-uid", str(_UID), "-force-gid", str(_UID), "-root-mode", "{mode}",
             "-root-uid", str(_UID), "-root-gid", str(_UID))  # fmt: skip
 
+_TELL_EVERY = 500
+Step = Callable[[int], None]
+
+
+def _silent(_count: int) -> None:
+    """Tell nobody."""
+
+
 _PLAIN = tarfile.TarInfo().tobuf(tarfile.GNU_FORMAT)
 _PLAIN_SUM = sum(_PLAIN[156:]) + 8 * ord(" ")  # the checksum counts as blanks in itself
 
@@ -53,8 +62,12 @@ class WorkspaceImages:
     def __init__(self, cache: Path) -> None:
         self.folder = cache / "workspaces"
 
-    def open_layered(self, state: WorkspaceState) -> tuple[int, int]:
+    def open_layered(self, state: WorkspaceState, step: Step = _silent) -> tuple[int, int]:
         """The images that show a state: one, and another that lies on it, or -1; the caller owns both.
+
+        Args:
+            state: what they show.
+            step: told from time to time how many entries are packed.
 
         Raises:
             WorkspaceChanged: a file is not any more what the state says.
@@ -66,12 +79,12 @@ class WorkspaceImages:
         if complete >= 0 or len(state.entries) < _LAYERED_FROM:
             if complete >= 0:
                 os.close(complete)
-            return self.open(state), -1
+            return self.open(state, step), -1
         pointer = self.folder / f"{hashlib.sha256(os.fsencode(state.path)).hexdigest()[:32]}.base"
         layered = self._on_base(state, pointer)
         if layered is not None:
             return layered
-        fd = self.open(state)
+        fd = self.open(state, step)
         Base.of(state).save(pointer)
         return fd, -1
 
@@ -90,7 +103,7 @@ class WorkspaceImages:
                 if len(layer.paths) + len(layer.gone) > _LAYER_FILES or layer.size > _LAYER_BYTES:
                     os.close(lower)
                     return None
-                fd = self._pack(state, path, layer)
+                fd = self._pack(state, path, _silent, layer)
         except BaseException:  # whatever ends this, the descriptor must not leak
             os.close(lower)
             raise
@@ -107,7 +120,7 @@ class WorkspaceImages:
         self._stamp(path).write_text(_changed_at(fd), encoding="ascii")
         os.utime(self._stamp(path))
 
-    def open(self, state: WorkspaceState) -> int:
+    def open(self, state: WorkspaceState, step: Step = _silent) -> int:
         """The whole image of a state, packed first if need be, opened read-only; the caller owns it.
 
         Raises:
@@ -119,7 +132,7 @@ class WorkspaceImages:
         path = self._path(state.image_key())
         fd = self._cached(path)
         if fd < 0:
-            fd = self._pack(state, path)
+            fd = self._pack(state, path, step)
         self._keep(path, fd)
         self._forget()
         return fd
@@ -147,18 +160,18 @@ class WorkspaceImages:
         path.unlink(missing_ok=True)
         return -1
 
-    def _pack(self, state: WorkspaceState, path: Path, layer: Layer | None = None) -> int:
+    def _pack(self, state: WorkspaceState, path: Path, step: Step, layer: Layer | None = None) -> int:
         # Packed into a name of its own and then renamed: an image is whole or not there.
         partial = path.with_name(f".{path.stem[:16]}-{os.getpid()}.partial")
         try:
-            self._run(state, partial, layer)
+            self._run(state, partial, step, layer)
             fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             partial.replace(path)
             return fd
         finally:
             partial.unlink(missing_ok=True)
 
-    def _run(self, state: WorkspaceState, out: Path, layer: Layer | None) -> None:
+    def _run(self, state: WorkspaceState, out: Path, step: Step, layer: Layer | None) -> None:
         mode = f"{state.mode | 0o700:o}"
         command = [word.replace("{out}", str(out)).replace("{mode}", mode) for word in _COMMAND]
         # Readable by all: the folder is private, and a jail gets a link to it under another uid.
@@ -175,7 +188,7 @@ class WorkspaceImages:
             try:
                 with process.stdin:
                     _widen(process.stdin.fileno())
-                    _Tar(state, process.stdin, layer).write()
+                    _Tar(state, process.stdin, step, layer).write()
             except BrokenPipeError:
                 broken = True
             except BaseException:  # a cancelled packing must not leave mksquashfs waiting for more
@@ -220,8 +233,9 @@ def _changed_at(fd: int) -> str:
 class _Tar:
     """Writes the state as a tar stream; reads every file by descriptor and checks its hash."""
 
-    def __init__(self, state: WorkspaceState, out: IO[bytes], layer: Layer | None) -> None:
+    def __init__(self, state: WorkspaceState, out: IO[bytes], step: Step, layer: Layer | None) -> None:
         self._state = state
+        self._step = step
         self._out = out
         self._paths = list(state.entries) if layer is None else layer.paths
         self._gone = [] if layer is None else layer.gone
@@ -234,8 +248,10 @@ class _Tar:
             info = os.fstat(root)
             if (info.st_dev, info.st_ino) != (self._state.device, self._state.inode):
                 raise self._changed(str(self._state.path))
-            for path in self._paths:
+            for number, path in enumerate(self._paths):
                 self._member(parents, path, self._state.entries[path])
+                if number % _TELL_EVERY == 0:
+                    self._step(number)
             for path in self._gone:
                 self._whiteout(path)
             self._out.write(bytes(2 * tarfile.BLOCKSIZE))
