@@ -117,7 +117,7 @@ class Bench:
         image = self.runtime.images.current()
 
         async def once() -> float:
-            parts = [os.open(image.folder / name, os.O_RDONLY) for name in (KERNEL, INITRAMFS, ROOT)]
+            parts = [image.open_part(name) for name in (KERNEL, INITRAMFS, ROOT)]
             empty = self.folder / "empty"
             with empty.open("wb") as file:
                 file.truncate(1 << 20)
