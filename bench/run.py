@@ -74,6 +74,7 @@ class Bench:
         self.folder = folder
         folders = Folders.from_environment()
         self.runtime = Runtime(load_settings(folders), folders)
+        _ = self.runtime.templates  # makes the key that the home is given
         self.home = Home(folder / "home", folders.cache, folders.state / "keys")
         self.baselines: dict[str, float] = {}
 
