@@ -228,11 +228,11 @@ def test_the_image_verifies_and_says_when_not(tmp_path, cache):
     home = Home(tmp_path / "home", own)
     assert home.run("image", "verify").code == 0
     current = own / "images" / (own / "images" / "current").read_text().strip()
-    (current / "sbom.spdx.json").chmod(0o600)
-    (current / "sbom.spdx.json").write_text("{}")
+    (current / "sbom.cdx.json").chmod(0o600)
+    (current / "sbom.cdx.json").write_text("{}")
     assert home.run("image", "verify").code == 123
     manifest = json.loads((current / "manifest.json").read_text())
-    manifest["parts"]["sbom.spdx.json"] = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    manifest["parts"]["sbom.cdx.json"] = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
     (current / "manifest.json").chmod(0o600)
     (current / "manifest.json").write_text(json.dumps(manifest))
     assert "named after" in home.run("image", "verify").err

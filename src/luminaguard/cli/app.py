@@ -251,7 +251,7 @@ def image_list(as_json: Json = False) -> None:
     for row in rows:
         print(f"{str(row['id'])[:12]}  {row['distribution']}  {row['kernel']}  {int(row['bytes']) >> 20} MiB")
     for name in damaged:
-        print(f"{name[:12]}  DAMAGED: its manifest is not the one that it was named after")
+        print(f"{name[:12]}  DAMAGED, or built by another version: its manifest is not one that can be used")
 
 
 @image_app.command("verify")
@@ -266,6 +266,20 @@ def image_verify(as_json: Json = False) -> None:
         print_json({"status": "verified", "id": image.folder.name})
     else:
         print(f"guest image {image.id} verifies: {len(image.manifest.parts)} parts")
+
+
+@image_app.command("audit")
+def image_audit(
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build it again from its packages and compare; about 10 s.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Inspect the built image: what may not be in it, how its programs were hardened, its bill of materials."""
+    from luminaguard.cli.audit import audit
+
+    _State.as_json = as_json
+    raise typer.Exit(audit(_runtime(), rebuild=rebuild, as_json=as_json))
 
 
 @image_app.command("lock")

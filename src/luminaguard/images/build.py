@@ -14,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
-from luminaguard import __version__
 from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered, LockOutdated, PackageUnavailable
 from luminaguard.images import initramfs, kernel, rootfs
 from luminaguard.images import lock as locks
@@ -38,6 +36,7 @@ from luminaguard.images.manifest import (
     Part,
     sha256_fd,
 )
+from luminaguard.images.sbom import sbom
 
 __all__ = ["ImageStore"]
 
@@ -122,6 +121,27 @@ class ImageStore:
                     kept="Finished downloads and earlier images were kept.",
                 ) from error
 
+    def rebuild(self, image: Image, step: Callable[[str], None]) -> list[str]:
+        """Build an image again from its packages, somewhere else; the names of parts that come out different.
+
+        Raises:
+            ImageBuildFailed: it cannot be built again by this version, or from the packages at hand.
+        """
+        lock, _ = self._choose_lock(step, locked=False)
+        if (image.manifest.lock, image.manifest.recipe) != (lock.digest, _recipe_digest()):
+            raise ImageBuildFailed(
+                "The image was built from other packages, or by another version, than there are now.",
+                hint="Run 'luminaguard image build' and audit that one.",
+            )
+        work = self.folder / f".building-{os.getpid()}"
+        with self._only_builder(step):
+            work.mkdir(mode=0o700)
+            try:
+                self._make_parts(work, lock, None, step)
+                return [name for name in PARTS if _part(work / name) != image.manifest.parts[name]]
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+
     def _build(self, step: Callable[[str], None], locked: bool, force: bool) -> Image:
         lock, is_shipped = self._choose_lock(step, locked)
         recipe, guest = _recipe_digest(), _guest_digest()
@@ -187,7 +207,7 @@ class ImageStore:
         step("unpacking the kernel")
         found = kernel.extract(files[p] for p in lock.role("kernel"))
         _write(work / INITRAMFS, initramfs.build(busybox, found.modules))
-        _write(work / SBOM, _sbom(lock).encode())
+        _write(work / SBOM, sbom(lock).encode())
         if reusable is not None:
             for name in (KERNEL, ROOT):
                 _write(work / name, b"")  # for its mode
@@ -250,51 +270,6 @@ def _busybox(package: Path) -> bytes:
         if member.isreg() and member.name.endswith("/bin/busybox"):
             return data
     raise ImageBuildFailed(f"{package.name} contains no busybox.", hint="Write a new lock.")
-
-
-def _sbom(lock: locks.PackageLock) -> str:
-    """An SPDX 2.3 document (spdx.github.io/spdx-spec/v2.3) of all packages in the image."""
-    system = lock.distribution.split("-")[0]
-    packages = [
-        {
-            "SPDXID": f"SPDXRef-Package-{index}",
-            "name": package.name,
-            "versionInfo": package.version,
-            "downloadLocation": "NOASSERTION",
-            "filesAnalyzed": False,
-            "checksums": [{"algorithm": "SHA256", "checksumValue": package.sha256}],
-            "externalRefs": [
-                {
-                    "referenceCategory": "PACKAGE-MANAGER",
-                    "referenceType": "purl",
-                    "referenceLocator": f"pkg:deb/{system}/{package.name}@{package.version}"
-                    f"?arch={package.architecture}&distro={lock.distribution}",
-                }
-            ],
-        }
-        for index, package in enumerate(lock.packages)
-    ]
-    document = {
-        "spdxVersion": "SPDX-2.3",
-        "dataLicense": "CC0-1.0",
-        "SPDXID": "SPDXRef-DOCUMENT",
-        "name": f"luminaguard-guest-{lock.distribution}",
-        "documentNamespace": f"urn:luminaguard:guest:{lock.digest}",
-        "creationInfo": {
-            "created": "1970-01-01T00:00:00Z",  # fixed, so that an image is reproducible
-            "creators": [f"Tool: luminaguard-{__version__}"],
-        },
-        "packages": packages,
-        "relationships": [
-            {
-                "spdxElementId": "SPDXRef-DOCUMENT",
-                "relationshipType": "DESCRIBES",
-                "relatedSpdxElement": package["SPDXID"],
-            }
-            for package in packages
-        ],
-    }
-    return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
 
 def _recipe_digest() -> str:

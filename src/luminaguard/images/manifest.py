@@ -18,7 +18,7 @@ from luminaguard.errors import ImageTampered
 
 __all__ = ["INITRAMFS", "KERNEL", "ROOT", "Image", "Manifest", "Part", "open_sealed", "open_verified", "sha256_fd"]
 
-KERNEL, INITRAMFS, ROOT, SBOM = "vmlinux", "initramfs.cpio", "root.squashfs", "sbom.spdx.json"
+KERNEL, INITRAMFS, ROOT, SBOM = "vmlinux", "initramfs.cpio", "root.squashfs", "sbom.cdx.json"
 PARTS = (KERNEL, INITRAMFS, ROOT, SBOM)
 _MAX_MANIFEST = 1 << 20
 _CHUNK = 1 << 20

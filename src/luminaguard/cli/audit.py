@@ -1,0 +1,57 @@
+"""``luminaguard image audit``: what an auditor finds in the built image, one line a check."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from luminaguard.cli.output import Progress, colours, print_json
+from luminaguard.effects.text import visible
+from luminaguard.errors import EXIT_REFUSED
+from luminaguard.runtime import Runtime
+
+if TYPE_CHECKING:
+    from luminaguard.images.audit import Check
+
+__all__ = ["audit"]
+
+_COLOURS = {"pass": "\x1b[32m", "waived": "\x1b[33m", "fail": "\x1b[1;31m"}
+_SHOWN = 5
+
+
+def audit(runtime: Runtime, *, rebuild: bool, as_json: bool) -> int:
+    """Run all checks and print them; return 0 if none failed (a waiver is no failure, and no pass)."""
+    from luminaguard.images import audit as auditor
+
+    image = runtime.images.current()
+    progress = Progress(quiet=as_json)
+    with progress.slowly("auditing") as step:
+        checks = auditor.audit(image, step)
+    if rebuild:
+        with progress.slowly("building it again") as step:
+            different = tuple(runtime.images.rebuild(image, step))
+        detail = f"built again: {len(image.manifest.parts) - len(different)} parts have the same SHA-256"
+        checks.append(auditor.Check("reproducible", "fail" if different else "pass", detail, different))
+    count = {verdict: sum(check.verdict == verdict for check in checks) for verdict in _COLOURS}
+    if as_json:
+        status = "fail" if count["fail"] else "pass"
+        print_json({"status": status, "image": image.folder.name, **count, "checks": [asdict(c) for c in checks]})
+    else:
+        for check in checks:
+            _show(check)
+        print(f"image {image.id}: {count['pass']} passed, {count['waived']} waived, {count['fail']} failed")
+    return EXIT_REFUSED if count["fail"] else 0
+
+
+def _show(check: Check) -> None:
+    import sys
+
+    colour, end = (_COLOURS[check.verdict], "\x1b[0m") if colours(sys.stdout) else ("", "")
+    print(f"{colour}{check.verdict:6}{end}  {check.name:15}  {check.detail}")
+    for label, names in (("fault", check.faults), ("waived", check.waived)):
+        shown = ", ".join(visible(name) for name in names[:_SHOWN])
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        if names:
+            print(f"{'':8}{label}: {shown}{more}")
+    for reason in check.reasons:
+        print(f"{'':8}because: {reason}")
