@@ -273,13 +273,16 @@ def image_audit(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Build it again from its packages and compare; about 10 s.")
     ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Make the attempts of the escape suite in machines of the image.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Inspect the built image: what may not be in it, how its programs were hardened, its bill of materials."""
     from luminaguard.cli.audit import audit
 
     _State.as_json = as_json
-    raise typer.Exit(audit(_runtime(), rebuild=rebuild, as_json=as_json))
+    raise typer.Exit(audit(_runtime(), rebuild=rebuild, live=live, as_json=as_json))
 
 
 @image_app.command("lock")

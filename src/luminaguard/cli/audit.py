@@ -12,6 +12,7 @@ from luminaguard.runtime import Runtime
 
 if TYPE_CHECKING:
     from luminaguard.images.audit import Check
+    from luminaguard.runtime.escapes import Result
 
 __all__ = ["audit"]
 
@@ -19,7 +20,7 @@ _COLOURS = {"pass": "\x1b[32m", "waived": "\x1b[33m", "fail": "\x1b[1;31m"}
 _SHOWN = 5
 
 
-def audit(runtime: Runtime, *, rebuild: bool, as_json: bool) -> int:
+def audit(runtime: Runtime, *, rebuild: bool, live: bool, as_json: bool) -> int:
     """Run all checks and print them; return 0 if none failed (a waiver is no failure, and no pass)."""
     from luminaguard.images import audit as auditor
 
@@ -32,10 +33,24 @@ def audit(runtime: Runtime, *, rebuild: bool, as_json: bool) -> int:
             different = tuple(runtime.images.rebuild(image, step))
         detail = f"built again: {len(image.manifest.parts) - len(different)} parts have the same SHA-256"
         checks.append(auditor.Check("reproducible", "fail" if different else "pass", detail, different))
+    results: list[Result] = []
+    if live:
+        import anyio
+
+        from luminaguard.runtime.escapes import run_suite
+
+        with progress.slowly("trying to escape") as step:
+            results = anyio.run(run_suite, runtime, step)
+        bad = tuple(f"{r.attempt.name}: {r.outcome or r.verdict}" for r in results if r.verdict != "held")
+        detail = f"{len(results) - len(bad)} of {len(results)} attempts to escape were made, and failed as they must"
+        checks.append(auditor.Check("escapes", "fail" if bad else "pass", detail, bad))
     count = {verdict: sum(check.verdict == verdict for check in checks) for verdict in _COLOURS}
     if as_json:
         status = "fail" if count["fail"] else "pass"
-        print_json({"status": status, "image": image.folder.name, **count, "checks": [asdict(c) for c in checks]})
+        attempts = [{"name": r.attempt.name, "verdict": r.verdict, "outcome": r.outcome,
+                     "techniques": r.attempt.techniques} for r in results]  # fmt: skip
+        print_json({"status": status, "image": image.folder.name, **count, "checks": [asdict(c) for c in checks],
+                    "attempts": attempts})  # fmt: skip
     else:
         for check in checks:
             _show(check)

@@ -37,9 +37,14 @@ CGROUP = f"{BASE}/cgroup"
 UPPER = f"{BASE}/workspace/upper"
 WORKSPACE = "/workspace"
 PORT_NAME = "lumina.agent"
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_MOVE = 1, 2, 4, 8, 8192
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_MOVE = 1, 2, 4, 8, 4096, 8192
 _SAFE = _MS_NOSUID | _MS_NODEV
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
+_MASKED = (
+    "config.gz", "iomem", "ioports", "kallsyms", "kcore", "key-users", "keys", "kmsg", "kpagecgroup", "kpagecount",
+    "kpageflags", "modules", "sched_debug", "slabinfo", "timer_list", "vmallocinfo",
+)  # fmt: skip
+"""Under /proc: what tells about the kernel or the machine. What acts on it stays: nobody but root may write there."""
 _SYSCTLS = (
     ("kernel/yama/ptrace_scope", "3"), ("kernel/dmesg_restrict", "1"), ("kernel/kptr_restrict", "2"),
     ("kernel/unprivileged_bpf_disabled", "1"), ("user/max_user_namespaces", "0"),
@@ -77,6 +82,9 @@ def prepare() -> None:
     _mount("/dev", f"{BASE}/dev", "", _MS_MOVE)
     _make_devices()
     _mount("proc", "/proc", "proc", _SAFE | _MS_NOEXEC, "hidepid=invisible")
+    for name in _MASKED:
+        if os.path.exists(f"/proc/{name}"):
+            _mount("/dev/null", f"/proc/{name}", "", _MS_BIND)
     for folder, mode, size in (("/tmp", 0o1777, "25%"), ("/var/tmp", 0o1777, "10%"),  # noqa: S108
                                ("/dev/shm", 0o1777, "10%"), ("/home/user", 0o755, "25%")):  # noqa: S108  # fmt: skip
         owner = f",uid={UID},gid={UID}" if folder == "/home/user" else ""
