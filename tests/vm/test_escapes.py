@@ -5,6 +5,7 @@ import json
 import pytest
 
 from luminaguard.runtime.escapes import ATTEMPTS, judge, suite
+from luminaguard.runtime.hardening import SYSCTLS, judge_settings
 
 pytestmark = pytest.mark.vm
 
@@ -20,6 +21,18 @@ def test_every_attempt_is_made_and_none_succeeds(home):
     assert home.run("vm", "list", "--json").json["vms"] == []
     assert home.run("approvals", "list", "--json").json["requests"] == []
     assert home.run("ledger", "verify").code == 0
+    (sysctls,) = [check for check in result.json["checks"] if check["name"] == "sysctls"]
+    assert sysctls["faults"] == []
+    assert len(sysctls["waived"]) <= 4, "settings that only later kernels have"
+
+
+def test_a_setting_that_is_wrong_fails_and_one_that_is_missing_is_waived():
+    assert judge_settings(dict(SYSCTLS)).verdict == "pass"
+    wrong = judge_settings(SYSCTLS | {"kernel/sysrq": "438"})
+    assert (wrong.verdict, wrong.faults) == ("fail", ("kernel/sysrq=438",))
+    missing = judge_settings({name: value for name, value in SYSCTLS.items() if name != "kernel/sysrq"})
+    assert (missing.verdict, missing.waived) == ("waived", ("kernel/sysrq",))
+    assert missing.reasons
 
 
 def good() -> dict[str, str]:

@@ -34,6 +34,7 @@ GOOD = {
     "rest": {},
     "exec": {"argv": ["true"], "cwd": "/", "env": {"PATH": "/usr/bin"}, "tty": None, "limits": LIMITS},
     "changes": {},
+    "inspect": {"settings": ["kernel/sysrq"]},
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,10 @@ def audit(runtime: Runtime, *, rebuild: bool, live: bool, as_json: bool) -> int:
         import anyio
 
         from luminaguard.runtime.escapes import run_suite
+        from luminaguard.runtime.hardening import read_back
 
+        with progress.slowly("reading the kernel's settings back"):
+            checks.append(anyio.run(read_back, runtime))
         with progress.slowly("trying to escape") as step:
             results = anyio.run(run_suite, runtime, step)
         bad = tuple(f"{r.attempt.name}: {r.outcome or r.verdict}" for r in results if r.verdict != "held")
@@ -59,8 +63,6 @@ def audit(runtime: Runtime, *, rebuild: bool, live: bool, as_json: bool) -> int:
 
 
 def _show(check: Check) -> None:
-    import sys
-
     colour, end = (_COLOURS[check.verdict], "\x1b[0m") if colours(sys.stdout) else ("", "")
     print(f"{colour}{check.verdict:6}{end}  {check.name:15}  {check.detail}")
     for label, names in (("fault", check.faults), ("waived", check.waived)):

@@ -23,6 +23,7 @@ __all__ = [
     "UPPER",
     "find_port",
     "give_identity",
+    "inspect",
     "make_upper",
     "mount_workspace",
     "prepare",
@@ -49,9 +50,21 @@ _SYSCTLS = (
     ("kernel/yama/ptrace_scope", "3"), ("kernel/dmesg_restrict", "1"), ("kernel/kptr_restrict", "2"),
     ("kernel/unprivileged_bpf_disabled", "1"), ("user/max_user_namespaces", "0"),
     ("kernel/perf_event_paranoid", "3"), ("fs/suid_dumpable", "0"), ("vm/unprivileged_userfaultfd", "0"),
-    ("kernel/sysrq", "0"), ("kernel/kexec_load_disabled", "1"), ("kernel/modules_disabled", "1"),
-    ("kernel/core_pattern", "|/bin/false"),
+    ("kernel/sysrq", "0"), ("kernel/kexec_load_disabled", "1"), ("kernel/core_pattern", "|/bin/false"),
+    ("vm/mmap_min_addr", "65536"), ("vm/mmap_rnd_bits", "32"), ("vm/mmap_rnd_compat_bits", "16"),
+    ("kernel/randomize_va_space", "2"), ("kernel/oops_limit", "100"), ("kernel/warn_limit", "100"),
+    ("dev/tty/ldisc_autoload", "0"), ("dev/tty/legacy_tiocsti", "0"), ("kernel/io_uring_disabled", "2"),
+    ("net/core/bpf_jit_harden", "2"), ("fs/protected_symlinks", "1"), ("fs/protected_hardlinks", "1"),
+    ("fs/protected_fifos", "2"), ("fs/protected_regular", "2"),
+    ("net/ipv4/icmp_ignore_bogus_error_responses", "1"), ("net/ipv4/icmp_echo_ignore_broadcasts", "1"),
+    ("net/ipv4/tcp_syncookies", "1"),
+    *((f"net/{family}/conf/{of}/{name}", "0")
+      for name, families in (("accept_redirects", ("ipv4", "ipv6")), ("accept_source_route", ("ipv4", "ipv6")),
+                             ("accept_ra", ("ipv6",)))
+      for family in families for of in ("all", "default")),
+    ("kernel/modules_disabled", "1"),
 )  # fmt: skip
+"""Those that this kernel does not have are left out; what is in force is read back by :func:`inspect`."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -92,7 +105,10 @@ def prepare() -> None:
     _mount("cgroup", CGROUP, "cgroup2", _SAFE | _MS_NOEXEC)
     write(f"{CGROUP}/cgroup.subtree_control", b"+memory +pids")
     for name, value in _SYSCTLS:
-        write(f"/proc/sys/{name}", value.encode())
+        try:
+            write(f"/proc/sys/{name}", value.encode())
+        except FileNotFoundError:
+            pass  # another kernel's
 
 
 def find_port() -> int:
@@ -121,6 +137,23 @@ def give_identity(time_ns: int, entropy: bytes, hostname: str, machine_id: str) 
 def read_boot_id() -> str:
     """The kernel makes it when it is first read: never to be called in a template."""
     return read_small("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def inspect(names: list[str]) -> dict[str, str]:
+    """The kernel's settings by their names below /proc/sys, for an audit; a missing one lacks.
+
+    Raises:
+        ValueError: a name leads elsewhere.
+    """
+    found = {}
+    for name in names:
+        if not all(part.isidentifier() for part in name.split("/")):
+            raise ValueError(f"no setting of the kernel: {name[:100]!r}")
+        try:
+            found[name] = read_small(f"/proc/sys/{name}").decode().strip()
+        except FileNotFoundError:
+            pass
+    return found
 
 
 def make_upper(size: str) -> None:

@@ -122,6 +122,9 @@ class Supervisor:
                 self._exec(frame.channel, params)
             elif method == "changes":
                 self._start_changes(frame.channel)
+            elif method == "inspect":
+                settings = machine.inspect([str(name) for name in params["settings"]])
+                self._answer(frame.channel, frames.RESULT, {"settings": settings})
             else:
                 raise CallError("unknown-method", str(method))
         except CallError as error:

@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -45,6 +46,7 @@ _MKSQUASHFS = (
     # The tar has no entry for the root itself; left alone it would be writable by all, with today's time.
     *("-mkfs-time", "0", "-all-time", "0", "-root-mode", "755", "-root-uid", "0", "-root-gid", "0", "-mem", "256M"),
 )
+_LEFT_S = 3600
 _RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py")
 
 
@@ -227,6 +229,10 @@ class ImageStore:
     def _remove_half_built(self) -> None:
         for leftover in self.folder.glob(".building-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.folder.glob(".audit-*"):  # of an audit that was killed; one that runs takes seconds
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > _LEFT_S:
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     @contextlib.contextmanager
     def _only_builder(self, step: Callable[[str], None]) -> Iterator[None]:

@@ -196,6 +196,18 @@ class MicroVM:
         await _answer(await self._channel.call("rest", {}), CALL_TIMEOUT)
         self._state("ready")
 
+    async def inspect(self, settings: Sequence[str]) -> dict[str, str]:
+        """What the guest's kernel is set to, by names below /proc/sys; one that it does not have is missing.
+
+        Raises:
+            GuestProtocolError: the answer is not of this form.
+        """
+        result = await _answer(await self._channel.call("inspect", {"settings": list(settings)}), CALL_TIMEOUT)
+        found = result.get("settings")
+        if not isinstance(found, dict):
+            raise _malformed("no settings")
+        return {str(name): str(value)[:200] for name, value in found.items()}
+
     async def start(self, command: Command) -> Call:
         """Start a command and return the call, for a caller that drives the streams itself."""
         self._state("running")
@@ -467,7 +479,7 @@ def _first(group: BaseExceptionGroup[Exception]) -> Exception:
 
 def _malformed(why: str) -> GuestProtocolError:
     return GuestProtocolError(
-        f"The guest's list of changes is malformed: {why}.",
+        f"The guest's answer is malformed: {why}.",
         hint="Treat what ran in it as hostile. The ledger has a record.",
         kept="The machine was destroyed; the workspace was not touched.",
     )

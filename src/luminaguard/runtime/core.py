@@ -134,14 +134,14 @@ class Runtime:
         async with AsyncExitStack() as stack:
             root = await anyio.to_thread.run_sync(image.open_part, ROOT)
             stack.callback(os.close, root)
-            rehearsal = await anyio.to_thread.run_sync(self._open_rehearsal)
+            rehearsal = await anyio.to_thread.run_sync(self.open_rehearsal)
             stack.callback(os.close, rehearsal)
             saved = await stack.enter_async_context(
                 store.saved(self.hypervisor, image, self.settings.memory_mib, lambda _: None)
             )
             yield Template(store.key(self.hypervisor, image, self.settings.memory_mib), saved, root, rehearsal)
 
-    def _open_rehearsal(self) -> int:
+    def open_rehearsal(self) -> int:
         """An empty workspace on a disk as large as any can be, for clones to rehearse on."""
         from luminaguard.microvm.template import placeholder
         from luminaguard.workspaces.pack import WorkspaceImages
