@@ -48,7 +48,8 @@ def make_image(folder, extra=(), files=GOOD, bill=BILL, xattrs=False) -> Image:
                 setattr(info, field, value)
             tar.addfile(info, io.BytesIO(data))
     command = ["mksquashfs", "-", str(folder / ROOT), "-tar", "-comp", "lz4", "-quiet", "-no-progress",
-               "-root-mode", "755", *([] if xattrs else ["-no-xattrs"])]  # fmt: skip
+               "-root-mode", "755", *([] if xattrs else ["-no-xattrs"]),
+               *([] if any({"uid", "gid"} & set(fields) for _, fields, _ in extra) else ["-all-root"])]  # fmt: skip
     subprocess.run(command, input=out.getvalue(), check=True, capture_output=True, timeout=60)
     for name, data in ((KERNEL, b"k"), (INITRAMFS, b"modules/virtio.ko\0"), (SBOM, json.dumps(bill).encode())):
         (folder / name).write_bytes(data)

@@ -44,7 +44,8 @@ __all__ = ["ImageStore"]
 _MKSQUASHFS = (
     *("mksquashfs", "-", "{out}", "-tar", "-comp", "lz4", "-no-xattrs", "-noappend", "-quiet", "-no-progress"),
     # The tar has no entry for the root itself; left alone it would be writable by all, with today's time.
-    *("-mkfs-time", "0", "-all-time", "0", "-root-mode", "755", "-root-uid", "0", "-root-gid", "0", "-mem", "256M"),
+    # Of a tar, -root-uid and -root-gid are ignored for who is not root: it would be the builder's own.
+    *("-mkfs-time", "0", "-all-time", "0", "-root-mode", "755", "-all-root", "-mem", "256M"),
 )
 _LEFT_S = 3600
 _RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py")
