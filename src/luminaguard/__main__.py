@@ -18,11 +18,19 @@ def main() -> None:
     # Nearly all that is allocated is code and lives to the end. Looking for garbage among it takes a tenth of
     # the time of a short command, half of that on the way out.
     gc.set_threshold(100_000, 50, 50)
-    from luminaguard.cli.app import run
+    from luminaguard.cli import signals
 
+    signals.install()
     try:
+        with signals.held():  # an import is not left in the middle
+            from luminaguard.cli.app import run
+
         run()
+    except signals.Interrupted as interrupted:
+        signals.tell(interrupted)
+        sys.exit(interrupted.exit_code)
     finally:
+        signals.over()
         gc.freeze()
 
 

@@ -39,7 +39,6 @@ from typing import ClassVar
 __all__ = [
     "EXIT_DENIED",
     "EXIT_INTERNAL",
-    "EXIT_INTERRUPTED",
     "EXIT_PENDING",
     "EXIT_REFUSED",
     "EXIT_TIMEOUT",
@@ -78,7 +77,6 @@ EXIT_REFUSED = 122
 EXIT_UNAVAILABLE = 123
 EXIT_TIMEOUT = 124
 EXIT_INTERNAL = 125
-EXIT_INTERRUPTED = 130
 
 
 class LuminaGuardError(Exception):

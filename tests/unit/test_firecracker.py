@@ -476,15 +476,25 @@ def program(files):
     running = Program(booted())
     running.listen_for_guest()
     threading.Thread(target=running.serve, args=("api",), daemon=True).start()
-    while not (files / "api").exists():
-        time.sleep(0.01)
-    return running
+    deadline = time.monotonic() + 10
+    while True:  # the file is there a moment before anyone listens
+        try:
+            dial("api").close()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        else:
+            return running
 
 
 def dial(path: str, said: bytes = b"") -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(10)
-    connection.connect(path)
+    try:
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
     with contextlib.suppress(BrokenPipeError):  # turned away already: its answer can still be read
         connection.sendall(said)
     return connection

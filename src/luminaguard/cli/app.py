@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from luminaguard import log
-from luminaguard.errors import EXIT_INTERRUPTED, LuminaGuardError, WorkspaceError
+from luminaguard.cli import signals
+from luminaguard.errors import LuminaGuardError, WorkspaceError
 
 __all__ = ["app", "run"]
 
@@ -62,14 +63,15 @@ def _options(
 
 
 def _runtime(**overrides: Any) -> Any:
-    from luminaguard.runtime import Runtime
-    from luminaguard.settings import Folders, load_settings
+    with signals.held():  # imports, and libraries that would swallow an exception in the middle
+        from luminaguard.runtime import Runtime
+        from luminaguard.settings import Folders, load_settings
 
-    folders = Folders.from_environment()
-    log.configure(folders.state / "log", debug=_State.debug)
-    runtime = Runtime(load_settings(folders, overrides), folders)
-    _State.closing.callback(runtime.close)
-    return runtime
+        folders = Folders.from_environment()
+        log.configure(folders.state / "log", debug=_State.debug)
+        runtime = Runtime(load_settings(folders, overrides), folders)
+        _State.closing.callback(runtime.close)
+        return runtime
 
 
 @app.command("exec", context_settings={"allow_interspersed_args": False})
@@ -82,12 +84,13 @@ def exec_(
     as_json: Json = False,
 ) -> None:
     """Run a command on a copy of the folder; show what it did; publish what you approve."""
-    from luminaguard.cli.execute import Options, execute
-
     _State.as_json = as_json
-    runtime = _runtime(publish=publish, timeout_s=timeout, memory_mib=memory)
-    options = Options(publish=runtime.settings.publish, as_json=as_json, terminal=True)
-    sys.exit(execute(runtime, _absolute(workspace), command, options))
+    with signals.held() as held:
+        from luminaguard.cli.execute import Options, execute
+
+        runtime = _runtime(publish=publish, timeout_s=timeout, memory_mib=memory)
+        options = Options(publish=runtime.settings.publish, as_json=as_json, terminal=True)
+        sys.exit(execute(runtime, _absolute(workspace), command, options, held))
 
 
 @app.command()
@@ -98,12 +101,13 @@ def shell(
     memory: Memory = None,
 ) -> None:
     """Open bash in a machine; at its end, show what changed and ask."""
-    from luminaguard.cli.execute import Options, execute
+    with signals.held() as held:
+        from luminaguard.cli.execute import Options, execute
 
-    # A person may think for longer than a command may run.
-    runtime = _runtime(publish=publish, timeout_s=timeout or SHELL_TIMEOUT_S, memory_mib=memory)
-    options = Options(publish=runtime.settings.publish, as_json=False, terminal=True)
-    sys.exit(execute(runtime, _absolute(workspace), ["bash"], options))
+        # A person may think for longer than a command may run.
+        runtime = _runtime(publish=publish, timeout_s=timeout or SHELL_TIMEOUT_S, memory_mib=memory)
+        options = Options(publish=runtime.settings.publish, as_json=False, terminal=True)
+        sys.exit(execute(runtime, _absolute(workspace), ["bash"], options, held))
 
 
 def _absolute(path: Path) -> Path:
@@ -399,9 +403,6 @@ def run() -> None:
             raise
         print_error(error, as_json=_State.as_json)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)

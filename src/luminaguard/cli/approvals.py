@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any
 
-from luminaguard.cli.execute import deferred_signals, show_card
+from luminaguard.cli import signals
+from luminaguard.cli.execute import show_card
 from luminaguard.cli.output import Progress, print_json, tell_recovered
 from luminaguard.effects.text import visible
 from luminaguard.runtime import Runtime
@@ -44,9 +45,14 @@ def approve(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
     """Approve and publish."""
     tell_recovered(runtime.decisions.recover())
     request = runtime.approvals.get(request_id)
-    with deferred_signals(), Progress(quiet=as_json).slowly("publishing") as step:
-        runtime.decisions.approve_and_publish(request, means="command approvals approve", step=step)
-    _tell(runtime, request_id, as_json, f"published {request_id} to {request.workspace}")
+    with signals.held() as held:  # a publish that has begun ends, and is told
+        with Progress(quiet=as_json).slowly("publishing") as step:
+            runtime.decisions.approve_and_publish(request, means="command approvals approve", step=step)
+        _tell(runtime, request_id, as_json, f"published {request_id} to {request.workspace}")
+        number = held.take()
+        signals.over()
+    if number:
+        sys.exit(128 + number)
 
 
 def deny(runtime: Runtime, request_id: str, *, as_json: bool) -> None:

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 import termios
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from luminaguard.cli import signals
 from luminaguard.cli.output import Progress, error_fields, print_json, print_lines, tell_recovered
 from luminaguard.cli.relay import Relay, terminal_size
+from luminaguard.cli.signals import Held, Interrupted
 from luminaguard.effects.text import visible
 from luminaguard.errors import (
     EXIT_DENIED,
-    EXIT_INTERRUPTED,
     EXIT_PENDING,
     EXIT_REFUSED,
     EXIT_TIMEOUT,
     LuminaGuardError,
-    MachineError,
 )
 from luminaguard.runtime import Execution, Runtime
 
 if TYPE_CHECKING:
     from luminaguard.approvals import Request
+    from luminaguard.microvm.machine import Command
 
 __all__ = ["Options", "execute"]
 
@@ -51,14 +49,7 @@ class Options:
         self.terminal = terminal
 
 
-class _Interrupted(Exception):
-    def __init__(self, number: int, request_id: str = "") -> None:
-        super().__init__(number)
-        self.number = number
-        self.request_id = request_id
-
-
-def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options) -> int:
+def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options, held: Held) -> int:
     """Run one command and see its effects through; return the exit status."""
     from luminaguard.microvm.channel import CallFailed
     from luminaguard.microvm.machine import Command
@@ -69,37 +60,42 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
     command = Command(argv, terminal=size, environment=environment, processes=runtime.settings.processes)
     progress = Progress(quiet=options.as_json)
     try:
-        execution = anyio.run(_run, runtime, workspace, command, capture, progress)
+        status = _see_through(runtime, workspace, command, options, capture, progress, held)
     except CallFailed as error:
-        progress.clear()
-        return _not_started(error.code, error.message, argv[0], capture)
-    except (_Interrupted, KeyboardInterrupt) as error:
-        progress.clear()
-        number = error.number if isinstance(error, _Interrupted) else signal.SIGINT
-        pending = getattr(error, "request_id", "")
-        if capture is not None:
-            words = {"type": "Interrupted", "message": "The command was interrupted."}
-            print_json(_without_result(capture, 128 + number, words, pending))
-        else:
-            sys.stderr.write("interrupted: the machine was destroyed; nothing was published\n")
-            if pending:
-                sys.stderr.write(f"its effects wait for a decision: {pending}\n")
-        return EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
+        status = _not_started(error.code, error.message, argv[0], capture)
     except LuminaGuardError as error:
-        progress.clear()
         if capture is None:
             raise
         print_json(_without_result(capture, error.exit_code, error_fields(error)))
-        return error.exit_code
+        status = error.exit_code
     finally:
         progress.clear()
-    tell_recovered(execution.recovered)
-    if execution.detail and capture is None and not execution.outcome.timed_out:
-        sys.stderr.write(f"note: {execution.detail}\n")
+    number = held.take()
+    signals.over()
+    return 128 + number if number else status
+
+
+def _see_through(
+    runtime: Runtime, workspace: Path, command: Command, options: Options, capture: _Capture | None,
+    progress: Progress, held: Held,
+) -> int:  # fmt: skip
+    execution: Execution | None = None
     try:
-        status = _settle(runtime, execution, options, progress)
+        with held.passing():
+            execution, number = anyio.run(_run, runtime, workspace, command, capture, progress, held)
+        progress.clear()
+        if execution is None or number:
+            raise Interrupted(number)
+        tell_recovered(execution.recovered)
+        if execution.detail and capture is None and not execution.outcome.timed_out:
+            sys.stderr.write(f"note: {execution.detail}\n")
+        status = _settle(runtime, execution, options, progress, held)
+    except Interrupted as interrupted:
+        progress.clear()
+        _tell_interrupted(interrupted, execution, capture)
+        return interrupted.exit_code
     except LuminaGuardError as error:
-        if capture is None:
+        if capture is None or execution is None:
             raise
         execution.status, execution.detail = "refused", error.message
         print_json(_as_json(execution, capture) | {"error": error_fields(error)})
@@ -109,9 +105,22 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
     return status
 
 
+def _tell_interrupted(interrupted: Interrupted, execution: Execution | None, capture: _Capture | None) -> None:
+    pending = execution.request.id if execution and execution.request else ""
+    if capture is not None:
+        words = {"type": "Interrupted", "message": "The command was interrupted."}
+        told = _without_result(capture, interrupted.exit_code, words, pending)
+        print_json(told | {"status": "pending"} if pending else told)
+        return
+    sys.stderr.write("interrupted: the machine was destroyed; nothing was published\n")
+    if pending:
+        sys.stderr.write(f"its effects wait for a decision: {pending}\n")
+
+
 async def _run(
-    runtime: Runtime, workspace: Path, command: Any, capture: _Capture | None, progress: Progress
-) -> Execution:
+    runtime: Runtime, workspace: Path, command: Command, capture: _Capture | None, progress: Progress, held: Held
+) -> tuple[Execution | None, int]:
+    """Run it; return what came of it, if anything, and the signal that ended it, or 0."""
     relay = Relay(terminal=command.terminal is not None)
     interrupted = 0
     result: Execution | None = None
@@ -119,15 +128,11 @@ async def _run(
 
     async def watch(scope: anyio.CancelScope) -> None:
         nonlocal interrupted
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH) as signals:
-            async for number in signals:
-                try:
-                    taken = await relay.signal(number)
-                except MachineError:
-                    taken = False  # there is no command any more that could take it
-                if not taken:
-                    interrupted = number
-                    scope.cancel()
+        while not interrupted:
+            number = await held.next()
+            if not await relay.signal(number):
+                interrupted = number
+        scope.cancel()
 
     unread: set[int] = set()
 
@@ -151,9 +156,7 @@ async def _run(
         failure = _first(group)
     if failure is not None:
         raise failure
-    if interrupted or result is None:
-        raise _Interrupted(interrupted or signal.SIGINT, result.request.id if result and result.request else "")
-    return result
+    return result, interrupted
 
 
 def _first(group: BaseExceptionGroup[Exception]) -> Exception:
@@ -196,7 +199,7 @@ class _Capture:
         return self._data[stream].decode("utf-8", "replace")
 
 
-def _settle(runtime: Runtime, execution: Execution, options: Options, progress: Progress) -> int:
+def _settle(runtime: Runtime, execution: Execution, options: Options, progress: Progress, held: Held) -> int:
     """Show the card, get a decision where one is due, publish; return the exit status."""
     request = execution.request
     if execution.outcome.timed_out:
@@ -207,24 +210,25 @@ def _settle(runtime: Runtime, execution: Execution, options: Options, progress: 
         sys.stderr.write("note: the command ran out of memory; try a larger --memory\n")
     if request is None:
         return execution.outcome.exit_code
-    if not options.as_json:
-        show_card(runtime, request, progress)
-    verdict, means = _verdict(runtime, request, options, progress)
+    with held.raising():
+        if not options.as_json:
+            show_card(runtime, request, progress)
+        verdict, means = _verdict(runtime, request, options, progress)
+    # From here on signals wait: what is decided is seen through, and told.
     if verdict is None:
         if not options.as_json:
             sys.stderr.write(
                 f"pending: {request.id}\n  decide with: luminaguard approvals approve {request.id}   (or: deny)\n"
             )
         return EXIT_PENDING
-    with deferred_signals():
-        if not verdict:
-            runtime.decisions.deny(request, means=means)
-            execution.status = "denied"
-            if not options.as_json:
-                sys.stderr.write("denied: nothing was published\n")
-            return execution.outcome.exit_code if options.publish == "never" else EXIT_DENIED
-        with progress.slowly("publishing") as step:
-            runtime.decisions.approve_and_publish(request, means=means, step=step)
+    if not verdict:
+        runtime.decisions.deny(request, means=means)
+        execution.status = "denied"
+        if not options.as_json:
+            sys.stderr.write("denied: nothing was published\n")
+        return execution.outcome.exit_code if options.publish == "never" else EXIT_DENIED
+    with progress.slowly("publishing") as step:
+        runtime.decisions.approve_and_publish(request, means=means, step=step)
     execution.status = "published"
     if not options.as_json:
         sys.stderr.write(f"published {len(execution.changeset)} changes to {visible(request.workspace)}\n")
@@ -255,7 +259,7 @@ def ask(runtime: Runtime, request: Request, progress: Progress) -> bool | None:
         sys.stderr.flush()
         try:
             answer = sys.stdin.readline()
-        except KeyboardInterrupt:
+        except Interrupted:
             sys.stderr.write("\n")
             return None
         match answer.strip().lower():
@@ -281,21 +285,6 @@ def show_card(runtime: Runtime, request: Request, progress: Progress, *, full: b
         sys.stderr.write(_TERMINAL_RESET)
     sys.stderr.write(f"\n{request.id}   {visible(' '.join(request.command))[:200]}   (exit {request.exit_code})\n")
     print_lines(render(card, max_diff_lines=None if full else 40))
-
-
-@contextmanager
-def deferred_signals() -> Iterator[None]:
-    """Let a publish that has begun end; the signal takes effect right after it."""
-    caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    saved = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in saved.items():
-            signal.signal(number, handler)
-        if caught:
-            signal.raise_signal(caught[0])
 
 
 def _not_started(code: str, message: str, name: str, capture: _Capture | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import anyio
 
+from luminaguard.cli import signals
 from luminaguard.cli.output import print_json
 from luminaguard.effects.text import visible
 from luminaguard.errors import LuminaGuardError, MachineNotFound
@@ -102,10 +102,9 @@ def serve_pool(runtime: Runtime) -> None:
         async with runtime.open_pool() as pool, anyio.create_task_group() as tasks:
 
             async def until_signal() -> None:
-                with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-                    async for _ in signals:
-                        tasks.cancel_scope.cancel()
-                        return
+                while await held.next() not in signals.ENDING:
+                    pass
+                tasks.cancel_scope.cancel()
 
             tasks.start_soon(until_signal)
             try:
@@ -116,7 +115,8 @@ def serve_pool(runtime: Runtime) -> None:
         if lender_failure is not None:
             raise lender_failure
 
-    anyio.run(run)
+    with signals.held() as held:
+        anyio.run(run)
 
 
 def _say_that_it_lends() -> None:
@@ -132,7 +132,7 @@ def watch(draw: Callable[[], None], *, as_json: bool, every_s: float = 1.0) -> N
             draw()
             sys.stdout.flush()
             time.sleep(every_s)
-    except KeyboardInterrupt:
+    except signals.Interrupted:
         return
 
 

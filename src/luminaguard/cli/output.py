@@ -93,7 +93,7 @@ def error_fields(error: LuminaGuardError) -> dict[str, str]:
 def print_error(error: LuminaGuardError, *, as_json: bool) -> None:
     """Say what happened, what was kept, and what to do."""
     if as_json:
-        print_json({"status": "refused", "error": error_fields(error)})
+        print_json({"status": "refused", "exit_code": error.exit_code, "error": error_fields(error)})
         return
     head = "\x1b[1;31merror:\x1b[0m" if colours(sys.stderr) else "error:"
     message, kept, hint = visible(error.message), visible(error.kept), visible(error.hint)

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 
+from luminaguard.cli.signals import ENDING, stop_here
+from luminaguard.errors import MachineError
+
 if TYPE_CHECKING:
     from luminaguard.microvm.channel import Call
     from luminaguard.microvm.machine import Terminal
@@ -51,7 +54,7 @@ def raw_terminal(active: bool) -> Iterator[None]:
 
 
 class Relay:
-    """Feeds one command. A first SIGINT or SIGTERM goes to the command, a second one ends the machine.
+    """Feeds one command. Signals go to it; a second one that asks to end ends the machine.
 
     With a terminal, keys go through as they are while the command runs, and only then: before and
     after it, Ctrl-C interrupts LuminaGuard itself.
@@ -60,7 +63,7 @@ class Relay:
     def __init__(self, *, terminal: bool) -> None:
         self._terminal = terminal
         self._call: Call | None = None
-        self._signals = 0
+        self._asked = 0
 
     async def feed(self, call: Call) -> None:
         """Copy standard input until it ends; runs until cancelled."""
@@ -78,16 +81,29 @@ class Relay:
             await self._call.signal(signal.SIGPIPE)
 
     async def signal(self, number: int) -> bool:
-        """Pass a signal on; False when there is no command to take it, or it was the second."""
-        if number == signal.SIGWINCH:
+        """Pass a signal on; False when it asks to end and there is no command to take it, or it was the second."""
+        if number == signal.SIGTSTP:
+            # Nobody in the machine could continue what stops itself there, so its kernel would ignore Ctrl-Z.
+            await self._pass(signal.SIGSTOP)
+            stop_here()
+        elif number == signal.SIGWINCH:
             size = terminal_size() if self._terminal else None
             if self._call is not None and size is not None:
                 await self._call.resize(size.rows, size.columns)
-            return True
-        self._signals += 1
-        if self._call is None or self._signals > 1:
+        elif number not in ENDING:
+            await self._pass(number)
+        else:
+            self._asked += 1
+            return self._asked == 1 and await self._pass(number)
+        return True
+
+    async def _pass(self, number: int) -> bool:
+        if self._call is None:
             return False
-        await self._call.signal(number)
+        try:
+            await self._call.signal(number)
+        except MachineError:
+            return False  # there is no command any more that could take it
         return True
 
     async def _copy(self, call: Call) -> None:

@@ -161,7 +161,7 @@ def _keep_only(fd: int, ends: tuple[int, int, int]) -> socket.socket:
         os.dup2(end, target, inheritable=target < 3)
     os.closerange(4, 128)
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
     return socket.socket(fileno=3)

@@ -166,7 +166,8 @@ async def run(
     elif mode is not None and mode != state.mode | 0o700:
         execution.detail = f"the mode of the folder itself became {mode:04o} in the machine; that is not published"
     if len(changeset) and not outcome.timed_out:
-        execution.request = await anyio.to_thread.run_sync(_request, runtime, execution, state, command)
+        with anyio.CancelScope(shield=True):  # it ran to its end: what it did is kept, whoever wants to leave now
+            execution.request = await anyio.to_thread.run_sync(_request, runtime, execution, state, command)
         execution.status = "pending"
     if execution.request is None:
         writer.discard()

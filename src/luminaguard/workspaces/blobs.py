@@ -86,7 +86,8 @@ class BlobWriter:
 
     def begin(self) -> None:
         """Start a content."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self._folder.parent, self._folder):  # mkdir gives its mode to the last one only
+            folder.mkdir(mode=0o700, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fd = os.open(self._folder / ".partial", flags, 0o600)
         self._digest, self._size = hashlib.sha256(), 0

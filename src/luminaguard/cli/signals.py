@@ -1,0 +1,155 @@
+"""What signals do to this process.
+
+One that asks it to end raises :class:`Interrupted` in the main thread. Inside :func:`held` it is kept
+instead, for whoever can take it there: no import and no publish is left in the middle, and what was
+done is told. Once the outcome has been told, :func:`over`, signals change nothing any more.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["ENDING", "PASSED", "Held", "Interrupted", "held", "install", "over", "tell"]
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+PASSED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
+"""For a command in a machine only; without one they do what they do to any process."""
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to end; ``exit_code`` is what a shell would say of it.
+
+    Not a KeyboardInterrupt: Typer would end the process on one without a word.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+class Held:
+    """Signals that came and were not taken yet."""
+
+    def __init__(self) -> None:
+        self._kept: deque[int] = deque()
+        self._wakes, self._waker = socket.socketpair()
+        for end in (self._wakes, self._waker):
+            end.setblocking(False)
+        self._raising = False
+
+    async def next(self) -> int:
+        """Wait for a signal and take it; one task at a time."""
+        import anyio
+
+        while not self._kept:
+            await anyio.wait_readable(self._wakes)
+            self._wakes.recv(4096)
+        return self._kept.popleft()
+
+    def take(self) -> int:
+        """Take the first that asks to end; 0 if there is none."""
+        kept, self._kept = self._kept, deque()
+        return next((number for number in kept if number in ENDING), 0)
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Let go of them for what may be interrupted in the middle."""
+        self._raising = True
+        try:
+            if number := self.take():
+                raise Interrupted(number)
+            yield
+        finally:
+            self._raising = False
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Keep those for a command, too."""
+        saved = {number: signal.signal(number, _on_signal) for number in PASSED}
+        try:
+            yield
+        finally:
+            for number, handler in saved.items():
+                signal.signal(number, handler)
+
+    def keep(self, number: int) -> None:
+        """Called by the handler."""
+        if self._raising and number in ENDING:
+            raise Interrupted(number)
+        self._kept.append(number)
+
+    def open(self) -> None:
+        """Let the kernel wake whoever waits in :meth:`next`."""
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+
+    def close(self) -> None:
+        """The opposite."""
+        signal.set_wakeup_fd(-1)
+        self._wakes.close()
+        self._waker.close()
+
+
+_holder: list[Held] = []
+
+
+def install() -> None:
+    """Take over the signals that ask to end, but not those that the caller had ignored (nohup, a job of sh)."""
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+
+
+@contextmanager
+def held() -> Iterator[Held]:
+    """Keep signals; one that nobody has taken by the end is raised there. Inside another one, it is that one."""
+    if _holder:
+        yield _holder[0]
+        return
+    holder = Held()
+    _holder.append(holder)
+    holder.open()
+    try:
+        yield holder
+    finally:
+        holder.close()
+        _holder.clear()
+    if number := holder.take():
+        raise Interrupted(number)
+
+
+def over() -> None:
+    """From here on nothing is interrupted: it was told how it ended."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stop_here() -> None:
+    """Stop this process as Ctrl-Z does; returns when it is continued."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def tell(interrupted: Interrupted) -> None:
+    """Say on the way out that nothing came of the command."""
+    over()
+    flags = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    if "--json" in flags:
+        import json
+
+        words = {"type": "Interrupted", "message": "The command was interrupted."}
+        print(json.dumps({"status": "refused", "exit_code": interrupted.exit_code, "error": words}), flush=True)
+    else:
+        print("interrupted", file=sys.stderr)
+
+
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    if _holder:
+        _holder[0].keep(number)
+    elif number in ENDING:
+        raise Interrupted(number)
