@@ -127,7 +127,10 @@ class Bench:
             os.ftruncate(ram, 256 << 20)
             start = time.perf_counter()
             async with boot(
-                self.runtime.hypervisor, BootSource(parts[0], parts[1], (parts[2], parts[3], parts[3]), 256), ram
+                self.runtime.hypervisor,
+                BootSource(parts[0], parts[1], (parts[2], parts[3], parts[3]), 256),
+                ram,
+                self.runtime.tracker,
             ):
                 took = (time.perf_counter() - start) * 1000
             for fd in (*parts, ram):

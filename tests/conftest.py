@@ -1,17 +1,43 @@
 """Fixtures: a home for each test over one shared cache with the guest image, and a small workspace."""
 
 import os
+from functools import cache as cache_once
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from luminaguard.errors import HypervisorUnavailable
+from luminaguard.microvm.firecracker.probe import find_firecracker
+from luminaguard.microvm.qemu.probe import probe_kvm
 from luminaguard.testing import Home
 
 # On a busy machine slow is no finding; what a test claims never depends on time.
 settings.register_profile("luminaguard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("luminaguard")
 os.umask(0o022)  # modes in tests are those of most systems; Debian's ordinary users have 002
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a real Firecracker run wherever one can; where none can, that is no pass."""
+    marked = [item for item in items if item.get_closest_marker("firecracker")]
+    if marked and (missing := no_firecracker()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@cache_once
+def no_firecracker() -> str:
+    """Why no real Firecracker can run here; empty if one can."""
+    names = (os.environ.get("LUMINAGUARD_FIRECRACKER", "firecracker"), os.environ.get("LUMINAGUARD_JAILER", "jailer"))
+    try:
+        find_firecracker(*names)
+    except HypervisorUnavailable as error:
+        return f"no Firecracker: {error.message}"
+    if os.geteuid() != 0:
+        return "Firecracker's jailer needs root"
+    kvm = probe_kvm()
+    return "" if kvm.usable else f"Firecracker is here and KVM is not ({kvm.reason}): make firecracker-lab"
 
 
 @pytest.fixture(scope="session")

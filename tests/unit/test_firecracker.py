@@ -23,6 +23,7 @@ from luminaguard.microvm.firecracker.probe import find_firecracker
 from luminaguard.microvm.jail import JailFolders
 from luminaguard.microvm.jail.folders import Parts, copy_data, open_inside, remove_tree
 from luminaguard.testing import firecracker as standin
+from luminaguard.testing.firecracker import machine as standin_machine
 from luminaguard.testing.firecracker.firecracker import Program
 from luminaguard.testing.firecracker.machine import Fatal, Machine, Refused
 
@@ -468,6 +469,17 @@ def test_pause_and_resume_without_a_snapshot_cuts_the_guest_off_on_1_16(files, v
     machine.request("PATCH", "/vm", {"state": "Paused"})
     machine.request("PATCH", "/vm", {"state": "Resumed"})
     assert machine.connectable is connectable
+
+
+def test_every_route_that_the_description_has_is_answered(files):
+    """With 400 at worst; what the stand-in does not know it must not claim to know."""
+    for route, methods in standin_machine._ROUTES.items():
+        for method in methods:
+            assert callable(getattr(Machine, f"_{method.lower()}_{route.split('/')[1].replace('-', '_')}")), route
+    machine = booted()
+    machine.request("PATCH", "/balloon", {"amount_mib": 16})
+    with pytest.raises(Refused):
+        Machine("vm-2", "1.16.1").request("PATCH", "/balloon", {"amount_mib": 16})
 
 
 @pytest.fixture

@@ -147,11 +147,28 @@ def test_a_workspace_that_is_too_large_names_the_folders_that_make_it_so(tmp_pat
     (tmp_path / "src" / "main.py").write_text("x")
     with pytest.raises(WorkspaceError) as caught:
         read_state(tmp_path, Limits(1000, 20 << 20))
-    assert "most are in 'node_modules/huge' (30 MiB, 30 files)" in caught.value.message
+    assert "most are in 'node_modules/huge' (30 MiB, 30 entries)" in caught.value.message
     assert ".luminaguardignore" in caught.value.hint
     with pytest.raises(WorkspaceError) as caught:
         read_state(tmp_path, Limits(20, 1 << 30))
     assert "'node_modules/huge'" in caught.value.message
+
+
+def test_what_is_ignored_is_not_to_blame_for_a_workspace_that_is_too_large(tmp_path):
+    for name in ("ignored", "folders", "links"):
+        (tmp_path / name).mkdir()
+    for number in range(40):
+        (tmp_path / "ignored" / f"f{number}").write_bytes(bytes(1 << 20))
+        (tmp_path / "folders" / f"d{number}").mkdir()
+        (tmp_path / "links" / f"l{number}").symlink_to("x")
+    (tmp_path / ".luminaguardignore").write_text("/ignored/\n")
+    with pytest.raises(WorkspaceError) as caught:
+        read_state(tmp_path, Limits(50, 1 << 30))
+    assert "most are in 'folders' (0 MiB, 40 entries), 'links' (0 MiB, 40 entries)" in caught.value.message
+    (tmp_path / "big").write_bytes(bytes(3 << 20))
+    with pytest.raises(WorkspaceError) as caught:
+        read_state(tmp_path, Limits(1000, 2 << 20))
+    assert "most are in '.' (3 MiB, " in caught.value.message
 
 
 def test_a_state_is_packed_once_and_opened_again_at_once(tmp_path):

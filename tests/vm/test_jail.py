@@ -56,6 +56,11 @@ def test_a_live_hypervisor_has_every_layer(home, workspace):
         mounts = Path(f"/proc/{pid}/mountinfo").read_text()
         interfaces = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
         environment = Path(f"/proc/{pid}/environ").read_bytes()
+        groups = CgroupStore().groups().get(machine["id"], [])
+        confined = {name: _first_line(groups, name) for name in
+                    ("memory.max", "memory.limit_in_bytes", "pids.max")}  # fmt: skip
+        members = [str(pid) in (group / "cgroup.procs").read_text().split() for group in groups]
+        paths = Path(f"/proc/{pid}/cgroup").read_text()
     finally:
         process.terminate()
         process.terminate()
@@ -74,6 +79,17 @@ def test_a_live_hypervisor_has_every_layer(home, workspace):
     for name, value in (("Max core file size", "0"), ("Max locked memory", "0"), ("Max open files", "256")):
         (line,) = [line for line in limits.splitlines() if line.startswith(name)]
         assert line[len(name) :].split()[0] == value
+    sizes = {line.split("  ")[0]: line[26:].split()[:2] for line in limits.splitlines()[1:]}
+    guest, translated, room = 256 << 20, 256 << 20, 2048 << 20
+    assert sizes["Max address space"][0] == sizes["Max address space"][1]
+    assert guest < int(sizes["Max address space"][0]) <= guest + translated + room
+    assert sizes["Max file size"] == [str(4 << 20)] * 2
+    if machine["jail"]["cgroup"] == "on":
+        limit = int(confined["memory.max"] or confined["memory.limit_in_bytes"])
+        assert guest < limit <= guest + translated + (128 << 20)
+        assert confined["pids.max"] == "64"
+        assert members == [True] * len(groups) != []
+        assert paths.count(f"/luminaguard/{machine['id']}") == len(groups)
     assert seen <= {"dev", "lib", "lib64", "proc", "usr"}
     assert devices == ["null", "urandom"]
     for line in mounts.splitlines():
@@ -82,6 +98,32 @@ def test_a_live_hypervisor_has_every_layer(home, workspace):
         assert line.split()[4] in {"/", "/proc", "/dev/null", "/dev/urandom"} or "ro" in options, line
     assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
     assert environment in {b"PWD=/\0", b""}
+
+
+def _first_line(groups: list[Path], name: str) -> str:
+    return next(((group / name).read_text().strip() for group in groups if (group / name).exists()), "")
+
+
+class NoHierarchy(CgroupStore):
+    def __init__(self, tmp_path: Path) -> None:
+        (tmp_path / "mountinfo").write_text("")
+        super().__init__(str(tmp_path / "mountinfo"))
+
+
+def test_without_any_cgroups_root_starts_nothing_unless_he_said_so(tmp_path):
+    async def start(required: bool) -> dict[str, str]:
+        jail = Jail(required=required, cgroups=NoHierarchy(tmp_path))
+        async with jail.start("vm-free", HOSTILE_PROGRAM, ["-c", "pass"], (), LIMITS) as process:
+            await process.wait()
+            return process.layers
+
+    assert "no cgroup hierarchy" in anyio.run(start, False)["cgroup"]
+    if os.geteuid() == 0:
+        with pytest.raises(JailUnavailable, match="no cgroup hierarchy") as caught:
+            anyio.run(start, True)
+        assert "require_jail" in caught.value.hint
+    else:
+        assert "no cgroup hierarchy" in anyio.run(start, True)["cgroup"]
 
 
 HOSTILE = r"""

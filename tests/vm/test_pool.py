@@ -8,13 +8,14 @@ import time
 import uuid
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import pytest
 
 from luminaguard.errors import ImageMissing, MachineError
 from luminaguard.microvm import machine as machines
-from luminaguard.microvm.jail import CgroupStore, ProcessInfo
+from luminaguard.microvm.jail import CgroupStore
 from luminaguard.microvm.machine import Command
 from luminaguard.microvm.pool import Pool, PoolLimits, Template
 from luminaguard.microvm.tracker import VMTracker
@@ -26,6 +27,9 @@ from luminaguard.workspaces.pack import WorkspaceImages
 from luminaguard.workspaces.state import Limits, read_state
 
 pytestmark = pytest.mark.vm
+GONE_S = float(
+    os.environ.get("LUMINAGUARD_TEST_GONE_S", "10")
+)  # 2 s is the promise; a test waits longer on a busy machine
 CLONES = int(os.environ.get("LUMINAGUARD_TEST_CLONES", "16"))
 
 
@@ -490,15 +494,22 @@ def test_killing_the_owner_of_many_machines_leaves_none(home):
             time.sleep(0.1)
         vms = home.run("vm", "list", "--json").json["vms"]
         assert len(vms) == int(count)
+        names, run_folder = {vm["id"] for vm in vms}, home.folder / "run"
         lender.kill()
-        deadline = time.monotonic() + 2
-        while any(alive(vm["pid"]) for vm in vms) and time.monotonic() < deadline:
+
+        def left() -> list[object]:
+            found: list[object] = [vm["id"] for vm in vms if alive(vm["pid"])]
+            found += names & set(CgroupStore().groups())
+            return [*found, *(run_folder / "vms").iterdir(), *run_folder.glob("owner-*")]
+
+        # Nobody runs another command: what was left behind goes by itself.
+        deadline = time.monotonic() + GONE_S
+        while left() and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not [vm for vm in vms if alive(vm["pid"])]
-    reaped = home.run("vm", "reap", "--json").json["vms"]
-    assert sorted(reaped) == sorted(vm["id"] for vm in vms)
-    assert not {vm["id"] for vm in vms} & set(CgroupStore().groups())
-    assert list((home.folder / "run" / "vms").iterdir()) == []
+        assert left() == []
+    ended = [vm for vm in home.run("vm", "list", "--all", "--json").json["vms"] if vm["id"] in names]
+    assert {vm["reason"] for vm in ended} == {"its owner died"}
+    assert home.run("vm", "reap", "--json").json["vms"] == []
 
 
 # -- records -------------------------------------------------------------------------------------------
@@ -539,7 +550,7 @@ def test_machines_are_shown_killed_and_remembered(home, workspace):
         assert process.wait(30) == 125
     assert said["status"] == "refused"
     gone = home.run("vm", "show", vm["id"], "--json").json
-    assert (gone["state"], gone["reason"]) == ("gone", "MachineError")
+    assert (gone["state"], gone["reason"], gone["exit_status"]) == ("gone", "the hypervisor ended", 137)
     assert vm["id"] in home.run("vm", "list", "--all").out
     assert home.run("vm", "kill", vm["id"]).code == 122
     assert home.run("vm", "show", str(uuid.uuid4())).code == 122
@@ -589,8 +600,10 @@ def test_watching_prints_again_until_interrupted(home):
 
 def test_a_long_command_does_not_hide_its_machine(tmp_path):
     tracker = VMTracker(tmp_path)
-    process = ProcessInfo(os.getpid(), {})
-    with tracker.track("vm-0", "qemu", "tcg", process, workspace="é" * 4000, task=["é" * 500] * 100) as tracked:
+    hypervisor = SimpleNamespace(name="qemu", accelerator="tcg")
+    process = SimpleNamespace(pid=os.getpid(), layers={}, running=True)
+    tracked = tracker.track("vm-0", hypervisor, workspace="é" * 4000, task=["é" * 500] * 100)
+    with tracked.follow(process):
         tracked.update(state="running")
         (record,) = tracker.running()
         assert (record.id, record.state) == ("vm-0", "running")

@@ -161,16 +161,16 @@ def _jail(runtime: Runtime) -> Finding:
     return Finding("jail", "ok", present)
 
 
-def _remedy(otherwise: str) -> str:
+def _remedy(otherwise: str, system: Path = Path("/proc/sys")) -> str:
     """The setting that forbids user namespaces here, if there is one."""
     for path, wanted, setting in (
         ("kernel/apparmor_restrict_unprivileged_userns", "0", "kernel.apparmor_restrict_unprivileged_userns=0"),
         ("kernel/unprivileged_userns_clone", "1", "kernel.unprivileged_userns_clone=1"),
     ):
-        file = Path("/proc/sys", path)
+        file = system / path
         if file.exists() and file.read_text(encoding="ascii").strip() != wanted:
             return f"sysctl -w {setting}"
-    file = Path("/proc/sys/user/max_user_namespaces")
+    file = system / "user/max_user_namespaces"
     if file.exists() and file.read_text(encoding="ascii").strip() == "0":
         return "sysctl -w user.max_user_namespaces=10000"
     return f"{otherwise} In a container, /proc must not be masked (docker: --security-opt systempaths=unconfined)."

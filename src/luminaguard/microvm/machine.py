@@ -302,16 +302,24 @@ class MicroVM:
 
 
 @asynccontextmanager
-async def boot(hypervisor: Hypervisor, source: BootSource, ram: int) -> AsyncIterator[tuple[MicroVM, VirtualMachine]]:
+async def boot(
+    hypervisor: Hypervisor, source: BootSource, ram: int, tracker: VMTracker, *, task: Sequence[str] = ()
+) -> AsyncIterator[tuple[MicroVM, VirtualMachine]]:
     """Cold-boot a machine and wait until its supervisor is up; it has not been woken."""
     name = new_id()
-    async with hypervisor.boot(name, source, ram) as machine, open_channel(machine.channel) as channel:
+    tracked = tracker.track(name, hypervisor, task=task)
+    async with (
+        hypervisor.boot(name, source, ram, follow=tracked.follow) as machine,
+        open_channel(machine.channel) as channel,
+    ):
+        tracked.started(machine.process)
         try:
             await channel.hello(BOOT_TIMEOUT)
         except MachineError as error:
             error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
             raise
-        yield MicroVM(name, machine, channel, backend=hypervisor.name, accelerator=hypervisor.accelerator), machine
+        vm = MicroVM(name, machine, channel, tracked, backend=hypervisor.name, accelerator=hypervisor.accelerator)
+        yield vm, machine
 
 
 @asynccontextmanager
@@ -337,17 +345,19 @@ async def clone(
         task: for the record: what it is for.
     """
     name = vm_id or new_id()
-    async with hypervisor.clone(name, saved, all_disks(disks)) as machine, open_channel(machine.channel) as channel:
-        with tracker.track(name, hypervisor.name, hypervisor.accelerator, machine.process,
-                           workspace=workspace, task=list(task)) as tracked:  # fmt: skip
-            vm = MicroVM(name, machine, channel, tracked, backend=hypervisor.name,
-                         accelerator=hypervisor.accelerator)  # fmt: skip
-            try:
-                await vm.wake(layer=len(disks) == DISKS)
-                yield vm
-            except MachineError as error:
-                error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
-                raise
+    tracked = tracker.track(name, hypervisor, workspace=workspace, task=task)
+    async with (
+        hypervisor.clone(name, saved, all_disks(disks), follow=tracked.follow) as machine,
+        open_channel(machine.channel) as channel,
+    ):
+        tracked.started(machine.process)
+        vm = MicroVM(name, machine, channel, tracked, backend=hypervisor.name, accelerator=hypervisor.accelerator)
+        try:
+            await vm.wake(layer=len(disks) == DISKS)
+            yield vm
+        except MachineError as error:
+            error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
+            raise
 
 
 def all_disks(disks: tuple[int, ...]) -> tuple[int, ...]:
@@ -365,7 +375,7 @@ async def watch(machine: Owned, vm_id: str) -> None:
             await machine.check()
         except MachineError as error:
             log.event("machine.stuck", vm=vm_id, error=str(error))
-            machine.process.kill()
+            machine.process.kill("it did not answer")
 
 
 def new_id() -> str:

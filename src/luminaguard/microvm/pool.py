@@ -371,24 +371,26 @@ class Pool:
         kept: _Kept | None = None
         try:
             rehearsed = self._hypervisor.capabilities.pause
-            async with self._hypervisor.clone(name, template.saved, disks, running=rehearsed) as machine:
-                with self._tracker.track(name, self._hypervisor.name, self._hypervisor.accelerator, machine.process,
-                                         workspace="", task=["pool"]) as tracked:  # fmt: skip
-                    next_call = 1
-                    if rehearsed:
-                        next_call = await self._rehearse(name, machine)
-                        await machine.pause()
-                    tracked.update(state="ready")
-                    kept = _Kept(name, machine, tracked, template.key, start, next_call)
-                    self._ready.append(kept)
-                    self.status.ready, self.status.made = len(self._ready), self.status.made + 1
-                    self.status.refill_s = self._clock() - start
-                    self._cloning -= 1
-                    made.set()
-                    self._notify()
-                    await self._until_taken(kept)
-                    if kept.taken.is_set():
-                        await kept.done.wait()
+            tracked = self._tracker.track(name, self._hypervisor, task=["pool"])
+            async with self._hypervisor.clone(
+                name, template.saved, disks, follow=tracked.follow, running=rehearsed
+            ) as machine:
+                tracked.started(machine.process)
+                next_call = 1
+                if rehearsed:
+                    next_call = await self._rehearse(name, machine)
+                    await machine.pause()
+                tracked.update(state="ready")
+                kept = _Kept(name, machine, tracked, template.key, start, next_call)
+                self._ready.append(kept)
+                self.status.ready, self.status.made = len(self._ready), self.status.made + 1
+                self.status.refill_s = self._clock() - start
+                self._cloning -= 1
+                made.set()
+                self._notify()
+                await self._until_taken(kept)
+                if kept.taken.is_set():
+                    await kept.done.wait()
         except Exception as error:  # noqa: BLE001  # of one clone; the others must not end with it
             # One that dies while it is used raises where it is used.
             if kept is None:

@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from luminaguard.microvm.jail import JailedProcess, ProcessInfo
+from luminaguard.microvm.jail import Follow, JailedProcess, ProcessInfo
 
 __all__ = ["BootSource", "Capabilities", "Hypervisor", "ProcessInfo", "SavedMachine", "VirtualMachine",
            "processor"]  # fmt: skip
@@ -116,12 +116,14 @@ class Hypervisor(Protocol):
         """Changes whenever a saved machine of this backend must not be used any more."""
         ...
 
-    def boot(self, name: str, source: BootSource, ram: int) -> AbstractAsyncContextManager[VirtualMachine]:
-        """Start a machine whose RAM is the memfd ``ram``."""
+    def boot(
+        self, name: str, source: BootSource, ram: int, *, follow: Follow
+    ) -> AbstractAsyncContextManager[VirtualMachine]:
+        """Start a machine whose RAM is the memfd ``ram``; ``follow`` is for its record."""
         ...
 
     def clone(
-        self, name: str, saved: SavedMachine, disks: tuple[int, ...], *, running: bool = True
+        self, name: str, saved: SavedMachine, disks: tuple[int, ...], *, follow: Follow, running: bool = True
     ) -> AbstractAsyncContextManager[VirtualMachine]:
         """Start a copy-on-write copy of a saved machine with these disks behind it.
 

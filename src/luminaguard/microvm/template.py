@@ -35,6 +35,7 @@ from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, op
 from luminaguard.microvm.channel import CallFailed
 from luminaguard.microvm.machine import Command, MicroVM, boot
 from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine
+from luminaguard.microvm.tracker import VMTracker
 
 __all__ = ["PLACEHOLDER_BYTES", "TemplateStore", "placeholder"]
 
@@ -85,9 +86,10 @@ def _sign(body: str, secret: bytes) -> str:
 class TemplateStore:
     """The templates of one cache folder, signed with ``secret``."""
 
-    def __init__(self, cache: Path, secret: bytes) -> None:
+    def __init__(self, cache: Path, secret: bytes, tracker: VMTracker) -> None:
         self.folder = cache / "templates"
         self._secret = secret
+        self._tracker = tracker
 
     def key(self, hypervisor: Hypervisor, image: Image, memory_mib: int) -> str:
         """Identity of the template for these parts."""
@@ -170,7 +172,7 @@ class TemplateStore:
             empty = placeholder(b"")
             parts.callback(os.close, empty)
             source = BootSource(kernel, initramfs, (root, empty, empty), memory_mib)
-            async with boot(hypervisor, source, ram) as (vm, machine):
+            async with boot(hypervisor, source, ram, self._tracker, task=["template"]) as (vm, machine):
                 await vm.wake(upper_mib=memory_mib // 2, randomize=hypervisor.capabilities.random_addresses)
                 for argv in _WARM_UP:
                     await _warm_up(vm, argv)

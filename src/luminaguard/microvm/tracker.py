@@ -14,15 +14,21 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
 
 from luminaguard import log
 from luminaguard.microvm.jail import CgroupStore, JailedProcess, JailFolders, end_orphans
+from luminaguard.microvm.reaper import Reaper
 from luminaguard.microvm.usage import Usage, start_time, usage
+
+if TYPE_CHECKING:
+    from luminaguard.microvm.port import Hypervisor
 
 __all__ = ["MachineRecord", "State", "Tracked", "VMTracker"]
 
@@ -43,6 +49,7 @@ class MachineRecord:
         owner: process id of the LuminaGuard process that owns it.
         task: what it is for: the command, or ``pool``.
         ended_ns: when it ended, 0 while it lives; ``reason`` says why.
+        exit_status: of a hypervisor that ended before it was told to; 128 and the signal's number if it was one.
     """
 
     id: str
@@ -58,6 +65,7 @@ class MachineRecord:
     jail: dict[str, str] = field(default_factory=dict)
     ended_ns: int = 0
     reason: str = ""
+    exit_status: int | None = None
 
     @property
     def alive(self) -> bool:
@@ -70,11 +78,52 @@ class MachineRecord:
 
 
 class Tracked:
-    """The owner's handle on its machine's record."""
+    """The owner's handle on its machine's record; made by :meth:`VMTracker.track`."""
 
-    def __init__(self, record: MachineRecord, fd: int) -> None:
+    def __init__(self, record: MachineRecord, tracker: VMTracker) -> None:
         self.record = record
-        self._fd = fd
+        self._tracker = tracker
+        self._fd = -1
+
+    @contextmanager
+    def follow(self, process: JailedProcess) -> Iterator[None]:
+        """Record the machine for as long as the context lasts, and its end after it.
+
+        To be entered as soon as there is a process.
+        """
+        record, folder = self.record, self._tracker.folder
+        record.jail = process.layers
+        self._take(process)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Made under another name and locked before it gets its own: a sweep never finds it unlocked.
+        temporary, path = folder / f".{record.id}", folder / f"{record.id}.json"
+        reason = "done"
+        with self._tracker.survived():
+            self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                self.update()
+                temporary.rename(path)
+                yield
+            except BaseException as error:
+                reason = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
+                raise
+            finally:
+                if not process.running:
+                    reason = process.killed_for or "the hypervisor ended"
+                    record.exit_status = process.exit_status()
+                self._tracker.remember(record, reason)
+                path.unlink(missing_ok=True)
+                os.close(self._fd)
+                self._fd = -1
+
+    def started(self, process: JailedProcess) -> None:
+        """The hypervisor is up: what was started first may have been what starts it."""
+        self._take(process)
+        self.update()
+
+    def _take(self, process: JailedProcess) -> None:
+        self.record.pid, self.record.started = process.pid, start_time(process.pid)
 
     def update(self, **changes: Any) -> None:
         """Change fields of the record; readers see all of them or none."""
@@ -92,33 +141,26 @@ class VMTracker:
         self.folder = run / "vms"
         self._jails = JailFolders(run)
         self._ended = run / "ended.jsonl"
+        self._reaper = Reaper(run)
+        self._followed = 0
+
+    def track(self, vm_id: str, hypervisor: Hypervisor, *, workspace: str = "", task: Sequence[str] = ()) -> Tracked:
+        """A record for a machine that is about to be started; it begins with :meth:`Tracked.follow`."""
+        return Tracked(MachineRecord(vm_id, hypervisor.name, hypervisor.accelerator, "starting", 0, 0, os.getpid(),
+                                     workspace, list(task), time.time_ns()), self)  # fmt: skip
 
     @contextmanager
-    def track(
-        self, vm_id: str, backend: str, accelerator: str, process: JailedProcess, *, workspace: str, task: list[str]
-    ) -> Iterator[Tracked]:
-        """Record a machine for as long as the context lasts, and its end after it."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        record = MachineRecord(vm_id, backend, accelerator, "starting", process.pid, start_time(process.pid),
-                               os.getpid(), workspace, task, time.time_ns(), process.layers)  # fmt: skip
-        path = self.folder / f"{vm_id}.json"
-        # Made under another name and locked before it gets its own: a sweep never finds it unlocked.
-        temporary = self.folder / f".{vm_id}"
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        reason = "done"
+    def survived(self) -> Iterator[None]:
+        """While there is a machine, somebody waits to sweep up should this process be killed."""
+        self._followed += 1
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            tracked = Tracked(record, fd)
-            tracked.update()
-            temporary.rename(path)
-            yield tracked
-        except BaseException as error:
-            reason = type(error).__name__
-            raise
+            if self._followed == 1:
+                self._reaper.start()
+            yield
         finally:
-            self._remember(record, reason)
-            path.unlink(missing_ok=True)
-            os.close(fd)
+            self._followed -= 1
+            if self._followed == 0:
+                self._reaper.stop()
 
     def running(self) -> list[MachineRecord]:
         """The machines that live now; those of dead owners are ended and forgotten."""
@@ -136,8 +178,9 @@ class VMTracker:
             if name not in names and all(_age_s(folder) > _GROUP_AGE_S for folder in folders):
                 groups.remove(folders, wait=False)
         self._jails.sweep()
-        for path in self.folder.glob(".vm-*"):  # of owners that were killed before the record had its name
-            if _age_s(path) > _GROUP_AGE_S:
+        # Of owners that were killed before the record had its name, or together with their reaper.
+        for path in (*self.folder.glob(".vm-*"), *self.folder.parent.glob("owner-*.lock")):
+            if _age_s(path) > _GROUP_AGE_S and not _held(path):
                 path.unlink(missing_ok=True)
         return dead
 
@@ -178,7 +221,7 @@ class VMTracker:
                     continue  # its owner has just finished with it
                 if record is not None:
                     _end(record)
-                    self._remember(record, "its owner died")
+                    self.remember(record, "its owner died")
                     self._remove_group(record.id)
                     log.event("machine.reaped", vm=record.id, pid=record.pid)
                     dead.append(record)
@@ -187,7 +230,8 @@ class VMTracker:
                 os.close(fd)
         return living, dead
 
-    def _remember(self, record: MachineRecord, reason: str) -> None:
+    def remember(self, record: MachineRecord, reason: str) -> None:
+        """Note the end of a machine."""
         record.state, record.ended_ns, record.reason = "gone", time.time_ns(), reason
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -246,6 +290,17 @@ def _is_locked(fd: int) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def _held(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return _is_locked(fd)
+    finally:
+        os.close(fd)
 
 
 def _parse(data: bytes) -> MachineRecord | None:

@@ -68,7 +68,7 @@ class Runtime:
         from luminaguard.microvm.template import TemplateStore
         from luminaguard.storage.keys import load_secret
 
-        return TemplateStore(self.folders.cache, load_secret(self.folders.state / "keys", "templates"))
+        return TemplateStore(self.folders.cache, load_secret(self.folders.state / "keys", "templates"), self.tracker)
 
     @cached_property
     def tracker(self) -> VMTracker:

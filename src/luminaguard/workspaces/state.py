@@ -148,8 +148,6 @@ class _Reader:
             entries = sorted(listing, key=lambda entry: os.fsencode(entry.name))
         for entry in entries:
             path = f"{prefix}/{entry.name}" if prefix else entry.name
-            if not prefix and entry.name.startswith(RESERVED_PREFIX):
-                continue
             try:
                 self._entry(fd, entry, path, depth)
             except FileNotFoundError as error:
@@ -160,10 +158,7 @@ class _Reader:
     def _entry(self, fd: int, entry: os.DirEntry[str], path: str, depth: int) -> None:
         info = entry.stat(follow_symlinks=False)
         is_folder = stat.S_ISDIR(info.st_mode)
-        if path in self._own:
-            self._state.ignored += 1
-            return
-        if self._ignore is not None and self._ignore.match_file(f"{path}/" if is_folder else path):
+        if self._left_out(path, folder=is_folder):
             self._state.ignored += 1
             return
         if stat.S_ISLNK(info.st_mode):
@@ -239,20 +234,28 @@ class _Reader:
         )
 
     def _largest(self, *, by_size: bool) -> str:
-        """The folders that take most, in words; looks at everything, but not for ever."""
+        """The folders that take most of what would go in, in words; looks at everything, but not for ever."""
         totals: dict[str, list[int]] = {}
         deadline = time.monotonic() + _LOOK_S
-        for folder, _, names, fd in os.fwalk(self._state.path, follow_symlinks=False):
-            top = "/".join(os.path.relpath(folder, self._state.path).split("/")[:_LOOK_DEPTH])
-            total = totals.setdefault(top, [0, 0])
-            total[1] += len(names)
+        for folder, folders, names, fd in os.fwalk(self._state.path, follow_symlinks=False):
+            prefix = os.path.relpath(folder, self._state.path).removeprefix(".")
+            folders[:] = [name for name in folders if not self._left_out(os.path.join(prefix, name), folder=True)]
+            total = totals.setdefault("/".join(prefix.split("/")[:_LOOK_DEPTH]) or ".", [0, 0])
+            total[1] += len(folders)
             for name in names:
-                with contextlib.suppress(OSError):
-                    total[0] += os.stat(name, dir_fd=fd, follow_symlinks=False).st_size
+                if not self._left_out(os.path.join(prefix, name), folder=False):
+                    total[1] += 1
+                    with contextlib.suppress(OSError):
+                        total[0] += os.stat(name, dir_fd=fd, follow_symlinks=False).st_size
             if time.monotonic() > deadline:
                 break
         first = sorted(totals.items(), key=lambda item: -item[1][0 if by_size else 1])[:3]
-        return ", ".join(f"{name!a} ({size >> 20:,} MiB, {count:,} files)" for name, (size, count) in first)
+        return ", ".join(f"{name!a} ({size >> 20:,} MiB, {count:,} entries)" for name, (size, count) in first)
+
+    def _left_out(self, path: str, *, folder: bool) -> bool:
+        if path in self._own or path.startswith(RESERVED_PREFIX):
+            return True
+        return self._ignore is not None and self._ignore.match_file(f"{path}/" if folder else path)
 
     @staticmethod
     def _refused(path: str, why: str, hint: str = "") -> WorkspaceError:

@@ -35,7 +35,7 @@ from luminaguard.microvm.firecracker.api import Api
 from luminaguard.microvm.firecracker.probe import Firecracker
 from luminaguard.microvm.firecracker.sinks import Sink
 from luminaguard.microvm.firecracker.vsock import connect_guest
-from luminaguard.microvm.jail import Jail, JailedProcess, JailFolders, Limits, unused_uid
+from luminaguard.microvm.jail import Follow, Jail, JailedProcess, JailFolders, Limits, not_followed, unused_uid
 from luminaguard.microvm.jail.folders import JailFolder, Parts, copy_data, open_inside
 from luminaguard.microvm.port import BootSource, Capabilities, SavedMachine, processor
 
@@ -207,24 +207,27 @@ class FirecrackerHypervisor:
         return hashlib.sha256("\0".join(text).encode()).hexdigest()
 
     @asynccontextmanager
-    async def boot(self, name: str, source: BootSource, ram: int) -> AsyncIterator[FirecrackerMachine]:
+    async def boot(
+        self, name: str, source: BootSource, ram: int, *, follow: Follow
+    ) -> AsyncIterator[FirecrackerMachine]:
         """Boot from a configuration file; see :class:`luminaguard.microvm.port.Hypervisor`."""
         parts = {bodies.KERNEL: source.kernel, bodies.INITRAMFS: source.initramfs}
         parts |= dict(zip(bodies.DISKS, source.disks, strict=False))
         config = json.dumps(bodies.boot(source.memory_mib, len(source.disks))).encode()
         # A machine that will be saved writes as much as its memory, once.
-        async with self._start(name, source.memory_mib, parts, config, source.memory_mib + _FILES_MIB, ram) as machine:
+        files_mib = source.memory_mib + _FILES_MIB
+        async with self._start(name, source.memory_mib, parts, config, files_mib, ram, follow) as machine:
             await machine.connect(_BOOT_TIMEOUT_S)
             self._check_filters(machine.process)
             yield machine
 
     @asynccontextmanager
     async def clone(
-        self, name: str, saved: SavedMachine, disks: tuple[int, ...], *, running: bool = True
+        self, name: str, saved: SavedMachine, disks: tuple[int, ...], *, follow: Follow, running: bool = True
     ) -> AsyncIterator[FirecrackerMachine]:
         """Load a saved machine; see :class:`luminaguard.microvm.port.Hypervisor`."""
         parts = {bodies.RAM: saved.ram, bodies.STATE: saved.state} | dict(zip(bodies.DISKS, disks, strict=False))
-        async with self._start(name, saved.memory_mib, parts, b"", _FILES_MIB, -1) as machine:
+        async with self._start(name, saved.memory_mib, parts, b"", _FILES_MIB, -1, follow) as machine:
             await machine.load(resume=running, override_vsock=self.firecracker.can_override_vsock)
             self._check_filters(machine.process)
             machine.seal()
@@ -241,15 +244,16 @@ class FirecrackerHypervisor:
 
     @asynccontextmanager
     async def _start(
-        self, name: str, memory_mib: int, parts: dict[str, int], config: bytes, files_mib: int, ram: int
-    ) -> AsyncIterator[FirecrackerMachine]:
+        self, name: str, memory_mib: int, parts: dict[str, int], config: bytes, files_mib: int, ram: int,
+        follow: Follow = not_followed,
+    ) -> AsyncIterator[FirecrackerMachine]:  # fmt: skip
         """Firecracker in its jail, answering on its API."""
         try:
             folder = self._folders.create(os.path.basename(self.firecracker.path), name)
         except OSError as error:
             raise _disk(error) from error
         try:
-            async with self._furnished(name, folder, memory_mib, parts, config, files_mib, ram) as machine:
+            async with self._furnished(name, folder, memory_mib, parts, config, files_mib, ram, follow) as machine:
                 yield machine
         finally:
             with anyio.CancelScope(shield=True):
@@ -258,7 +262,7 @@ class FirecrackerHypervisor:
     @asynccontextmanager
     async def _furnished(
         self, name: str, folder: JailFolder, memory_mib: int, parts: dict[str, int], config: bytes, files_mib: int,
-        ram: int,
+        ram: int, follow: Follow,
     ) -> AsyncIterator[FirecrackerMachine]:  # fmt: skip
         uid, root = unused_uid(), folder.root
         with ExitStack() as stack:
@@ -274,7 +278,7 @@ class FirecrackerHypervisor:
             def command(info: int, gate: int) -> list[str]:
                 return self._command(name, uid, info, gate, files_mib, limits, with_config=bool(config))
 
-            async with self._jail.launch(name, command, (), limits, layers) as process:
+            async with self._jail.launch(name, command, (), limits, layers, follow) as process:
                 api = Api(root, bodies.SOCKET)
                 machine = FirecrackerMachine(process, folder, api, self._parts, sinks, ram, self.capabilities.pause)
                 stack.callback(machine.close)

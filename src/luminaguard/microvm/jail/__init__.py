@@ -3,7 +3,16 @@
 from luminaguard.microvm.jail.cgroups import CgroupStore
 from luminaguard.microvm.jail.folders import JailFolders
 from luminaguard.microvm.jail.orphans import end_orphans
-from luminaguard.microvm.jail.process import Jail, JailedProcess, Limits, ProcessInfo, Program, unused_uid
+from luminaguard.microvm.jail.process import (
+    Follow,
+    Jail,
+    JailedProcess,
+    Limits,
+    ProcessInfo,
+    Program,
+    not_followed,
+    unused_uid,
+)
 
-__all__ = ["CgroupStore", "Jail", "JailFolders", "JailedProcess", "Limits", "ProcessInfo", "Program", "end_orphans",
-           "unused_uid"]  # fmt: skip
+__all__ = ["CgroupStore", "Follow", "Jail", "JailFolders", "JailedProcess", "Limits", "ProcessInfo", "Program",
+           "end_orphans", "not_followed", "unused_uid"]  # fmt: skip

@@ -1,8 +1,9 @@
 """One cgroup for each hypervisor process: memory and process limits, and nothing escapes a kill.
 
 Version 2 where its controllers are there (Documentation/admin-guide/cgroup-v2.rst), version 1 where
-only that exists. An ordinary user without a delegated hierarchy gets none; the machine's record
-says so, and rlimits and seccomp hold the same limits for the one process that QEMU is.
+only that exists. An ordinary user gets them in what was delegated to him (as systemd does for what runs
+in a user's manager, or with ``systemd-run --user --scope``); without that the machine's record says so,
+and rlimits and seccomp hold the same limits for the one process that QEMU is.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ _V1 = {"memory": "memory.limit_in_bytes", "pids": "pids.max"}
 _V2 = {"memory": "memory.max", "pids": "pids.max"}
 _SWAP = {1: "memory.memsw.limit_in_bytes", 2: "memory.swap.max"}
 _REMOVE_TIMEOUT_S = 2.0
+_NOT_DELEGATED = "the cgroup hierarchy is not delegated to this user"
 
 
 class CgroupStore:
-    """Makes and removes groups under the one that this process is in (version 1) or the root (version 2)."""
+    """Makes and removes groups.
 
-    def __init__(self, mountinfo: str = "/proc/self/mountinfo", own: str = "/proc/self/cgroup") -> None:
+    With version 1 under the group that this process is in; with version 2 under the root, or the topmost
+    group above this process that belongs to this user. The arguments are for tests.
+    """
+
+    def __init__(
+        self, mountinfo: str = "/proc/self/mountinfo", own: str = "/proc/self/cgroup", *, uid: int | None = None
+    ) -> None:
+        self._uid = os.geteuid() if uid is None else uid
         self._parents: dict[str, Path] = {}
         self.version = 0
         self.missing = ""
@@ -91,11 +100,15 @@ class CgroupStore:
     def _find(self, mountinfo: str, own: str) -> None:
         mounts = [_mount(line) for line in mountinfo.splitlines()]
         mine = {controllers: path for _, controllers, path in (line.split(":", 2) for line in own.splitlines())}
-        unified = next((point for kind, point, _ in mounts if kind == "cgroup2"), None)
-        if unified and {"memory", "pids"} <= set(_read(f"{unified}/cgroup.controllers").split()):
-            parent = Path(unified, _PARENT)
+        unified = next((Path(point) for kind, point, _ in mounts if kind == "cgroup2"), None)
+        if unified and _controls(unified):
+            top = unified if self._uid == 0 else self._delegated(unified, mine.get("", "/"))
+            if top is None:
+                self.missing = _NOT_DELEGATED
+                return
+            parent = top / _PARENT
             parent.mkdir(exist_ok=True)
-            for folder in (Path(unified), parent):
+            for folder in (top, parent):
                 (folder / "cgroup.subtree_control").write_text("+memory +pids", encoding="ascii")
             self._parents, self.version = {"memory": parent, "pids": parent}, 2
             return
@@ -109,9 +122,28 @@ class CgroupStore:
             parent.mkdir(exist_ok=True)
             self._parents[controller] = parent
         if not all(os.access(parent, os.W_OK) for parent in self._parents.values()):
-            self._parents, self.missing = {}, "the cgroup hierarchy is not delegated to this user"
+            self._parents, self.missing = {}, _NOT_DELEGATED
             return
         self.version = 1
+
+    def _delegated(self, unified: Path, own: str) -> Path | None:
+        """The topmost group above this process that is this user's; processes cannot be moved out of it."""
+        group, found = Path(unified, own.lstrip("/")), None
+        while group != unified and group.is_relative_to(unified) and self._owns(group):
+            found, group = group, group.parent
+        return found if found is not None and _controls(found) else None
+
+    def _owns(self, group: Path) -> bool:
+        files = (group, group / "cgroup.procs", group / "cgroup.subtree_control")
+        try:
+            return all(path.stat().st_uid == self._uid for path in files)
+        except OSError:
+            return False
+
+
+def _controls(group: Path) -> bool:
+    """Whether memory and processes can be limited below a group."""
+    return {"memory", "pids"} <= set(_read(f"{group}/cgroup.controllers").split())
 
 
 def _mount(line: str) -> tuple[str, str, set[str]]:

@@ -7,7 +7,7 @@ Layers, from the outside in:
 ``namespaces``  user, mount, pid, net, ipc, uts and cgroup; further user namespaces are forbidden
 ``files``       read-only: the program and its library folders; no file of the user, no home, no /tmp
 ``rlimits``     address space, file size (its log too), descriptors; no core, no locked memory
-``cgroup``      memory and processes, where the host lets this user make one
+``cgroup``      memory and processes; an ordinary user has one where the host delegates them
 ``seccomp``     the hypervisor's own filter; the caller's arguments turn it on
 
 The process is stopped at its first instruction until limits and cgroup hold. It is watched by a
@@ -25,7 +25,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import anyio
@@ -34,13 +34,14 @@ from luminaguard import log
 from luminaguard.errors import HypervisorUnavailable, JailUnavailable
 from luminaguard.microvm.jail.cgroups import CgroupStore
 
-__all__ = ["Jail", "JailedProcess", "Limits", "ProcessInfo", "Program", "unused_uid"]
+__all__ = ["Follow", "Jail", "JailedProcess", "Limits", "ProcessInfo", "Program", "not_followed", "unused_uid"]
 
 _UID_BASE, _UID_COUNT = 1_900_000_000, 1 << 24
 """Above the ranges of distributions, subordinate ids and systemd (its containers end at 1,879,048,191)."""
 _INSIDE = "65534"
 _START_TIMEOUT_S = 10.0
 _END_TIMEOUT_S = 1.0
+_STATUS_TIMEOUT_S = 0.5
 _MAX_SAID = 4 << 20
 _MAX_INFO = 4096
 
@@ -75,10 +76,16 @@ class ProcessInfo:
 
 @dataclass(slots=True)
 class JailedProcess(ProcessInfo):
-    """A running hypervisor, held by a pidfd; ``said`` is its standard error."""
+    """A running hypervisor, held by a pidfd; ``said`` is its standard error.
+
+    ``outer`` is our child, which ends when the hypervisor has, with its status; ``killed_for`` says why we
+    ended it, if we did before its context was over.
+    """
 
     pidfd: int
     said: int
+    outer: subprocess.Popen[bytes]
+    killed_for: str = ""
 
     def words(self, limit: int = 2000) -> str:
         """What it printed, at most ``limit`` bytes, from the end."""
@@ -90,14 +97,33 @@ class JailedProcess(ProcessInfo):
         """Whether it lives."""
         return not _readable(self.pidfd)
 
-    def kill(self) -> None:
-        """End it at once."""
+    def exit_status(self) -> int | None:
+        """The status that it ended with, 128 and the signal's number if it was one; None while it lives."""
+        if self.running:
+            return None
+        try:
+            status = self.outer.wait(_STATUS_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return None
+        return status if status >= 0 else 128 - status
+
+    def kill(self, reason: str = "") -> None:
+        """End it at once; the reason is for its record."""
+        self.killed_for = reason
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     async def wait(self) -> None:
         """Wait for its end."""
         await anyio.wait_readable(self.pidfd)
+
+
+Follow = Callable[[JailedProcess], AbstractContextManager[None]]
+
+
+def not_followed(_process: JailedProcess) -> AbstractContextManager[None]:
+    """For what needs no record."""
+    return contextlib.nullcontext()
 
 
 class Jail:
@@ -123,7 +149,13 @@ class Jail:
 
     @asynccontextmanager
     async def start(
-        self, name: str, program: Program, arguments: list[str], inherited: tuple[int, ...], limits: Limits
+        self,
+        name: str,
+        program: Program,
+        arguments: list[str],
+        inherited: tuple[int, ...],
+        limits: Limits,
+        follow: Follow = not_followed,
     ) -> AsyncIterator[JailedProcess]:
         """Run a program for as long as the context lasts.
 
@@ -133,6 +165,7 @@ class Jail:
             arguments: its arguments.
             inherited: descriptors that it gets under the same numbers.
             limits: what it may use.
+            follow: entered with the process before it may begin, and left before it is ended.
 
         Raises:
             JailUnavailable: this host does not allow a layer that is required.
@@ -143,13 +176,13 @@ class Jail:
         def command(info: int, gate: int) -> list[str]:
             return self._command(name, program, arguments, limits, info, gate, layers)
 
-        async with self.launch(name, command, inherited, limits, layers) as process:
+        async with self.launch(name, command, inherited, limits, layers, follow) as process:
             yield process
 
     @asynccontextmanager
     async def launch(
         self, name: str, command: Callable[[int, int], list[str]], inherited: tuple[int, ...], limits: Limits,
-        layers: dict[str, str],
+        layers: dict[str, str], follow: Follow = not_followed,
     ) -> AsyncIterator[JailedProcess]:  # fmt: skip
         """Run a command that bubblewrap starts, held at its gate until its cgroup holds it.
 
@@ -159,6 +192,7 @@ class Jail:
             inherited: descriptors that it gets under the same numbers.
             limits: of the cgroup.
             layers: what the command itself sees to; ``cgroup`` is added.
+            follow: as for :meth:`start`.
 
         Raises:
             JailUnavailable: a namespace or the cgroup cannot be had.
@@ -187,12 +221,14 @@ class Jail:
             stack.callback(os.close, pidfd)
             stack.callback(_end, pidfd)
             self._confine(name, (pid, pidfd, said), limits, layers, stack)
-            if self._bwrap:
-                try:
-                    os.write(gate_in.fd, b"-")
-                except BrokenPipeError:
-                    raise _refused(said) from None
-            yield JailedProcess(pid, layers, pidfd, said)
+            process = JailedProcess(pid, layers, pidfd, said, outer)
+            with follow(process):
+                if self._bwrap:
+                    try:
+                        os.write(gate_in.fd, b"-")
+                    except BrokenPipeError:
+                        raise _refused(said) from None
+                yield process
 
     def _command(
         self, name: str, program: Program, arguments: list[str], limits: Limits, info: int, gate: int,
@@ -267,6 +303,13 @@ class Jail:
         pid, pidfd, said = process
         layers["cgroup"] = self.cgroups.missing or "on"
         if self.cgroups.missing:
+            if self.required and os.geteuid() == 0:  # an ordinary user has what was delegated to him, or none
+                raise JailUnavailable(
+                    f"The hypervisor cannot be put into a cgroup: {self.cgroups.missing}.",
+                    hint="Mount a cgroup hierarchy with the memory and pids controllers; "
+                    "'require_jail = false' runs without one.",
+                    kept="No machine was started.",
+                )
             return
         try:
             groups = self.cgroups.create(name, memory_bytes=limits.memory_bytes, processes=limits.processes)

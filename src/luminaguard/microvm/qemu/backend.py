@@ -14,7 +14,7 @@ from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanag
 import anyio
 
 from luminaguard.errors import BootFailed, MachineError
-from luminaguard.microvm.jail import Jail, JailedProcess, Limits, Program
+from luminaguard.microvm.jail import Follow, Jail, JailedProcess, Limits, Program, not_followed
 from luminaguard.microvm.port import BootSource, Capabilities, SavedMachine, processor
 from luminaguard.microvm.qemu import command, probe
 from luminaguard.microvm.qemu.qmp import Qmp
@@ -139,7 +139,7 @@ class QemuHypervisor:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @asynccontextmanager
-    async def boot(self, name: str, source: BootSource, ram: int) -> AsyncIterator[QemuMachine]:
+    async def boot(self, name: str, source: BootSource, ram: int, *, follow: Follow) -> AsyncIterator[QemuMachine]:
         """Cold-boot a machine; see :class:`luminaguard.microvm.port.Hypervisor`."""
         append = command.kernel_command_line(self.accelerator, probe.tsc_khz() if self.accelerator == "tcg" else 0)
         with ExitStack() as stack:
@@ -158,7 +158,7 @@ class QemuHypervisor:
                 source.initramfs,
                 *source.disks,
             )
-            async with self._start(name, source.memory_mib, arguments, inherited) as process:
+            async with self._start(name, source.memory_mib, arguments, inherited, follow) as process:
                 channel.close()
                 control.close()
                 machine = QemuMachine(process, agent, Qmp(monitor))
@@ -168,7 +168,7 @@ class QemuHypervisor:
 
     @asynccontextmanager
     async def clone(
-        self, name: str, saved: SavedMachine, disks: tuple[int, ...], *, running: bool = True
+        self, name: str, saved: SavedMachine, disks: tuple[int, ...], *, follow: Follow, running: bool = True
     ) -> AsyncIterator[QemuMachine]:
         """Start a copy-on-write copy; see :class:`luminaguard.microvm.port.Hypervisor`."""
         with ExitStack() as stack:
@@ -183,7 +183,7 @@ class QemuHypervisor:
                 channel=channel.fileno(), control=control.fileno(), disks=disks,
             )  # fmt: skip
             inherited = (saved.ram, state, channel.fileno(), control.fileno(), *disks)
-            async with self._start(name, saved.memory_mib, arguments, inherited) as process:
+            async with self._start(name, saved.memory_mib, arguments, inherited, follow) as process:
                 channel.close()
                 control.close()
                 machine = QemuMachine(process, agent, Qmp(monitor))
@@ -203,10 +203,13 @@ class QemuHypervisor:
     def close(self) -> None:
         """Nothing is kept."""
 
-    def _start(self, name: str, memory_mib: int, arguments: list[str], inherited: tuple[int, ...]) -> _Started:
+    def _start(
+        self, name: str, memory_mib: int, arguments: list[str], inherited: tuple[int, ...],
+        follow: Follow = not_followed,
+    ) -> _Started:  # fmt: skip
         mib = memory_mib + (command.TRANSLATION_MIB if self.accelerator == "tcg" else 0)
         limits = Limits(memory_bytes=(mib + _OVERHEAD_MIB) << 20, address_bytes=(mib + _ADDRESS_MIB) << 20)
-        return self._jail.start(name, self._program, ["-name", name, *arguments], inherited, limits)
+        return self._jail.start(name, self._program, ["-name", name, *arguments], inherited, limits, follow)
 
 
 def _reopened(stack: ExitStack, fd: int) -> int:

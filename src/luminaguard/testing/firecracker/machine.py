@@ -151,6 +151,12 @@ class Machine:
         self._open_disk(body["path_on_host"])
         self._disks[body["drive_id"]] = body["path_on_host"]
 
+    def _patch_balloon(self, body: dict[str, Any], _route: str) -> None:
+        self._after_start()
+        if "/balloon" not in self._config:
+            raise Refused("No balloon device found.")
+        self._config["/balloon"]["amount_mib"] = body["amount_mib"]
+
     def _put_vsock(self, body: dict[str, Any], route: str) -> None:
         if body["guest_cid"] < 3:
             raise Refused("The guest CID is invalid")
