@@ -1,5 +1,6 @@
 """The main job with real machines: effects come out as they happened, and only what is approved goes in."""
 
+import hashlib
 import json
 import os
 import pty
@@ -148,11 +149,33 @@ def test_every_kind_of_change_comes_out_and_goes_in(home, workspace):
     assert renamed["renamed_from"] == "moved"
     assert (workspace / "hard").read_bytes() == (workspace / "binary").read_bytes()
     assert (workspace / "sparse").stat().st_size == 3 << 20
+    assert (workspace / "sparse").stat().st_blocks == 0
     assert os.readlink(workspace / "outside") == "/etc/passwd"
     assert (workspace / "tree" / "same").read_text() == "again\n"
     assert os.path.exists(os.fsencode(workspace) + b"/caf\xe9 \n")
     second = home.exec(workspace, "true")
     assert second.json["status"] == "unchanged"
+
+
+def test_a_sparse_file_stays_sparse_on_the_host_and_says_the_same(home, workspace):
+    script = """truncate -s 300M holes; printf start | dd of=holes conv=notrunc status=none
+printf middle | dd of=holes conv=notrunc status=none bs=1 seek=200000001; sha256sum holes"""
+    told = home.exec(workspace, "sh", "-c", script, flags=("--publish", "always")).json
+    assert told["status"] == "published"
+    path = workspace / "holes"
+    assert path.stat().st_size == 300 << 20
+    assert path.stat().st_blocks * 512 < 1 << 20
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == told["stdout"].split()[0]
+
+
+def test_names_of_one_file_are_files_of_their_own_in_the_machine(home, workspace):
+    """What is published is what was shown: one name changed, the other did not."""
+    os.link(workspace / "a.txt", workspace / "again.txt")
+    told = home.exec(workspace, "sh", "-c", "echo more >> again.txt; cat a.txt", flags=("--publish", "always")).json
+    assert told["stdout"] == "one\ntwo\n"
+    assert [(c["path"], c["kind"]) for c in told["changeset"]["changes"]] == [("again.txt", "modify")]
+    assert (workspace / "a.txt").read_text() == "one\ntwo\n"
+    assert (workspace / "again.txt").read_text() == "one\ntwo\nmore\n"
 
 
 def test_git_works_inside_without_noise(home, workspace):

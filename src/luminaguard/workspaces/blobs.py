@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from luminaguard.errors import StorageError
+from luminaguard.workspaces.sparse import write_at
 
 __all__ = ["BlobStore", "BlobWriter"]
 
@@ -94,14 +95,13 @@ class BlobWriter:
 
     def write(self, data: bytes) -> None:
         """Add a piece; raises OSError when the disk is full."""
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        write_at(self._fd, data, self._size)
         self._digest.update(data)
         self._size += len(data)
 
     def end(self) -> tuple[int, str]:
         """Finish the content; return its size and SHA-256. See :meth:`BlobStore.persist`."""
+        os.ftruncate(self._fd, self._size)
         os.close(self._fd)
         self._fd = -1
         name = self._digest.hexdigest()

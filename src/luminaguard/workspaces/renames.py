@@ -12,6 +12,7 @@ import stat
 
 from luminaguard.effects.changes import FileEntry
 from luminaguard.workspaces.opening import parent_of
+from luminaguard.workspaces.sparse import write_at
 
 __all__ = ["EXCHANGE", "NOREPLACE", "copy_file", "inode_of", "listing", "remove_tree", "rename", "something_at"]
 
@@ -28,10 +29,9 @@ def copy_file(source: int, folder: int, name: str, mode: int) -> FileEntry:
     try:
         while data := os.pread(source, _CHUNK, size):
             digest.update(data)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
+            write_at(fd, data, size)
             size += len(data)
+        os.ftruncate(fd, size)
         os.fchmod(fd, mode)
         os.fsync(fd)
     finally:
