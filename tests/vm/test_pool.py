@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 import uuid
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from luminaguard.microvm.jail import CgroupStore
 from luminaguard.microvm.machine import Command
 from luminaguard.microvm.pool import Pool, PoolLimits, Template
 from luminaguard.microvm.tracker import VMTracker
-from luminaguard.microvm.usage import start_time
+from luminaguard.microvm.usage import start_time, usage
 from luminaguard.runtime import Runtime
 from luminaguard.settings import Folders, load_settings
 from luminaguard.testing.machines import alive, output_of, until
@@ -89,11 +89,28 @@ def test_a_miss_gets_a_machine_of_its_own(runtime, disk):
 
 HYGIENE = """
 import json, os, random, ssl, socket, tempfile, time, uuid
+def context(side):
+    made = ssl.SSLContext(side)
+    made.check_hostname = False
+    made.verify_mode = ssl.CERT_NONE
+    made.maximum_version = ssl.TLSVersion.TLSv1_2
+    made.set_ciphers("aNULL:@SECLEVEL=0")
+    return made
+to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+client = context(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(to_client, to_server)
+server = context(ssl.PROTOCOL_TLS_SERVER).wrap_bio(to_server, to_client, server_side=True)
+for _ in range(4):
+    for end in (client, server):
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
 print(json.dumps({
     "random": os.urandom(16).hex(), "uuid": str(uuid.uuid4()), "random module": random.random(),
     "boot id": open("/proc/sys/kernel/random/boot_id").read(), "machine id": open("/etc/machine-id").read(),
     "kernel uuid": open("/proc/sys/kernel/random/uuid").read(), "host name": socket.gethostname(),
-    "hash seed": hash("luminaguard"), "temporary name": tempfile.mktemp(), "tls": ssl.RAND_bytes(16).hex(),
+    "hash seed": hash("luminaguard"), "temporary name": tempfile.mktemp(), "tls random": ssl.RAND_bytes(16).hex(),
+    "tls session": client.session.id.hex(), "tls channel": client.get_channel_binding("tls-unique").hex(),
     "clock": time.time()}))
 """
 
@@ -286,6 +303,121 @@ def test_a_workspace_that_no_clone_can_mount_does_not_use_up_the_pool(runtime, d
 
     run(scenario)
     os.close(fd)
+
+
+def test_a_template_is_really_rebuilt_under_load_and_nobody_notices(runtime, disk):
+    """Another memory size: a machine is booted and saved while four callers go on."""
+    sizes: list[int] = []
+
+    def key(mib: int) -> str:
+        return runtime.templates.key(runtime.hypervisor, runtime.images.current(), mib)
+
+    async def scenario() -> None:
+        over = False
+        parts = (runtime.hypervisor, runtime._pool_template, lambda: key(runtime.settings.memory_mib), runtime.tracker)
+        async with Pool.open(*parts, PoolLimits(2, 4)) as pool:
+            await pool.wait_ready(1)
+
+            async def caller() -> None:
+                while not over:
+                    async with pool.machine(disk) as vm:
+                        sizes.append(int(await output_of(vm, "awk", "/MemTotal/ {print $2}", "/proc/meminfo")))
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(4):
+                    tasks.start_soon(caller)
+                await until(lambda: len(sizes) >= 8, 90)
+                # A size of which there is no template.
+                other = next(mib for mib in range(300, 400) if not runtime.templates.exists(key(mib)))
+                runtime.settings = runtime.settings.model_copy(update={"memory_mib": other})
+                await until(lambda: pool.status.template == key(other), 90)
+                seen = len(sizes)
+                await until(lambda: len(sizes) >= seen + 8, 90)
+                over = True
+            assert pool.status.failures == 0
+        assert sizes[0] < 256 << 10 < sizes[-1]
+
+    run(scenario)
+
+
+def test_after_the_computer_slept_nobody_gets_a_clone_from_before(runtime, disk):
+    slept = 0.0
+
+    def clock() -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME) + slept
+
+    def current() -> str:
+        return runtime.templates.key(runtime.hypervisor, runtime.images.current(), runtime.settings.memory_mib)
+
+    async def scenario() -> None:
+        nonlocal slept
+        parts = (runtime.hypervisor, runtime._pool_template, current, runtime.tracker, PoolLimits(2, 2, 600))
+        async with Pool.open(*parts, clock=clock) as pool:
+            await pool.wait_ready(2)
+            old = {record.id for record in runtime.tracker.running()}
+            slept = 8 * 3600
+            async with pool.machine(disk) as vm:
+                assert vm.id not in old
+            await until(lambda: pool.status.expired == 2)
+            await pool.wait_ready(2)
+
+    run(scenario)
+
+
+def test_a_pool_that_was_frozen_with_its_machines_goes_on(home, workspace):
+    """As a suspended computer is: everything stands still, and then the clocks are behind."""
+    with served(home) as lender:
+        machines_now = [vm["pid"] for vm in home.run("vm", "list", "--json").json["vms"]]
+        for pid in (lender.pid, *machines_now):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(7)  # longer than a hypervisor may take to answer
+        for pid in (lender.pid, *machines_now):
+            os.kill(pid, signal.SIGCONT)
+        before = time.time()
+        told = home.exec(workspace, "date", "+%s.%N").json
+        assert before - 0.05 <= float(told["stdout"]) <= time.time() + 0.05
+        assert pool_status(home)["status"]["died"] == 0
+        assert pool_status(home)["status"]["hits"] == 1
+
+
+def test_a_hypervisor_at_the_memory_limit_of_its_cgroup_is_one_typed_error(runtime, disk, monkeypatch):
+    if CgroupStore().missing:
+        pytest.skip("no cgroups for this user")
+    # So that the guest's own memory does not fit: 256 of it and 256 for translated code, less this.
+    monkeypatch.setattr("luminaguard.microvm.qemu.backend._OVERHEAD_MIB", -380)
+    fill = "kept = [bytearray(b'x' * (1 << 20)) for _ in range(160)]; print('all of it')"
+
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(0, 0)) as pool:
+            with pytest.raises(MachineError):
+                async with pool.machine(disk) as vm:
+                    await output_of(vm, "python3", "-c", fill)
+        (ended,) = (record for record in runtime.tracker.ended() if record.id == vm.id)
+        assert (ended.reason, ended.exit_status) == ("the hypervisor ended", 137)
+        assert vm.id not in CgroupStore().groups()
+
+    run(scenario)
+
+
+def test_host_memory_is_not_multiplied_by_the_clones_of_a_large_workspace(runtime, tmp_path):
+    """200 MiB of files, six machines on them: what each has for itself is not the workspace."""
+    large = tmp_path / "large"
+    large.mkdir()
+    for number in range(200):
+        (large / f"f{number}").write_bytes(os.urandom(1 << 20))
+
+    async def scenario() -> None:
+        async with AsyncExitStack() as stack:
+            fd = WorkspaceImages(runtime.folders.cache).open(read_state(large, Limits(1000, 1 << 30)))
+            stack.callback(os.close, fd)
+            pool = await stack.enter_async_context(runtime.open_pool(PoolLimits(0, 0)))
+            machines_now = [await stack.enter_async_context(pool.machine(fd)) for _ in range(6)]
+            for vm in machines_now:
+                assert (await output_of(vm, "sh", "-c", "ls | wc -l; cat f7 | wc -c")).split() == ["200", "1048576"]
+            private = [usage(vm.process.pid).private for vm in machines_now]
+            assert max(private) < 150 << 20, private  # a machine without any workspace has about 60 to 100 MiB
+
+    run(scenario)
 
 
 def test_a_template_that_cannot_be_made_is_told_to_the_caller_and_tried_again(runtime, disk):

@@ -139,6 +139,32 @@ def test_a_clone_runs_commands_shows_its_changes_and_leaves_nothing(port):
     assert port.left_behind() == []
 
 
+def test_a_workspace_with_a_layer_is_shown_as_it_is_now(port):
+    """The third disk: what changed since the workspace was packed."""
+    folder = port.run_folder / "workspace-layered"
+    folder.mkdir()
+    for number in range(1200):
+        (folder / f"f{number}").touch()
+    (folder / "marker").write_text("marker before\n")
+    base, none = port.images.open_layered(read_state(folder, Limits(2000, 1 << 20)))
+    assert none == -1
+    (folder / "marker").write_text("marker after\n")
+    (folder / "f7").unlink()
+    same, layer = port.images.open_layered(read_state(folder, Limits(2000, 1 << 20)))
+    assert layer >= 0
+
+    async def scenario() -> None:
+        async with port.template() as template:
+            for disks, said in (((base,), "before"), ((same, layer), "after"), ((base,), "before")):
+                async with clone(port.hypervisor, template.saved, (template.root, *disks), port.tracker) as vm:
+                    assert await output_of(vm, "cat", "marker") == f"marker {said}\n"
+
+    run(scenario)
+    for fd in (base, same, layer):
+        os.close(fd)
+    assert port.left_behind() == []
+
+
 def test_three_clones_of_one_template_share_nothing(port):
     async def scenario() -> None:
         drawn: list[str] = []

@@ -125,14 +125,14 @@ class Pool:
         tracker: VMTracker,
         limits: PoolLimits,
         *,
-        clock: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
+        clock: Callable[[], float],
     ) -> None:
         self._hypervisor = hypervisor
         self._templates = templates
         self._current = current
         self._tracker = tracker
         self._limits = limits
-        self._clock = clock  # it runs on while the computer sleeps, as the age of a clone does
+        self._clock = clock
         self._ready: deque[_Kept] = deque()
         self._arrivals: deque[float] = deque(maxlen=256)
         self._changed = anyio.Event()
@@ -153,6 +153,8 @@ class Pool:
         current: Callable[[], str],
         tracker: VMTracker,
         limits: PoolLimits,
+        *,
+        clock: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
     ) -> AsyncIterator[Pool]:
         """A pool that fills itself for as long as the context lasts.
 
@@ -162,8 +164,9 @@ class Pool:
             current: key of the template that would be opened now.
             tracker: where the machines are recorded.
             limits: how many.
+            clock: seconds; it has to go on while the computer sleeps, as the age of a clone does.
         """
-        pool = cls(hypervisor, templates, current, tracker, limits)
+        pool = cls(hypervisor, templates, current, tracker, limits, clock=clock)
         failure: Exception | None = None
         async with anyio.create_task_group() as tasks:
             pool._keepers = tasks

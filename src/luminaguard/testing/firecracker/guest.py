@@ -46,7 +46,10 @@ class Guest:
 
     def _call(self, connection: socket.socket, channel: int, method: str, params: dict[str, Any]) -> None:
         if method == "wake":
-            self.memory |= {"entropy": base64.b64decode(params["entropy"]).hex(), "hostname": params["hostname"]}
+            self.memory |= {
+                "entropy": base64.b64decode(params["entropy"]).hex(), "hostname": params["hostname"],
+                "disks": ["vdc", "vdb"] if params["layer"] else ["vdb"],
+            }  # fmt: skip
             boot_id = {"boot_id": self._random()} if params["workspace"] else {}
             self._send(connection, frames.RESULT, channel, boot_id)
         elif method == "rest":
@@ -94,9 +97,11 @@ class Guest:
         return hashlib.sha256(f"{self.memory.get('entropy')} {self.memory['drawn']}".encode()).hexdigest()[:32]
 
     def _marker(self) -> bytes:
-        with open(self._disks["vdb"], "rb") as disk:
-            found = _MARKER.search(disk.read(1 << 20))
-        return found[0] if found else b""
+        for name in self.memory["disks"]:  # a layer hides what lies below it
+            with open(self._disks[name], "rb") as disk:
+                if found := _MARKER.search(disk.read(1 << 20)):
+                    return found[0]
+        return b""
 
     def _data(self, connection: socket.socket, channel: int, stream: int, data: bytes) -> None:
         if data:
