@@ -85,6 +85,7 @@ class Settings(BaseSettings):
     memory_mib: int = Field(default=256, ge=128, le=65536)
     timeout_s: float = Field(default=3600, gt=0, le=7 * 86400)
     processes: int = Field(default=256, ge=8, le=32768)
+    profile: Literal["strict", "default", "build"] = "default"
     publish: Literal["ask", "never", "always"] = "ask"
     approval_ttl_s: int = Field(default=7 * 86400, ge=60, le=365 * 86400)
     workspace_max_files: int = Field(default=500_000, ge=1)

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 
 import lz4.block
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luminaguard.errors import ImageBuildFailed, ImageMissing
+from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered
 from luminaguard.images import deb, elf, kernel, lock, rootfs
 from luminaguard.images.build import ImageStore
+from luminaguard.images.manifest import check_owner
 from luminaguard.testing import Home
 
 
@@ -136,3 +138,31 @@ def test_the_same_packages_give_the_same_image(tmp_path, cache):
     (own / "cache" / "images" / ".building-1").mkdir()
     assert Home(own).run("image", "build", timeout_s=300).code == 0
     assert not (own / "cache" / "images" / ".building-1").exists()
+
+
+@pytest.mark.parametrize("spoil", ["folder", "parent", "link"])
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path, spoil):
+    parent, folder = tmp_path / "images", tmp_path / "images" / "id"
+    folder.mkdir(parents=True)
+    check_owner(folder)
+    match spoil:
+        case "folder":
+            folder.chmod(0o775)
+        case "parent":
+            parent.chmod(0o777)
+        case "link":
+            folder.rename(parent / "elsewhere")
+            folder.symlink_to("elsewhere")
+    with pytest.raises(ImageTampered, match=r"others can write|cannot be opened") as caught:
+        check_owner(folder)
+    assert caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changes owners")
+@pytest.mark.parametrize("part", ["id", ""])
+def test_a_folder_of_another_user_is_refused(tmp_path, part):
+    folder = tmp_path / "images" / "id"
+    folder.mkdir(parents=True)
+    os.chown(tmp_path / "images" / part, 4711, 4711)
+    with pytest.raises(ImageTampered, match="another user"):
+        check_owner(folder)

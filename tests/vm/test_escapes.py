@@ -4,8 +4,17 @@ import json
 
 import pytest
 
+from luminaguard.microvm.firecracker import bodies
+from luminaguard.microvm.qemu.command import kernel_command_line
 from luminaguard.runtime.escapes import ATTEMPTS, judge, suite
-from luminaguard.runtime.hardening import SYSCTLS, judge_settings
+from luminaguard.runtime.hardening import (
+    CMDLINE,
+    SYSCTLS,
+    judge_cmdline,
+    judge_kernel,
+    judge_mounts,
+    judge_settings,
+)
 
 pytestmark = pytest.mark.vm
 
@@ -24,6 +33,68 @@ def test_every_attempt_is_made_and_none_succeeds(home):
     (sysctls,) = [check for check in result.json["checks"] if check["name"] == "sysctls"]
     assert sysctls["faults"] == []
     assert len(sysctls["waived"]) <= 4, "settings that only later kernels have"
+
+    checks = {check["name"]: check for check in result.json["checks"]}
+    assert checks["cmdline"]["faults"] == []
+    assert len(checks["cmdline"]["waived"]) <= 18, "what emulation makes pointless"
+    assert checks["mounts"]["verdict"] == checks["kernel"]["verdict"] == "pass"
+
+
+def test_the_command_line_is_right_on_hardware_and_its_waivers_are_named_under_emulation():
+    assert len(CMDLINE) == 65
+    hardware = kernel_command_line("kvm", 0)
+    assert judge_cmdline(hardware).verdict == "pass"
+    emulated = judge_cmdline(kernel_command_line("tcg", 2_000_000))
+    assert (emulated.verdict, len(emulated.waived), emulated.faults) == ("waived", 18, ())
+    assert emulated.reasons
+    assert judge_cmdline(bodies.boot(256, 3)["boot-source"]["boot_args"]).verdict == "pass"
+
+
+@pytest.mark.parametrize("name", sorted(CMDLINE))
+def test_each_parameter_that_is_wrong_fails(name):
+    hardware = kernel_command_line("kvm", 0)
+    spoiled = judge_cmdline(f"{hardware} {name}=wrong")
+    if name.startswith(("spectre", "spec_", "l1tf", "mds", "tsx_a", "srbds", "mmio", "retbleed", "gather", "reg_file",
+                        "tsa", "indirect", "vmscape")):  # fmt: skip
+        spoiled = judge_cmdline(f"{hardware} mitigations=auto {name}=off")
+    assert spoiled.verdict == "fail"
+    assert any(fault.startswith(name) for fault in spoiled.faults)
+
+
+MOUNTS = """/dev/vda / squashfs ro,nosuid,nodev 0 0
+tmpfs /tmp tmpfs rw,nosuid,nodev,size=1k,nr_inodes=9 0 0
+proc /proc proc rw,nosuid,nodev,noexec,hidepid=invisible 0 0"""
+
+
+@pytest.mark.parametrize(
+    ("was", "spoiled", "words"),
+    [
+        (" ro,", " rw,", "not a read-only squashfs"),
+        ("squashfs", "ext4", "not a read-only squashfs"),
+        ("nosuid,nodev,size", "nodev,size", "/tmp has no nosuid"),
+        ("nosuid,nodev,size", "nosuid,size", "/tmp has no nodev"),
+        ("size=1k,", "", "/tmp has no limit of its size"),
+        (",nr_inodes=9", "", "/tmp has no limit of its files"),
+        (",hidepid=invisible", "", "shows the processes of others"),
+        ("tmpfs /tmp tmpfs", "debugfs /tmp debugfs", "is a debugfs"),
+        ("tmpfs /tmp tmpfs", "bpf /tmp bpf", "is a bpf"),
+    ],
+)
+def test_each_mount_that_is_wrong_fails(was, spoiled, words):
+    assert judge_mounts(MOUNTS).verdict == "pass"
+    found = judge_mounts(MOUNTS.replace(was, spoiled, 1))
+    assert found.verdict == "fail"
+    assert any(words in fault for fault in found.faults), found
+
+
+def test_a_kernel_without_lockdown_or_with_another_module_fails():
+    facts = {"lockdown": "none integrity [confidentiality]", "modules": "squashfs 1 2 - Live 0x0", "landlock": "2"}
+    settings = {"kernel/modules_disabled": "1"}
+    assert judge_kernel(facts, settings).verdict == "pass"
+    for change in ({"lockdown": "[none] integrity"}, {"modules": "evil 1 0"}, {"landlock": "1"}, {"landlock": "none"}):
+        assert judge_kernel(facts | change, settings).verdict == "fail", change
+    assert judge_kernel(facts, {}).verdict == "fail"
+    assert judge_kernel({}, settings).verdict == "fail"
 
 
 def test_a_setting_that_is_wrong_fails_and_one_that_is_missing_is_waived():

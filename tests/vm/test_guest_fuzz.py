@@ -32,7 +32,8 @@ GOOD = {
     "wake": {"time_ns": 1_700_000_000 * 10**9, "entropy": "AAAA", "hostname": "vm-x", "machine_id": "0" * 32,
              "workspace": True, "layer": False, "upper_size": "8m", "randomize": True},
     "rest": {},
-    "exec": {"argv": ["true"], "cwd": "/", "env": {"PATH": "/usr/bin"}, "tty": None, "limits": LIMITS},
+    "exec": {"argv": ["true"], "cwd": "/", "env": {"PATH": "/usr/bin"}, "tty": None, "limits": LIMITS,
+             "profile": "default"},
     "changes": {},
     "inspect": {"settings": ["kernel/sysrq"]},
 }  # fmt: skip

@@ -90,7 +90,7 @@ def test_setup_can_be_interrupted_and_repeated(tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(TREE, tree, ignore=shutil.ignore_patterns(".venv", ".git", ".*_cache", ".hypothesis", "demo"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    for number, after_s in ((signal.SIGINT, 4.0), (signal.SIGKILL, 9.0), (signal.SIGTERM, 12.0)):
+    for number, after_s in ((signal.SIGINT, 4.0), (signal.SIGKILL, 7.0), (signal.SIGTERM, 9.0), (signal.SIGKILL, 14.0)):
         interrupted(["tools/setup"], number, after_s, cwd=tree, env=environment)
     done = subprocess.run(["tools/setup"], cwd=tree, env=environment, capture_output=True, text=True, timeout=400,
                           check=False, stdin=subprocess.DEVNULL)  # fmt: skip

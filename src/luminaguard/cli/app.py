@@ -41,6 +41,9 @@ Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="The folder t
 Publish = Annotated[str | None, typer.Option("--publish", help="ask, never or always.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds until the command is stopped.")]
 Memory = Annotated[int | None, typer.Option("--memory", help="Memory of the machine in MiB.")]
+Profile = Annotated[
+    str | None, typer.Option("--profile", help="Which system calls it may make: strict, default or build.")
+]
 Watch = Annotated[bool, typer.Option("--watch", help="Again every second, until interrupted.")]
 SHELL_TIMEOUT_S = 7 * 86400
 VmId = Annotated[str, typer.Argument(metavar="ID")]
@@ -81,6 +84,7 @@ def exec_(
     publish: Publish = None,
     timeout: Timeout = None,
     memory: Memory = None,
+    profile: Profile = None,
     as_json: Json = False,
 ) -> None:
     """Run a command on a copy of the folder; show what it did; publish what you approve."""
@@ -88,7 +92,7 @@ def exec_(
     with signals.held() as held:
         from luminaguard.cli.execute import Options, execute
 
-        runtime = _runtime(publish=publish, timeout_s=timeout, memory_mib=memory)
+        runtime = _runtime(publish=publish, timeout_s=timeout, memory_mib=memory, profile=profile)
         options = Options(publish=runtime.settings.publish, as_json=as_json, terminal=True)
         sys.exit(execute(runtime, _absolute(workspace), command, options, held))
 
@@ -99,13 +103,14 @@ def shell(
     publish: Publish = None,
     timeout: Timeout = None,
     memory: Memory = None,
+    profile: Profile = None,
 ) -> None:
     """Open bash in a machine; at its end, show what changed and ask."""
     with signals.held() as held:
         from luminaguard.cli.execute import Options, execute
 
         # A person may think for longer than a command may run.
-        runtime = _runtime(publish=publish, timeout_s=timeout or SHELL_TIMEOUT_S, memory_mib=memory)
+        runtime = _runtime(publish=publish, timeout_s=timeout or SHELL_TIMEOUT_S, memory_mib=memory, profile=profile)
         options = Options(publish=runtime.settings.publish, as_json=False, terminal=True)
         sys.exit(execute(runtime, _absolute(workspace), ["bash"], options, held))
 

@@ -42,7 +42,7 @@ def audit(runtime: Runtime, *, rebuild: bool, live: bool, as_json: bool) -> int:
         from luminaguard.runtime.hardening import read_back
 
         with progress.slowly("reading the kernel's settings back"):
-            checks.append(anyio.run(read_back, runtime))
+            checks += anyio.run(read_back, runtime)
         with progress.slowly("trying to escape") as step:
             results = anyio.run(run_suite, runtime, step)
         bad = tuple(f"{r.attempt.name}: {r.outcome or r.verdict}" for r in results if r.verdict != "held")

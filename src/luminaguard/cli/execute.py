@@ -57,7 +57,8 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
     size = terminal_size() if options.terminal and not options.as_json else None
     capture = _Capture(runtime.settings.capture_max_mib << 20) if options.as_json else None
     environment = {"TERM": os.environ.get("TERM", "dumb")} if size else {}
-    command = Command(argv, terminal=size, environment=environment, processes=runtime.settings.processes)
+    command = Command(argv, terminal=size, environment=environment, processes=runtime.settings.processes,
+                      profile=runtime.settings.profile)  # fmt: skip
     progress = Progress(quiet=options.as_json)
     try:
         status = _see_through(runtime, workspace, command, options, capture, progress, held)

@@ -1,9 +1,9 @@
 """Take everything away from the process that is about to become the workload.
 
 Runs between fork and exec, in this order: capability bounding set, groups and uid, resource limits,
-no_new_privs, seccomp, landlock. Constants are those of the kernel's uapi headers
-for x86-64; the guest kernel is 6.1 or later (landlock ABI 2, no TCP rules), so seccomp covers what
-landlock does not.
+no_new_privs, seccomp, landlock, and the filter of a stricter profile. Constants are those of the
+kernel's uapi headers for x86-64. Of landlock all is used that the kernel has (Debian 12's: ABI 2,
+without rules for TCP); seccomp covers what is missing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import ctypes
 import os
 import resource
 import struct
-from collections.abc import Iterable
 
-__all__ = ["UID", "Confinement"]
+from luminaguard.guest.filters import program
+
+__all__ = ["UID", "Confinement", "landlock_abi", "make_ruleset", "restrict"]
 
 UID = 1000
 
@@ -25,94 +26,33 @@ _SECCOMP_MODE_FILTER = 2
 
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _FS_EXECUTE, _FS_WRITE, _FS_READ_FILE, _FS_READ_DIR = 1, 2, 4, 8
-_FS_ALL = (1 << 14) - 1  # ABI 2: up to REFER
+_FS_IOCTL_DEV = 1 << 15
+_FS_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+"""ABI 2 has REFER, ABI 3 TRUNCATE, ABI 5 IOCTL_DEV (Documentation/userspace-api/landlock.rst)."""
+_FS_ALL = _FS_BY_ABI[5]
+_NET_TCP, _NET_ABI = 3, 4  # bind and connect
+_SCOPES, _SCOPE_ABI = 3, 6  # abstract Unix sockets and signals: none outside of what the workload started
+_VERSION = 1
 _READ = _FS_EXECUTE | _FS_READ_FILE | _FS_READ_DIR
-_DEVICE = _FS_WRITE | _FS_READ_FILE
+_DEVICE = _FS_WRITE | _FS_READ_FILE | _FS_IOCTL_DEV
 _FS_MAKE_CHAR, _FS_MAKE_BLOCK = 1 << 6, 1 << 11
 _OWN = _FS_ALL & ~(_FS_MAKE_CHAR | _FS_MAKE_BLOCK)
 
-READABLE = ("/usr", "/etc", "/proc", "/var", "/dev")
+READABLE = ("/usr", "/etc", "/proc", "/var", "/dev", "/run/identity")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty",
            "/dev/ptmx", "/dev/pts")  # fmt: skip
 WORKSPACE = "/workspace"
 OWNED = ("/tmp", "/var/tmp", "/home/user", "/dev/shm")  # noqa: S108  # the guest's own
 
-# Refused with EPERM. What a workload inside a machine of its own never needs, and what kernel
-# exploits like to start from.
-_DENIED = {
-    "ptrace": 101, "syslog": 103, "setfsuid": 122, "personality": 135,
-    "modify_ldt": 154, "pivot_root": 155, "adjtimex": 159, "chroot": 161, "acct": 163,
-    "settimeofday": 164, "mount": 165, "umount2": 166, "swapon": 167, "swapoff": 168,
-    "reboot": 169, "sethostname": 170, "setdomainname": 171, "iopl": 172, "ioperm": 173,
-    "init_module": 175, "delete_module": 176, "quotactl": 179, "lookup_dcookie": 212,
-    "clock_settime": 227, "mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239,
-    "kexec_load": 246, "add_key": 248, "request_key": 249, "keyctl": 250, "migrate_pages": 256,
-    "unshare": 272, "move_pages": 279, "perf_event_open": 298,
-    "fanotify_init": 300, "name_to_handle_at": 303, "open_by_handle_at": 304,
-    "clock_adjtime": 305, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
-    "kcmp": 312, "finit_module": 313, "kexec_file_load": 320, "bpf": 321, "userfaultfd": 323,
-    "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428,
-    "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433,
-    "pidfd_getfd": 438, "process_madvise": 440, "mount_setattr": 442, "quotactl_fd": 443,
-}  # fmt: skip
-_SOCKET, _SOCKETPAIR, _CLONE, _IOCTL, _CLONE3 = 41, 53, 56, 16, 435
-_AF_ALLOWED = (1, 2, 10)  # UNIX, INET, INET6: there is no network device behind the last two
-_CLONE_NEW = 0x7E020080  # every CLONE_NEW* flag
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
-_AUDIT_ARCH_X86_64 = 0xC000003E
-_EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
-
-_RET_KILL, _RET_ERRNO, _RET_ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
-_LD_W_ABS, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
-_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
-
-
-def seccomp_program() -> bytes:
-    """The BPF program (struct sock_filter[]): a deny list, and an allow list of socket families."""
-    code: list[tuple[int, int, int, int]] = [
-        (_LD_W_ABS, 0, 0, _ARCH),
-        (_JEQ, 1, 0, _AUDIT_ARCH_X86_64),
-        (_RET, 0, 0, _RET_KILL),
-        (_LD_W_ABS, 0, 0, _NR),
-        (_JGE, 0, 1, 0x40000000),  # the x32 ABI would be a way around the numbers below
-        (_RET, 0, 0, _RET_KILL),
-        (_JEQ, 0, 1, _CLONE3),  # its flags are behind a pointer: libc falls back to clone
-        (_RET, 0, 0, _RET_ERRNO | _ENOSYS),
-    ]
-    for number in sorted(_DENIED.values()):
-        code += [(_JEQ, 0, 1, number), (_RET, 0, 0, _RET_ERRNO | _EPERM)]
-    checks: tuple[tuple[Iterable[int], int, list[tuple[int, int, int, int]]], ...] = (
-        (
-            (_SOCKET, _SOCKETPAIR),
-            _ARG0,
-            [
-                *((_JEQ, len(_AF_ALLOWED) - i, 0, family) for i, family in enumerate(_AF_ALLOWED)),
-                (_RET, 0, 0, _RET_ERRNO | _EAFNOSUPPORT),
-            ],
-        ),
-        ((_CLONE,), _ARG0, [(_JSET, 0, 1, _CLONE_NEW), (_RET, 0, 0, _RET_ERRNO | _EPERM)]),
-        (
-            (_IOCTL,),
-            _ARG1,
-            [(_JEQ, 1, 0, _TIOCSTI), (_JEQ, 0, 1, _TIOCLINUX), (_RET, 0, 0, _RET_ERRNO | _EPERM)],
-        ),
-    )
-    for numbers, argument, body in checks:
-        for number in numbers:
-            block = [(_LD_W_ABS, 0, 0, argument), *body, (_RET, 0, 0, _RET_ALLOW)]
-            code += [(_JEQ, 0, len(block), number), *block]
-    code.append((_RET, 0, 0, _RET_ALLOW))
-    return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
-
 
 class Confinement:
     """Everything that can be prepared once, before any workload runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, profile: str = "default") -> None:
+        self._profile = profile
         self._ruleset = -1
-        self._program = seccomp_program()
-        self._buffer = ctypes.create_string_buffer(self._program)
-        self._fprog = struct.pack("<HxxxxxxQ", len(self._program) // 8, ctypes.addressof(self._buffer))
+        self._filter = _Filter(profile)
+        self._strict = _Filter("strict")
 
     def drop_privileges(self) -> None:
         """All that needs no knowledge of the command; done ahead, in the template.
@@ -131,32 +71,70 @@ class Confinement:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-        self._ruleset = _make_ruleset()
-        fprog = ctypes.create_string_buffer(self._fprog)
-        _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(fprog))
+        self._ruleset = make_ruleset()
+        self._filter.install()
 
-    def seal(self) -> None:
+    def seal(self, profile: str) -> None:
         """Right before exec: landlock, which has to wait until the workspace is mounted.
+
+        Args:
+            profile: that of this confinement, or ``strict``, whose filter comes on top.
 
         Raises:
             OSError: a step failed; the caller must not go on.
         """
-        _allow(self._ruleset, WORKSPACE, _OWN)
-        _syscall(_LANDLOCK_RESTRICT, self._ruleset, 0)
-        os.close(self._ruleset)
+        restrict(self._ruleset, WORKSPACE)
+        if profile != self._profile:
+            self._strict.install()
 
 
-def _make_ruleset() -> int:
-    """A landlock ruleset of all but the workspace, which is not mounted yet."""
-    attributes = ctypes.create_string_buffer(struct.pack("<Q", _FS_ALL))
-    ruleset = _syscall(_LANDLOCK_CREATE, ctypes.addressof(attributes), 8, 0)
+class _Filter:
+    """A seccomp filter that waits to be installed; it lives as long as the buffers."""
+
+    def __init__(self, profile: str) -> None:
+        code = program(profile)
+        self._code = ctypes.create_string_buffer(code)
+        self._fprog = ctypes.create_string_buffer(
+            struct.pack("<HxxxxxxQ", len(code) // 8, ctypes.addressof(self._code))
+        )
+
+    def install(self) -> None:
+        _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(self._fprog))
+
+
+def landlock_abi() -> int:
+    """Which landlock this kernel has; raises OSError when it has none."""
+    return _syscall(_LANDLOCK_CREATE, 0, 0, _VERSION)
+
+
+def make_ruleset() -> int:
+    """A landlock ruleset of all but the workspace, which is not mounted yet; raises OSError.
+
+    TCP, abstract sockets and signals to others are handled without a rule that allows any.
+    """
+    abi = landlock_abi()
+    handled = [
+        next(rights for since, rights in sorted(_FS_BY_ABI.items(), reverse=True) if abi >= since),
+        *([_NET_TCP] if abi >= _NET_ABI else []),
+        *([_SCOPES] if abi >= _SCOPE_ABI else []),
+    ]
+    attributes = ctypes.create_string_buffer(struct.pack(f"<{len(handled)}Q", *handled))
+    ruleset = _syscall(_LANDLOCK_CREATE, ctypes.addressof(attributes), 8 * len(handled), 0)
     for path in READABLE:
-        _allow(ruleset, path, _READ)
+        _allow(ruleset, path, _READ & handled[0])
     for path in DEVICES:
-        _allow(ruleset, path, _DEVICE | (_FS_READ_DIR if path == "/dev/pts" else 0))
+        _allow(ruleset, path, (_DEVICE | (_FS_READ_DIR if path == "/dev/pts" else 0)) & handled[0])
     for path in OWNED:
-        _allow(ruleset, path, _OWN)
+        _allow(ruleset, path, _OWN & handled[0])
     return ruleset
+
+
+def restrict(ruleset: int, workspace: str) -> None:
+    """Allow the workspace and put the ruleset in force, for good; raises OSError."""
+    rights = next(rights for since, rights in sorted(_FS_BY_ABI.items(), reverse=True) if landlock_abi() >= since)
+    _allow(ruleset, workspace, _OWN & rights)
+    _syscall(_LANDLOCK_RESTRICT, ruleset, 0)
+    os.close(ruleset)
 
 
 def _allow(ruleset: int, path: str, access: int) -> None:

@@ -109,6 +109,12 @@ class Launcher:
         finally:
             self._socket.close()
 
+    def discard(self) -> None:
+        """End a child that is not needed; it is reaped like any other."""
+        self.group.kill()
+        self._socket.close()
+        self.close_pipes()
+
     def close_pipes(self) -> None:
         """For a command that has a terminal, or none that runs."""
         for end in (self.stdin, self.stdout, self.stderr):
@@ -138,7 +144,7 @@ def _become(fd: int, ends: tuple[int, int, int], confinement: Confinement, *, ra
         limits = order["limits"]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits["nofile"], limits["nofile"]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["fsize"], limits["fsize"]))
-        confinement.seal()
+        confinement.seal(order["profile"])
         code = "bad-cwd"
         os.chdir(order["cwd"])
         code = "not-executable"

@@ -16,11 +16,12 @@ import stat
 import struct
 import time
 
-from luminaguard.guest.confine import UID
+from luminaguard.guest.confine import UID, landlock_abi
 
 __all__ = [
     "CGROUP",
     "UPPER",
+    "facts",
     "find_port",
     "give_identity",
     "inspect",
@@ -35,11 +36,14 @@ __all__ = [
 
 BASE = "/run/luminaguard"
 CGROUP = f"{BASE}/cgroup"
+IDENTITY = "/run/identity"
+"""Where links in /etc lead: the root file system is read-only for everyone."""
 UPPER = f"{BASE}/workspace/upper"
 WORKSPACE = "/workspace"
 PORT_NAME = "lumina.agent"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_MOVE = 1, 2, 4, 8, 4096, 8192
 _SAFE = _MS_NOSUID | _MS_NODEV
+_UPPER_INODES = "64k"
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _MASKED = (
     "config.gz", "iomem", "ioports", "kallsyms", "kcore", "key-users", "keys", "kmsg", "kpagecgroup", "kpagecount",
@@ -87,10 +91,23 @@ def read_small(path: str) -> bytes:
         os.close(fd)
 
 
+def read_all(path: str) -> str:
+    """A file of the kernel's that may be longer, up to 64 KiB; raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    data = b""
+    try:
+        while len(data) < 1 << 16 and (piece := os.read(fd, 1 << 14)):
+            data += piece
+    finally:
+        os.close(fd)
+    return data.decode("utf-8", "replace").strip()
+
+
 def prepare() -> None:
     """Mount what the workload may see, hide the rest, and close what the kernel leaves open."""
     for folder in ("dev", "sys", "cgroup", "workspace"):
         os.mkdir(f"{BASE}/{folder}", 0o700)
+    os.mkdir(IDENTITY, 0o755)
     _mount("sysfs", f"{BASE}/sys", "sysfs", _SAFE | _MS_NOEXEC)
     _mount("/dev", f"{BASE}/dev", "", _MS_MOVE)
     _make_devices()
@@ -98,10 +115,12 @@ def prepare() -> None:
     for name in _MASKED:
         if os.path.exists(f"/proc/{name}"):
             _mount("/dev/null", f"/proc/{name}", "", _MS_BIND)
-    for folder, mode, size in (("/tmp", 0o1777, "25%"), ("/var/tmp", 0o1777, "10%"),  # noqa: S108
-                               ("/dev/shm", 0o1777, "10%"), ("/home/user", 0o755, "25%")):  # noqa: S108  # fmt: skip
+    for folder, mode, size, inodes in (
+        ("/tmp", 0o1777, "25%", "32k"), ("/var/tmp", 0o1777, "10%", "8k"),  # noqa: S108
+        ("/dev/shm", 0o1777, "10%", "4k"), ("/home/user", 0o755, "25%", "32k"),  # noqa: S108
+    ):  # fmt: skip
         owner = f",uid={UID},gid={UID}" if folder == "/home/user" else ""
-        _mount("tmpfs", folder, "tmpfs", _SAFE, f"mode={mode:o},size={size}{owner}")
+        _mount("tmpfs", folder, "tmpfs", _SAFE, f"mode={mode:o},size={size},nr_inodes={inodes}{owner}")
     _mount("cgroup", CGROUP, "cgroup2", _SAFE | _MS_NOEXEC)
     write(f"{CGROUP}/cgroup.subtree_control", b"+memory +pids")
     for name, value in _SYSCTLS:
@@ -128,8 +147,8 @@ def give_identity(time_ns: int, entropy: bytes, hostname: str, machine_id: str) 
     fcntl.ioctl(device, _RNDRESEEDCRNG)
     os.close(device)
     socket.sethostname(hostname)
-    for path, text in (("/etc/hostname", hostname), ("/etc/machine-id", machine_id)):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    for name, text in (("hostname", hostname), ("machine-id", machine_id)):
+        fd = os.open(f"{IDENTITY}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         os.write(fd, text.encode() + b"\n")
         os.close(fd)
 
@@ -156,10 +175,25 @@ def inspect(names: list[str]) -> dict[str, str]:
     return found
 
 
+def facts() -> dict[str, str]:
+    """What else of the running kernel an audit reads back; raises OSError."""
+    found = {"cmdline": read_all("/proc/cmdline"), "mounts": read_all("/proc/self/mounts")}
+    for name, kind, target in (("modules", "proc", "modules"), ("lockdown", "securityfs", "lockdown")):
+        # Neither is in the workload's sight: a fresh mount where only PID 1 looks.
+        folder = f"{BASE}/audit"
+        os.mkdir(folder, 0o700)
+        _mount(kind, folder, kind, _SAFE | _MS_NOEXEC | _MS_RDONLY)
+        found[name] = read_all(f"{folder}/{target}")
+        _libc.umount2(folder.encode(), 0)
+        os.rmdir(folder)
+    found["landlock"] = str(landlock_abi())
+    return found
+
+
 def make_upper(size: str) -> None:
     """In the template: the tmpfs on which each clone's changes will lie."""
     base = f"{BASE}/workspace"
-    _mount("tmpfs", base, "tmpfs", _SAFE, f"mode=700,size={size}")
+    _mount("tmpfs", base, "tmpfs", _SAFE, f"mode=700,size={size},nr_inodes={_UPPER_INODES}")
     for folder in ("lower", "layer", "upper", "work"):
         os.mkdir(f"{base}/{folder}", 0o755)
 

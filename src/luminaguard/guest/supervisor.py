@@ -22,6 +22,7 @@ from typing import Any
 from luminaguard.guest import frames, machine
 from luminaguard.guest.changes import BadLayer, Changes
 from luminaguard.guest.confine import UID, Confinement
+from luminaguard.guest.filters import PROFILES
 from luminaguard.guest.frames import Frame
 from luminaguard.guest.launcher import Launcher
 from luminaguard.guest.loop import Loop
@@ -124,7 +125,7 @@ class Supervisor:
                 self._start_changes(frame.channel)
             elif method == "inspect":
                 settings = machine.inspect([str(name) for name in params["settings"]])
-                self._answer(frame.channel, frames.RESULT, {"settings": settings})
+                self._answer(frame.channel, frames.RESULT, {"settings": settings, "facts": machine.facts()})
             else:
                 raise CallError("unknown-method", str(method))
         except CallError as error:
@@ -174,11 +175,18 @@ class Supervisor:
             "argv": [str(word) for word in params["argv"]],
             "env": {str(key): str(value) for key, value in params["env"].items()},
             "cwd": str(params["cwd"]),
+            "profile": str(params["profile"]),
             "limits": {name: int(params["limits"][name]) for name in ("nofile", "fsize")},
         }
+        if order["profile"] not in PROFILES:
+            raise CallError("unknown-profile", "there is no such profile")
         processes, terminal = int(params["limits"]["pids"]), params["tty"]
         size = (int(terminal["rows"]) & 0xFFFF, int(terminal["columns"]) & 0xFFFF) if terminal else None
-        launcher = self._launcher = self._launcher or self._new_launcher()
+        if order["profile"] == "build" and self._launcher is not None:
+            # What waits has the filter of the default profile, and filters cannot be taken away.
+            self._launcher.discard()
+            self._launcher = None
+        launcher = self._launcher = self._launcher or self._new_launcher(order["profile"])
         if processes != launcher.group.pids:
             launcher.group.limit_processes(processes)
         pty = inside = -1
@@ -197,8 +205,9 @@ class Supervisor:
         if inside >= 0:
             os.close(inside)
 
-    def _new_launcher(self) -> Launcher:
-        return Launcher(self._confinement, randomize=self._randomize)
+    def _new_launcher(self, profile: str = "default") -> Launcher:
+        confinement = Confinement("build") if profile == "build" else self._confinement
+        return Launcher(confinement, randomize=self._randomize)
 
     def _launch_ahead(self) -> None:
         """In a template, make the launcher that each clone finds ready.

@@ -225,8 +225,10 @@ def _accounts(tree: Path) -> list[Check]:
     if (tree / "etc/shadow").exists():
         fields = [line.split(":")[1] for line in (tree / "etc/shadow").read_text(encoding="utf-8").splitlines()]
         faults += ["etc/shadow has a hash" for field in fields if field.strip("*!")]
-    identity = (tree / "etc/machine-id").read_text(encoding="ascii").strip()
-    unique = [] if identity in {"", "uninitialized"} else ["etc/machine-id"]
+    identity = tree / "etc/machine-id"
+    # A link leads into the running machine, which gives each clone its own.
+    given = "" if identity.is_symlink() else identity.read_text(encoding="ascii").strip()
+    unique = ["etc/machine-id"] if given not in {"", "uninitialized"} else []
     unique += [name for name in ("var/lib/systemd/random-seed", "etc/hostid") if (tree / name).exists()]
     return [
         _judged("accounts", f"{len(rows)} accounts, none with a password, only 'user' with a shell", faults),

@@ -1,7 +1,6 @@
 """The initramfs: modules, busybox, the guest supervisor, and the few lines that start it.
 
-It mounts the read-only root under an overlay on tmpfs, copies the supervisor where the workload
-cannot read it, and hands over.
+It mounts the read-only root, copies the supervisor where the workload cannot read it, and hands over.
 """
 
 from __future__ import annotations
@@ -27,11 +26,7 @@ $b mount -t proc -o nosuid,nodev,noexec proc /proc
 for m in {modules}; do $b insmod "/modules/$m.ko"; done
 read -r line < /proc/cmdline
 case " $line " in *" {vsock} "*) for m in {vsock_modules}; do $b insmod "/modules/$m.ko"; done ;; esac
-$b mount -t squashfs -o ro,nodev /dev/vda /lower
-$b mount -t tmpfs -o nosuid,nodev,mode=755,size=16m,nr_inodes=4096 tmpfs /upper
-$b mkdir /upper/data /upper/work
-o=lowerdir=/lower,upperdir=/upper/data,workdir=/upper/work
-$b mount -t overlay -o $o,redirect_dir=off,metacopy=off,index=off,xino=off overlay /root
+$b mount -t squashfs -o ro,nosuid,nodev /dev/vda /root
 $b mount -t tmpfs -o nosuid,nodev,noexec,mode=755,size=4m,nr_inodes=1024 tmpfs /root/run
 $b mkdir -m 700 /root{folder}
 $b cp -r /luminaguard /root{folder}/
@@ -68,7 +63,7 @@ def build(busybox: bytes, modules: list[list[tuple[str, bytes]]]) -> bytes:
     init = _INIT.replace("{modules}", always).replace("{vsock_modules}", with_vsock)
     init = init.replace("{vsock}", VSOCK_OPTION).replace("{folder}", SUPERVISOR_FOLDER)
     archive = cpio.Newc()
-    for folder in ("bin", "dev", "proc", "lower", "upper", "root", "modules", "luminaguard",
+    for folder in ("bin", "dev", "proc", "root", "modules", "luminaguard",
                    "luminaguard/guest", "luminaguard/guest/__pycache__"):  # fmt: skip
         archive.add(folder, 0o040755, b"")
     archive.add("bin/busybox", 0o100755, busybox)

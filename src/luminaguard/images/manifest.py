@@ -16,7 +16,18 @@ from typing import Any
 
 from luminaguard.errors import ImageTampered
 
-__all__ = ["INITRAMFS", "KERNEL", "ROOT", "Image", "Manifest", "Part", "open_sealed", "open_verified", "sha256_fd"]
+__all__ = [
+    "INITRAMFS",
+    "KERNEL",
+    "ROOT",
+    "Image",
+    "Manifest",
+    "Part",
+    "check_owner",
+    "open_sealed",
+    "open_verified",
+    "sha256_fd",
+]
 
 KERNEL, INITRAMFS, ROOT, SBOM = "vmlinux", "initramfs.cpio", "root.squashfs", "sbom.cdx.json"
 PARTS = (KERNEL, INITRAMFS, ROOT, SBOM)
@@ -90,8 +101,10 @@ class Image:
         """Read and check the manifest of an image.
 
         Raises:
-            ImageTampered: the manifest is missing, malformed, or not the one the folder is named for.
+            ImageTampered: the manifest is missing, malformed, or not the one the folder is named for; or
+                others than this user can write to the folder.
         """
+        check_owner(folder)
         try:
             with (folder / "manifest.json").open(encoding="utf-8") as file:
                 manifest = Manifest.loads(file.read(_MAX_MANIFEST))
@@ -113,6 +126,27 @@ class Image:
         """Verify every part; raises :class:`ImageTampered`."""
         for name in PARTS:
             os.close(open_verified(self.folder / name, self.manifest.parts[name], self.folder))
+
+
+def check_owner(folder: Path) -> None:
+    """Whether only this user, or root, can write to a folder and to the one that it is in.
+
+    Raises:
+        ImageTampered: it is a link, or others can.
+    """
+    for path in (folder, folder.parent):
+        try:
+            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | (os.O_NOFOLLOW if path == folder else 0))
+        except OSError as error:
+            raise _tampered(folder, f"{path} cannot be opened ({error.strerror})") from error
+        try:
+            info = os.fstat(fd)
+        finally:
+            os.close(fd)
+        if info.st_uid not in {os.geteuid(), 0}:
+            raise _tampered(folder, f"{path} belongs to another user (uid {info.st_uid})")
+        if info.st_mode & 0o022:
+            raise _tampered(folder, f"others can write to {path} (mode {info.st_mode & 0o7777:04o})")
 
 
 def open_verified(path: Path, part: Part, owner: Path) -> int:

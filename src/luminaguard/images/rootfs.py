@@ -38,13 +38,12 @@ _FILES = {
     "etc/group": "root:x:0:\nuser:x:1000:\nnogroup:x:65534:\n",
     "etc/shells": "/bin/sh\n/bin/bash\n",
     "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
-    "etc/hostname": "micro-vm\n",
-    "etc/machine-id": "uninitialized\n",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
     "etc/gitconfig": "[safe]\n\tdirectory = /workspace\n[user]\n\tname = user\n"
     "\temail = user@micro-vm\n[core]\n\tpager = cat\n",
 }
 _LINKS = {
+    "etc/hostname": "/run/identity/hostname", "etc/machine-id": "/run/identity/machine-id",
     "usr/bin/sh": "dash", "usr/bin/awk": "gawk", "usr/bin/python": "python3",
     "usr/bin/which": "which.debianutils", "etc/localtime": "/usr/share/zoneinfo/Etc/UTC",
     # Where OpenSSL looks: the package that has these links is left out, as it has the command-line tool.

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import anyio
 
@@ -41,6 +41,8 @@ _MAX_META = 32 << 10
 _ENTRY_TYPES = frozenset({"file", "dir", "symlink", "whiteout", "other"})
 _PATH = "/usr/bin:/bin"
 
+Profile = Literal["strict", "default", "build"]
+"""Which system calls a command may make; see :mod:`luminaguard.guest.filters`."""
 Output = Callable[[int, bytes], Awaitable[None]]
 
 
@@ -60,6 +62,7 @@ class Command:
     cwd: str = "/workspace"
     terminal: Terminal | None = None
     environment: Mapping[str, str] | None = None
+    profile: Profile = "default"
     processes: int = 256
     max_file_bytes: int = 1 << 40
 
@@ -78,6 +81,7 @@ class Command:
             "cwd": self.cwd,
             "env": environment,
             "tty": {"rows": size.rows, "columns": size.columns} if size else None,
+            "profile": self.profile,
             "limits": {"pids": self.processes, "nofile": 4096, "fsize": self.max_file_bytes},
         }
 
@@ -196,17 +200,26 @@ class MicroVM:
         await _answer(await self._channel.call("rest", {}), CALL_TIMEOUT)
         self._state("ready")
 
-    async def inspect(self, settings: Sequence[str]) -> dict[str, str]:
-        """What the guest's kernel is set to, by names below /proc/sys; one that it does not have is missing.
+    async def inspect(self, settings: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """What the guest's kernel is set to, as its PID 1 sees it.
+
+        Args:
+            settings: names below /proc/sys; one that the kernel does not have is missing in the answer.
+
+        Returns:
+            The settings, and ``cmdline``, ``mounts``, ``modules``, ``lockdown`` and ``landlock``.
 
         Raises:
             GuestProtocolError: the answer is not of this form.
         """
         result = await _answer(await self._channel.call("inspect", {"settings": list(settings)}), CALL_TIMEOUT)
-        found = result.get("settings")
-        if not isinstance(found, dict):
+        found, facts = result.get("settings"), result.get("facts")
+        if not isinstance(found, dict) or not isinstance(facts, dict):
             raise _malformed("no settings")
-        return {str(name): str(value)[:200] for name, value in found.items()}
+        return (
+            {str(name): str(value)[:200] for name, value in found.items()},
+            {str(name): str(value)[: 1 << 16] for name, value in facts.items()},
+        )
 
     async def start(self, command: Command) -> Call:
         """Start a command and return the call, for a caller that drives the streams itself."""

@@ -31,7 +31,7 @@ import anyio
 
 from luminaguard import log
 from luminaguard.errors import BootFailed, ImageTampered, StorageError
-from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, open_sealed
+from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, check_owner, open_sealed
 from luminaguard.microvm.channel import CallFailed
 from luminaguard.microvm.machine import Command, MicroVM, boot
 from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine
@@ -183,6 +183,7 @@ class TemplateStore:
 
     def _load(self, key: str, stack: ExitStack) -> SavedMachine:
         folder = self.folder / key
+        check_owner(folder)
         try:
             manifest = _Manifest.loads((folder / "manifest.json").read_text(encoding="ascii"), self._secret)
             if _key(manifest.made_of) != key:

@@ -126,7 +126,7 @@ async def run(
                 ledger = await opening.result()
                 ledger.append("exec.started", vm=vm_id, workspace=str(workspace), command=argv,
                               image=prepared.image.folder.name, backend=vm.backend,
-                              accelerator=vm.accelerator)  # fmt: skip
+                              accelerator=vm.accelerator, profile=command.profile)  # fmt: skip
                 marks.lap("ledger")
                 outcome = await vm.run(command, output=output, feed=feed, timeout_s=runtime.settings.timeout_s)
                 marks.lap("command")

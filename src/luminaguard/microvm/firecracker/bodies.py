@@ -25,7 +25,8 @@ _GUEST_CID = 3
 # Those of Firecracker itself, which it adds only when none are given: no legacy keyboard to probe for,
 # and a reset through it ends the machine.
 _KERNEL_OPTIONS = (
-    f"{guest_kernel.OPTIONS} reboot=k i8042.noaux i8042.nomux i8042.dumbkbd i8042.nopnp swiotlb=noforce {VSOCK_OPTION}"
+    f"{guest_kernel.OPTIONS} {guest_kernel.MITIGATIONS} reboot=k i8042.noaux i8042.nomux i8042.dumbkbd i8042.nopnp "
+    f"swiotlb=noforce {VSOCK_OPTION}"
 )
 
 

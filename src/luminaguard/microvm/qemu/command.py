@@ -28,7 +28,7 @@ def kernel_command_line(accelerator: str, tsc_khz: int) -> str:
     """
     if accelerator == "tcg":
         return f"{_KERNEL_OPTIONS} tsc_early_khz={tsc_khz} tsc=reliable mitigations=off"
-    return _KERNEL_OPTIONS
+    return f"{_KERNEL_OPTIONS} {guest_kernel.MITIGATIONS}"
 
 
 def boot_command(
