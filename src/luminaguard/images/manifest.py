@@ -132,11 +132,11 @@ def check_owner(folder: Path) -> None:
     """Whether only this user, or root, can write to a folder and to the one that it is in.
 
     Raises:
-        ImageTampered: it is a link, or others can.
+        ImageTampered: others can.
     """
     for path in (folder, folder.parent):
         try:
-            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | (os.O_NOFOLLOW if path == folder else 0))
+            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # of a link, where it leads
         except OSError as error:
             raise _tampered(folder, f"{path} cannot be opened ({error.strerror})") from error
         try:
