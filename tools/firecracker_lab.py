@@ -35,7 +35,7 @@ from luminaguard.microvm.qemu.probe import find_qemu, probe_kvm, tsc_khz
 NOT_RUN = 77
 TREE = Path(__file__).resolve().parent.parent
 MODULES = (*spec.KERNEL_MODULES, "kvm_amd")
-PROGRAMS = ("bwrap", "setpriv", "prlimit", "mksquashfs")  # what the guest image has no use for
+PROGRAMS = ("bwrap", "setpriv", "prlimit", "flock", "mksquashfs")  # what the guest image has no use for
 MEMORY_MIB = 4096
 TIME_LIMIT_S = 3000
 _END = re.compile(rb"lab ended with status (\d+)")

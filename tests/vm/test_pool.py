@@ -602,6 +602,17 @@ def test_a_borrower_that_is_killed_ends_its_machine(home, workspace):
         assert not alive(lent[0]["pid"])
 
 
+def test_a_lender_that_is_stopped_is_not_waited_for(home, workspace):
+    with served(home) as lender:
+        os.kill(lender.pid, signal.SIGSTOP)
+        try:
+            assert home.exec(workspace, "cat", "a.txt", timeout_s=60).json["stdout"] == "one\ntwo\n"
+            assert home.run("pool", "status", "--json").json == {"running": False}
+        finally:
+            os.kill(lender.pid, signal.SIGCONT)
+        assert home.exec(workspace, "true").code == 0
+
+
 def test_a_lender_that_is_killed_is_an_error_for_the_borrower(home, workspace):
     with served(home) as lender:
         argv = home.argv("exec", "-w", str(workspace), "--json", "--", "sh", "-c", "sleep 600")
@@ -681,8 +692,9 @@ def test_machines_are_shown_killed_and_remembered(home, workspace):
         said = json.loads(process.stdout.read())
         assert process.wait(30) == 125
     assert said["status"] == "refused"
+    assert said["error"]["hint"] == "It was ended by 'luminaguard vm kill'."
     gone = home.run("vm", "show", vm["id"], "--json").json
-    assert (gone["state"], gone["reason"], gone["exit_status"]) == ("gone", "the hypervisor ended", 137)
+    assert (gone["state"], gone["reason"], gone["exit_status"]) == ("gone", "luminaguard vm kill", 137)
     assert vm["id"] in home.run("vm", "list", "--all").out
     assert home.run("vm", "kill", vm["id"]).code == 122
     assert home.run("vm", "show", str(uuid.uuid4())).code == 122
@@ -733,7 +745,7 @@ def test_watching_prints_again_until_interrupted(home):
 def test_a_long_command_does_not_hide_its_machine(tmp_path):
     tracker = VMTracker(tmp_path)
     hypervisor = SimpleNamespace(name="qemu", accelerator="tcg")
-    process = SimpleNamespace(pid=os.getpid(), layers={}, running=True)
+    process = SimpleNamespace(pid=os.getpid(), layers={}, groups=[], running=True)
     tracked = tracker.track("vm-0", hypervisor, workspace="é" * 4000, task=["é" * 500] * 100)
     with tracked.follow(process):
         tracked.update(state="running")

@@ -1,8 +1,10 @@
 """Every machine is in the records from the start of its process to its end, with how it ended."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from luminaguard.errors import MachineError
 from luminaguard.microvm import machine as machines
 from luminaguard.microvm.pool import PoolLimits
+from luminaguard.microvm.tracker import VMTracker
 from luminaguard.runtime import Runtime
 from luminaguard.settings import Folders, load_settings
 from luminaguard.testing import Home
@@ -79,7 +82,7 @@ def test_a_clone_is_recorded_before_it_can_do_anything(runtime, monkeypatch):
     anyio.run(scenario)
     assert [(record.state, record.task) for record in seen] == [("starting", ["x"])]
     (ended,) = (record for record in runtime.tracker.ended() if record.id == seen[0].id)
-    assert (ended.reason, ended.exit_status) == ("the hypervisor ended", 128 + signal.SIGKILL)
+    assert (ended.reason, ended.exit_status) == ("luminaguard vm kill", 128 + signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,58 @@ def test_a_killed_owner_is_swept_up_after_without_another_command(home, workspac
     until(lambda: not list((run / "vms").iterdir()) and not list(run.glob("owner-*")), 10)
     (ended,) = home.run("vm", "list", "--all", "--json").json["vms"]
     assert ended["reason"] == "its owner died"
+
+
+def test_two_runtimes_of_one_home_in_one_process_do_not_wait_for_each_other(home):
+    trackers = [VMTracker(home.folder / "run"), VMTracker(home.folder / "run")]
+    (home.folder / "run").mkdir(mode=0o700, exist_ok=True)
+    with trackers[0].survived(), trackers[1].survived():
+        assert len(list((home.folder / "run").glob("owner-*.lock"))) == 2
+    assert list((home.folder / "run").glob("owner-*.lock")) == []
+
+
+def test_a_forked_child_does_not_keep_the_locks_of_a_killed_owner(home):
+    run = home.folder / "run"
+    run.mkdir(mode=0o700)
+    script = (
+        "import os, sys, time; from pathlib import Path; from luminaguard.microvm.tracker import VMTracker\n"
+        "with VMTracker(Path(sys.argv[1])).survived():\n"
+        "    child = os.fork()\n"
+        "    if child: print(child, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(run)], stdout=subprocess.PIPE) as owner:
+        child = int(owner.stdout.readline())
+        owner.kill()
+        owner.wait()
+    try:
+        until(lambda: not list(run.glob("owner-*")), 20)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_without_flock_that_is_said(home, workspace, tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "flock").write_text("#!/no/such/interpreter\n")
+    (programs / "flock").chmod(0o755)
+    result = home.exec(workspace, "true", PATH=f"{programs}:{os.environ['PATH']}")
+    assert result.code == 123
+    assert "flock(1)" in result.json["error"]["message"]
+
+
+def test_the_groups_of_a_killed_owner_are_found_wherever_they_are(tmp_path, home):
+    """The record names them; and nothing else than what is called like the machine is removed."""
+    for name in ("vm-0123456789", "other"):
+        (tmp_path / "luminaguard" / name).mkdir(parents=True)
+    folder = home.folder / "run" / "vms"
+    folder.mkdir(parents=True, mode=0o700)
+    record = {"id": "vm-0123456789", "backend": "qemu", "accelerator": "tcg", "state": "running", "pid": 1,
+              "started": 1, "owner": 1, "workspace": "/w", "task": ["x"], "created_ns": 1,
+              "groups": [str(tmp_path / "luminaguard" / name) for name in ("vm-0123456789", "other")]}  # fmt: skip
+    (folder / "vm-0123456789.json").write_text(json.dumps(record))
+    assert home.run("vm", "reap").code == 0
+    assert [path.name for path in (tmp_path / "luminaguard").iterdir()] == ["other"]
 
 
 def test_an_owner_that_ends_leaves_nobody_waiting(home, workspace):

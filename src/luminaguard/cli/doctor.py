@@ -132,6 +132,7 @@ def _tools(_runtime: Runtime) -> Finding:
         "bwrap": "bubblewrap",
         "setpriv": "util-linux",
         "prlimit": "util-linux",
+        "flock": "util-linux",
         "apt-get": "apt",
     }
     missing = sorted({package for program, package in needed.items() if shutil.which(program) is None})

@@ -35,6 +35,8 @@ __all__ = ["Lender", "borrow", "has_pool", "pool_status"]
 _MAX = 1 << 16
 _SOCKET, _LOCK = "pool.sock", "pool.lock"
 _REPLY_TIMEOUT_S = 60.0
+_NOTICE_TIMEOUT_S = 3.0
+"""Until a server takes note of a request; one that is stopped or stuck has no claim to be waited for."""
 _MAX_BORROWERS = 256
 _END_S = 5.0
 
@@ -120,6 +122,7 @@ class Lender:
             connection.send(json.dumps({"error": "other-kind"}).encode())
             return
         task = [str(word)[:500] for word in request["task"]][:100]
+        connection.send(b'{"taken": true}')
         try:
             async with self._pool.machine(*fds, folder=str(request["folder"])[:4096], task=task) as vm:
                 channel, number = vm.hand_over()
@@ -184,10 +187,12 @@ async def borrow(
         request = {"op": "borrow", "kind": kind, "folder": folder, "task": list(task)}
         try:
             socket.send_fds(connection, [json.dumps(request).encode()], list(disks))
-            reply, fds = await _reply(connection)
+            reply, fds = await _reply(connection, _NOTICE_TIMEOUT_S)
+            if reply.get("taken"):
+                reply, fds = await _reply(connection, _REPLY_TIMEOUT_S)
         except OSError:
             reply, fds = {"error": "gone"}, []
-        if reply.get("error") in {"other-kind", "gone"}:
+        if reply.get("error") in {"other-kind", "gone", "silent"}:
             yield None
             return
         if "error" in reply or len(fds) != 1:
@@ -219,7 +224,8 @@ async def pool_status(run: Path) -> dict[str, Any] | None:
         return None
     with connection:
         connection.send(b'{"op": "status"}')
-        return (await _reply(connection))[0]
+        reply = (await _reply(connection, _NOTICE_TIMEOUT_S))[0]
+        return None if "error" in reply else reply
 
 
 def _connect(run: Path) -> socket.socket | None:
@@ -236,11 +242,11 @@ def _connect(run: Path) -> socket.socket | None:
     return connection
 
 
-async def _reply(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    with anyio.move_on_after(_REPLY_TIMEOUT_S) as scope:
+async def _reply(connection: socket.socket, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
+    with anyio.move_on_after(timeout_s) as scope:
         await anyio.wait_readable(connection)
     if scope.cancelled_caught:
-        return {"error": "failed", "message": f"The pool gave no machine within {_REPLY_TIMEOUT_S:g} s."}, []
+        return {"error": "silent", "message": f"The pool gave no machine within {timeout_s:g} s."}, []
     data, fds, _, _ = socket.recv_fds(connection, _MAX, 4)
     if not data:
         return {"error": "gone"}, fds

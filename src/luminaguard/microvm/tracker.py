@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 
 from luminaguard import log
+from luminaguard.errors import LuminaGuardError, MachineError
 from luminaguard.microvm.jail import CgroupStore, JailedProcess, JailFolders, end_orphans
-from luminaguard.microvm.reaper import Reaper
+from luminaguard.microvm.reaper import Reaper, forget, keep_from_children
 from luminaguard.microvm.usage import Usage, start_time, usage
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ State = Literal["starting", "ready", "running", "stopping", "gone"]
 _MAX = 1 << 16
 _MAX_ENDED = 1 << 20
 _GROUP_AGE_S = 60.0
+_LOCK_AGE_S = 5.0  # younger, it may be about to be locked
+_END_S = 0.5
+_KILLED = "luminaguard vm kill"
 _STATES = ("starting", "ready", "running", "stopping", "gone")
 
 
@@ -49,6 +53,7 @@ class MachineRecord:
         owner: process id of the LuminaGuard process that owns it.
         task: what it is for: the command, or ``pool``.
         ended_ns: when it ended, 0 while it lives; ``reason`` says why.
+        groups: its cgroups, which only its owner would find otherwise.
         exit_status: of a hypervisor that ended before it was told to; 128 and the signal's number if it was one.
     """
 
@@ -66,6 +71,7 @@ class MachineRecord:
     ended_ns: int = 0
     reason: str = ""
     exit_status: int | None = None
+    groups: list[str] = field(default_factory=list)
 
     @property
     def alive(self) -> bool:
@@ -92,7 +98,7 @@ class Tracked:
         To be entered as soon as there is a process.
         """
         record, folder = self.record, self._tracker.folder
-        record.jail = process.layers
+        record.jail, record.groups = process.layers, [str(group) for group in process.groups]
         self._take(process)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Made under another name and locked before it gets its own: a sweep never finds it unlocked.
@@ -102,18 +108,26 @@ class Tracked:
             self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
+                keep_from_children(self._fd)
                 self.update()
                 temporary.rename(path)
                 yield
             except BaseException as error:
                 reason = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
+                if isinstance(error, MachineError):  # its channel may end a moment before it does
+                    process.ended_within(_END_S)
+                if self._tracker.was_killed(record.id) and isinstance(error, LuminaGuardError):
+                    error.hint = "It was ended by 'luminaguard vm kill'."
                 raise
             finally:
                 if not process.running:
-                    reason = process.killed_for or "the hypervisor ended"
+                    killed = self._tracker.was_killed(record.id)
+                    reason = process.killed_for or (_KILLED if killed else "the hypervisor ended")
                     record.exit_status = process.exit_status()
                 self._tracker.remember(record, reason)
-                path.unlink(missing_ok=True)
+                for left in (path, self._tracker.kill_mark(record.id)):
+                    left.unlink(missing_ok=True)
+                forget(self._fd)
                 os.close(self._fd)
                 self._fd = -1
 
@@ -179,8 +193,8 @@ class VMTracker:
                 groups.remove(folders, wait=False)
         self._jails.sweep()
         # Of owners that were killed before the record had its name, or together with their reaper.
-        for path in (*self.folder.glob(".vm-*"), *self.folder.parent.glob("owner-*.lock")):
-            if _age_s(path) > _GROUP_AGE_S and not _held(path):
+        for path in (*self.folder.glob(".vm-*"), *self.folder.glob(".killed-*"), *self.folder.parent.glob("owner-*")):
+            if _age_s(path) > (_LOCK_AGE_S if path.suffix == ".lock" else _GROUP_AGE_S) and not _held(path):
                 path.unlink(missing_ok=True)
         return dead
 
@@ -188,10 +202,19 @@ class VMTracker:
         """End one machine; its owner sees it end. None when there is no such machine."""
         for record in self.running():
             if record.id == vm_id:
+                os.close(os.open(self.kill_mark(vm_id), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
                 _end(record)
                 log.event("machine.killed", vm=record.id, pid=record.pid)
                 return record
         return None
+
+    def kill_mark(self, vm_id: str) -> Path:
+        """A file that says that a machine was ended by :meth:`kill`."""
+        return self.folder / f".killed-{vm_id}"
+
+    def was_killed(self, vm_id: str) -> bool:
+        """Whether a machine was ended by :meth:`kill`."""
+        return self.kill_mark(vm_id).exists()
 
     def ended(self, limit: int = 50) -> list[MachineRecord]:
         """The last machines that ended, newest first."""
@@ -222,7 +245,7 @@ class VMTracker:
                 if record is not None:
                     _end(record)
                     self.remember(record, "its owner died")
-                    self._remove_group(record.id)
+                    self._remove_groups(record)
                     log.event("machine.reaped", vm=record.id, pid=record.pid)
                     dead.append(record)
                 path.unlink(missing_ok=True)
@@ -248,9 +271,11 @@ class VMTracker:
             os.close(fd)
 
     @staticmethod
-    def _remove_group(name: str) -> None:
+    def _remove_groups(record: MachineRecord) -> None:
         groups = CgroupStore()
-        groups.remove(groups.groups().get(name, []))
+        found = {*groups.groups().get(record.id, []), *map(Path, record.groups)}
+        # Only what is called like the machine, and rmdir(2) removes only what is empty.
+        groups.remove([group for group in found if group.name == record.id and group.parent.name == "luminaguard"])
 
 
 def _dumps(record: MachineRecord) -> bytes:

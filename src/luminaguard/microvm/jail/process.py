@@ -27,6 +27,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import anyio
 
@@ -85,6 +86,7 @@ class JailedProcess(ProcessInfo):
     pidfd: int
     said: int
     outer: subprocess.Popen[bytes]
+    groups: list[Path]
     killed_for: str = ""
 
     def words(self, limit: int = 2000) -> str:
@@ -96,6 +98,10 @@ class JailedProcess(ProcessInfo):
     def running(self) -> bool:
         """Whether it lives."""
         return not _readable(self.pidfd)
+
+    def ended_within(self, seconds: float) -> bool:
+        """Block until it has ended, for at most so long."""
+        return _readable(self.pidfd, seconds)
 
     def exit_status(self) -> int | None:
         """The status that it ended with, 128 and the signal's number if it was one; None while it lives."""
@@ -220,8 +226,8 @@ class Jail:
                 raise
             stack.callback(os.close, pidfd)
             stack.callback(_end, pidfd)
-            self._confine(name, (pid, pidfd, said), limits, layers, stack)
-            process = JailedProcess(pid, layers, pidfd, said, outer)
+            groups = self._confine(name, (pid, pidfd, said), limits, layers, stack)
+            process = JailedProcess(pid, layers, pidfd, said, outer, groups)
             with follow(process):
                 if self._bwrap:
                     try:
@@ -299,7 +305,7 @@ class Jail:
 
     def _confine(
         self, name: str, process: tuple[int, int, int], limits: Limits, layers: dict[str, str], stack: ExitStack
-    ) -> None:
+    ) -> list[Path]:
         pid, pidfd, said = process
         layers["cgroup"] = self.cgroups.missing or "on"
         if self.cgroups.missing:
@@ -310,12 +316,13 @@ class Jail:
                     "'require_jail = false' runs without one.",
                     kept="No machine was started.",
                 )
-            return
+            return []
         try:
             groups = self.cgroups.create(name, memory_bytes=limits.memory_bytes, processes=limits.processes)
             stack.callback(self.cgroups.remove, groups)
             stack.callback(_end, pidfd)  # a group can be removed when nothing lives in it
             self.cgroups.add(groups, pid)
+            return groups
         except ProcessLookupError:
             raise _refused(said) from None
         except OSError as error:
@@ -328,6 +335,7 @@ class Jail:
                     "'require_jail = false' runs without it.",
                     kept="No machine was started.",
                 ) from error
+        return []
 
 
 def _bwrap_options(name: str, info: int, gate: int) -> list[str]:
