@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
@@ -148,6 +149,35 @@ def test_ctrl_z_stops_the_command_too_and_it_goes_on_after_it(home, workspace):
         rest = process.stdout.read().split()
         assert process.wait(60) == 0
     assert rest == [str(i).encode() for i in range(2, 61)]
+
+
+@pytest.mark.parametrize("answer", [b"\x03", b"\x04", signal.SIGTERM])
+def test_a_question_that_is_not_answered_leaves_the_request_waiting(home, workspace, answer):
+    """Ctrl-C, Ctrl-D or a signal at the question is no answer."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        argv = home.argv("exec", "-w", str(workspace), "--", "touch", "new")
+        os.execvpe(argv[0], argv, home.environment)
+    said = b""
+    asked = False
+    while True:
+        try:
+            piece = os.read(fd, 4096)
+        except OSError:  # its end
+            break
+        if not piece:
+            break
+        said += piece
+        if b"[l]ater: " in said and not asked:
+            asked = True
+            os.write(fd, answer) if isinstance(answer, bytes) else os.kill(pid, answer)
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 120, said
+    (request,) = home.run("approvals", "list", "--json").json["requests"]
+    assert request["id"].encode() in said
+    assert not (workspace / "new").exists()
+    assert home.run("approvals", "approve", request["id"]).code == 0
+    assert (workspace / "new").exists()
 
 
 def test_what_the_caller_ignores_stays_ignored(home, workspace):
