@@ -98,7 +98,7 @@ def test_the_workload_can_reach_nothing_but_its_copy(home, workspace):
     for name in ("vsock", "netlink", "packet", "alg"):
         assert found.pop(name) == "EAFNOSUPPORT", name
     for name in ("network", "dns"):
-        assert found.pop(name) == "ENETUNREACH", name
+        assert found.pop(name) in {"ENETUNREACH", "EACCES"}, name  # EACCES: a landlock that knows TCP
     assert found.pop("disk") in {"ENOENT", "EACCES"}
     assert found.pop("see init") in {"ENOENT", "EACCES"}
     assert found.pop("clone3") == "ENOSYS"

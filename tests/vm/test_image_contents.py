@@ -16,7 +16,8 @@ PROGRAMS = {
 }  # fmt: skip
 ABSENT = {"tkinter", "_tkinter", "turtle", "turtledemo", "idlelib", "lib2to3", "ensurepip", "_gdbm"}
 """Parts of Python that Debian packages apart: windows, a package manager, a database of another licence."""
-ELSEWHERE = {"msvcrt", "winreg", "winsound", "_winapi", "nt", "_overlapped", "_scproxy", "_msi", "msilib"}
+ELSEWHERE = {"msvcrt", "winreg", "winsound", "_winapi", "nt", "_overlapped", "_scproxy", "_msi", "msilib",
+             "_wmi", "_ios_support"}  # fmt: skip
 """Of other systems, or taken out of Python on purpose by its version."""
 
 IMPORT_ALL = """

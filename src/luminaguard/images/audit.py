@@ -63,7 +63,7 @@ class Waiver:
 WAIVERS = (
     Waiver("elf-pie", re.compile(r"usr/bin/(python3\.\d+|gawk)|usr/lib/x86_64-linux-gnu/awk/(gr|pw)cat"),
            "the distribution links it at a fixed address; its heap, stack and libraries have random ones"),
-    Waiver("elf-canary", re.compile(r"usr/lib/x86_64-linux-gnu/awk/(gr|pw)cat|usr/bin/(getconf|bzip2recover)"),
+    Waiver("elf-canary", re.compile(r"usr/lib/x86_64-linux-gnu/awk/(gr|pw)cat|usr/bin/(getconf|bzip2recover|jq)"),
            "the distribution builds it without, or it has no array on its stack"),
     Waiver("elf-search-path", re.compile(r"usr/bin/(expr|factor)"),
            "its RUNPATH is the system's own library folder, which is read-only"),

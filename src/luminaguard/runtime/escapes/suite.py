@@ -33,7 +33,7 @@ _DENIED = frozenset({"EPERM", "EACCES"})
 _ABSENT = _DENIED | {"ENOENT"}
 _READ_ONLY = _DENIED | {"EROFS"}
 _NO_FAMILY = frozenset({"EAFNOSUPPORT"})
-_NO_ROUTE = frozenset({"ENETUNREACH"})
+_NO_ROUTE = frozenset({"ENETUNREACH", "EACCES"})  # EACCES: a landlock that knows TCP
 _FULL = frozenset({"ENOSPC", "EDQUOT"})
 
 SYSTEM_CALLS: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -102,7 +102,9 @@ def _rows(prefix: str, names: Iterable[str], fails_with: Iterable[str], techniqu
 ATTEMPTS: tuple[Attempt, ...] = (
     *(Attempt(f"call.{name}", frozenset({"ENOSYS" if name == "clone3" else "EPERM"}), _GROUPS.get(name, _ESCAPE))
       for name in SYSTEM_CALLS),
-    *_rows("abi", ("i386", "x32"), {"killed:SIGSYS"}, _ESCAPE),
+    Attempt("abi.x32", frozenset({"killed:SIGSYS"}), _ESCAPE),
+    # A kernel that was told ia32_emulation=0 and knows it does not even take the interrupt.
+    Attempt("abi.i386", frozenset({"killed:SIGSYS", "killed:SIGSEGV"}), _ESCAPE),
     *_rows("init.signal", ("SIGKILL", "SIGTERM", "SIGSTOP", "SIGCHLD"), {"EPERM", "ESRCH"}, ("T1489", *_ESCAPE)),
     *_rows("init", ("environ", "memory", "maps", "root", "files"), _ABSENT, _DISCOVERY),
     Attempt("init.pidfd", frozenset({"unseen"}), _DISCOVERY),
