@@ -62,7 +62,8 @@ def test_without_any_hierarchy_that_is_said(tmp_path):
 
 
 def test_a_user_makes_groups_in_what_was_delegated_to_him(tmp_path, monkeypatch):
-    root = unified(tmp_path, "user.slice", "user.slice/user-7.slice", USER, f"{USER}/app.slice/run.scope")
+    root = unified(tmp_path, "user.slice", "user.slice/user-7.slice", USER, f"{USER}/app.slice",
+                   f"{USER}/app.slice/run.scope")  # fmt: skip
     own = os.geteuid()
     real = Path.stat
 

@@ -168,6 +168,17 @@ printf middle | dd of=holes conv=notrunc status=none bs=1 seek=200000001; sha256
     assert hashlib.sha256(path.read_bytes()).hexdigest() == told["stdout"].split()[0]
 
 
+@pytest.mark.parametrize("memory", [512, 1024])
+def test_a_guest_may_use_all_of_the_memory_that_it_was_given(home, workspace, memory):
+    """Its pages count twice on the host: that must not end its machine."""
+    with (workspace / "large").open("wb") as file:
+        file.truncate(memory * 9 // 10 << 20)
+    script = "cat large | wc -c; cat large > /dev/null; head -c 100M large > copy; echo still here"
+    told = home.exec(workspace, "sh", "-c", script, flags=("--memory", str(memory), "--publish", "never"),
+                     timeout_s=170).json  # fmt: skip
+    assert told["stdout"].split() == [str(memory * 9 // 10 << 20), "still", "here"], told
+
+
 def test_names_of_one_file_are_files_of_their_own_in_the_machine(home, workspace):
     """What is published is what was shown: one name changed, the other did not."""
     os.link(workspace / "a.txt", workspace / "again.txt")

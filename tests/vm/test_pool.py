@@ -383,8 +383,8 @@ def test_a_pool_that_was_frozen_with_its_machines_goes_on(home, workspace):
 def test_a_hypervisor_at_the_memory_limit_of_its_cgroup_is_one_typed_error(runtime, disk, monkeypatch):
     if CgroupStore().missing:
         pytest.skip("no cgroups for this user")
-    # So that the guest's own memory does not fit: 256 of it and 256 for translated code, less this.
-    monkeypatch.setattr("luminaguard.microvm.qemu.backend._OVERHEAD_MIB", -380)
+    # So that the guest's own memory does not fit: twice 256 of it and 256 for translated code, less this.
+    monkeypatch.setattr("luminaguard.microvm.qemu.backend._OVERHEAD_MIB", -620)
     fill = "kept = [bytearray(b'x' * (1 << 20)) for _ in range(160)]; print('all of it')"
 
     async def scenario() -> None:

@@ -92,6 +92,8 @@ def _see_through(
             sys.stderr.write(f"note: {execution.detail}\n")
         status = _settle(runtime, execution, options, progress, held)
     except Interrupted as interrupted:
+        signals.over()  # a second one must not contradict what is told of the first
+        held.take()
         progress.clear()
         _tell_interrupted(interrupted, execution, capture)
         return interrupted.exit_code
@@ -255,10 +257,10 @@ def ask(runtime: Runtime, request: Request, progress: Progress) -> bool | None:
     question = f"\nPublish exactly this to {visible(request.workspace)}? [y]es, [n]o, [f]ull diffs, [l]ater: "
     while True:
         # Keys typed before the question stood there answer nothing.
-        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
-        sys.stderr.write(question)
-        sys.stderr.flush()
         try:
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+            sys.stderr.write(question)
+            sys.stderr.flush()
             answer = sys.stdin.readline()
         except Interrupted:
             sys.stderr.write("\n")

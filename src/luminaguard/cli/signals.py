@@ -101,7 +101,8 @@ _holder: list[Held] = []
 
 def install() -> None:
     """Take over the signals that ask to end, but not those that the caller had ignored (nohup, a job of sh)."""
-    for number in ENDING:
+    # A command in a machine may be sent the last two; whoever sends them must not end us when there is none.
+    for number in (*ENDING, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
 

@@ -208,7 +208,10 @@ class QemuHypervisor:
         follow: Follow = not_followed,
     ) -> _Started:  # fmt: skip
         mib = memory_mib + (command.TRANSLATION_MIB if self.accelerator == "tcg" else 0)
-        limits = Limits(memory_bytes=(mib + _OVERHEAD_MIB) << 20, address_bytes=(mib + _ADDRESS_MIB) << 20)
+        # A page of the guest may count twice: in the template's memory file, where the first to look at it
+        # makes it, and as the clone's own copy.
+        most = mib + memory_mib + _OVERHEAD_MIB
+        limits = Limits(memory_bytes=most << 20, address_bytes=(mib + _ADDRESS_MIB) << 20)
         return self._jail.start(name, self._program, ["-name", name, *arguments], inherited, limits, follow)
 
 
