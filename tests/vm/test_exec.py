@@ -420,6 +420,19 @@ def test_a_reader_that_goes_away_ends_the_command_and_its_effects_wait(home, wor
     assert "pending: req-" in said
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_output_that_cannot_be_written_loses_no_effects(home, workspace, flags):
+    argv = home.argv("exec", "-w", str(workspace), "--publish", "always", *flags, "--",
+                     "sh", "-c", "echo out; echo new > n")  # fmt: skip
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(argv, env=home.environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+                              stdin=subprocess.DEVNULL, timeout=120)  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert (workspace / "n").read_text() == "new\n", done.stderr
+    assert done.returncode == (125 if flags else 0), done.stderr
+    assert "cannot be written" in done.stderr
+
+
 def test_json_keeps_what_a_command_said_whose_effects_are_refused(home, workspace):
     result = home.exec(workspace, "sh", "-c", "echo important; echo bad >&2; mkfifo p")
     value = result.json

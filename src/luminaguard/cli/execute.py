@@ -149,6 +149,10 @@ async def _run(
             except BrokenPipeError:  # as in `exec ... | head -1`: its effects are wanted all the same
                 unread.add(stream)
                 await relay.hang_up()
+            except OSError as error:  # such as a full disk, which is no reason for the command to end
+                unread.add(stream)
+                if stream == 1:
+                    sys.stderr.write(f"note: standard output cannot be written any more: {error.strerror}\n")
 
     try:
         async with anyio.create_task_group() as tasks:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from luminaguard.effects.text import visible
-from luminaguard.errors import LuminaGuardError
+from luminaguard.errors import EXIT_INTERNAL, LuminaGuardError
 
 if TYPE_CHECKING:
     from luminaguard.effects.render import Line
@@ -80,9 +80,26 @@ def _rows(text: str, width: int) -> Iterator[str]:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=True) + "\n")
-    sys.stdout.flush()
+    """Print one JSON object on standard output.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+        SystemExit: it cannot be written for another reason, such as a full disk, which was said on standard error.
+    """
+    try:
+        sys.stdout.write(json.dumps(value, ensure_ascii=True) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is still buffered must not fail once more on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        sys.stderr.write(
+            f"error: the result cannot be written to standard output: {error.strerror}\n"
+            "  kept: what was done stays done; 'luminaguard ledger export' and 'approvals list' tell it\n"
+            "  hint: free some space, or send standard output elsewhere\n"
+        )
+        raise SystemExit(EXIT_INTERNAL) from error
 
 
 def error_fields(error: LuminaGuardError) -> dict[str, str]:
