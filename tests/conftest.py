@@ -1,6 +1,7 @@
 """Fixtures: a home for each test over one shared cache with the guest image, and a small workspace."""
 
 import os
+from collections.abc import Iterator
 from functools import cache as cache_once
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hypothesis import HealthCheck, settings
 from luminaguard.errors import HypervisorUnavailable
 from luminaguard.microvm.firecracker.probe import find_firecracker
 from luminaguard.microvm.qemu.probe import probe_kvm
+from luminaguard.runtime import Runtime
+from luminaguard.settings import Folders, load_settings
 from luminaguard.testing import Home
 
 # On a busy machine slow is no finding; what a test claims never depends on time.
@@ -59,6 +62,16 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture
 def home(tmp_path, cache) -> Home:
     return Home(tmp_path / "home", cache)
+
+
+@pytest.fixture
+def runtime(home, monkeypatch) -> Iterator[Runtime]:
+    """The parts themselves, in the test's process, on the test's home."""
+    monkeypatch.setenv("LUMINAGUARD_HOME", str(home.folder))
+    folders = Folders.from_environment().ensure()
+    made = Runtime(load_settings(folders), folders)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ CHECKS = ["settings", "hypervisor", "firecracker", "kvm", "host", "tools", "back
 def runtime(bare_home, monkeypatch):
     monkeypatch.setenv("LUMINAGUARD_HOME", str(bare_home.folder))
     folders = Folders.from_environment().ensure()
-    made = Runtime(load_settings(folders), folders)
+    made = Runtime(load_settings(folders), folders)  # without an image, unlike the suite's own
     yield made
     made.close()
 

@@ -20,8 +20,6 @@ from luminaguard.microvm.machine import Command
 from luminaguard.microvm.pool import Pool, PoolLimits, Template
 from luminaguard.microvm.tracker import VMTracker
 from luminaguard.microvm.usage import start_time, usage
-from luminaguard.runtime import Runtime
-from luminaguard.settings import Folders, load_settings
 from luminaguard.testing.machines import alive, output_of, until
 from luminaguard.workspaces.pack import WorkspaceImages
 from luminaguard.workspaces.state import Limits, read_state
@@ -31,13 +29,6 @@ GONE_S = float(
     os.environ.get("LUMINAGUARD_TEST_GONE_S", "10")
 )  # 2 s is the promise; a test waits longer on a busy machine
 CLONES = int(os.environ.get("LUMINAGUARD_TEST_CLONES", "16"))
-
-
-@pytest.fixture
-def runtime(home, monkeypatch) -> Runtime:
-    monkeypatch.setenv("LUMINAGUARD_HOME", str(home.folder))
-    folders = Folders.from_environment().ensure()
-    return Runtime(load_settings(folders), folders)
 
 
 @pytest.fixture

@@ -15,20 +15,9 @@ from luminaguard.errors import MachineError
 from luminaguard.microvm import machine as machines
 from luminaguard.microvm.pool import PoolLimits
 from luminaguard.microvm.tracker import VMTracker
-from luminaguard.runtime import Runtime
-from luminaguard.settings import Folders, load_settings
 from luminaguard.testing import Home
 
 pytestmark = pytest.mark.vm
-
-
-@pytest.fixture
-def runtime(home, monkeypatch):
-    monkeypatch.setenv("LUMINAGUARD_HOME", str(home.folder))
-    folders = Folders.from_environment().ensure()
-    made = Runtime(load_settings(folders), folders)
-    yield made
-    made.close()
 
 
 def listed(home) -> list[dict]:
