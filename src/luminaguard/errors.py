@@ -17,6 +17,7 @@ raises; only the command line exits.
     │   └── ImageBuildFailed
     ├── MachineError                     125  a micro-VM failed
     │   ├── MachineNotFound              122  there is none of that name
+    │   ├── CommandTooLong               122  it does not fit into one call
     │   ├── BootFailed
     │   ├── GuestProtocolError                the guest broke the protocol: its VM was destroyed
     │   └── GuestUnresponsive                 the guest did not answer in time: same
@@ -46,6 +47,7 @@ __all__ = [
     "ApprovalError",
     "BootFailed",
     "ChangesetRefused",
+    "CommandTooLong",
     "Conflict",
     "GuestProtocolError",
     "GuestUnresponsive",
@@ -149,6 +151,12 @@ class MachineError(LuminaGuardError):
 
 class MachineNotFound(MachineError):
     """There is no machine of that name."""
+
+    exit_code = EXIT_REFUSED
+
+
+class CommandTooLong(MachineError):
+    """A command line and its environment do not fit into one call."""
 
     exit_code = EXIT_REFUSED
 

@@ -204,6 +204,12 @@ def test_commands_that_cannot_start_are_told_apart(home, workspace):
     assert missing.code == 127
     assert "was not found" in missing.json["error"]["message"]
     assert home.exec(workspace, "./a.txt").code == 126
+    nameless = home.exec(workspace, "")
+    assert nameless.code == 127
+    assert "''" in nameless.json["error"]["message"]
+    long = home.exec(workspace, "echo", "x" * 70_000)
+    assert long.code == 122
+    assert (long.json["error"]["type"], "standard input" in long.json["error"]["hint"]) == ("CommandTooLong", True)
     assert home.exec(workspace, "sh", "-c", "kill -9 $$").json["exit_code"] == 137
 
 
@@ -418,6 +424,38 @@ def test_a_reader_that_goes_away_ends_the_command_and_its_effects_wait(home, wor
         said = process.stderr.read().decode()
         assert process.wait(60) == 120, said
     assert "pending: req-" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [(["--json", "--publish", "always"], 0), (["--json"], 120), ([], 120), (["--publish", "never"], 0)],
+)
+def test_that_nobody_reads_what_is_told_changes_nothing_of_it(home, workspace, flags, code):
+    """As in ``exec --json ... | true`` and ``exec ... 2>&1 | true``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = home.argv("exec", "-w", str(workspace), *flags, "--", "touch", "n")
+    with os.fdopen(writer, "wb") as broken:
+        done = subprocess.run(argv, env=home.environment, stdout=broken, stderr=broken, check=False,
+                              stdin=subprocess.DEVNULL, timeout=120)  # fmt: skip
+    assert done.returncode == code
+    assert (workspace / "n").exists() == ("always" in flags)
+    assert len(home.run("approvals", "list", "--json").json["requests"]) == (code == 120)
+
+
+def test_a_command_reaches_what_it_serves_itself(home, workspace):
+    """The loopback is up; that there is no other interface is for the escape suite."""
+    script = """
+import http.server, threading, urllib.request
+for family, host in ((2, "127.0.0.1"), (10, "::1")):
+    kind = type("Server", (http.server.ThreadingHTTPServer,), {"address_family": family})
+    server = kind((host, 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = f"[{host}]" if family == 10 else host
+    print(urllib.request.urlopen(f"http://{where}:{server.server_port}/a.txt").read())
+"""
+    told = home.exec(workspace, "python3", "-c", script).json
+    assert told["stdout"] == "b'one\\ntwo\\n'\n" * 2, told
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

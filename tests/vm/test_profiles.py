@@ -36,7 +36,7 @@ print(json.dumps({
 """
 EXPECTED = {
     "strict": {"unix socket": "OSError97", "internet socket": "OSError97", "vsock": "OSError97",
-               "netlink": "OSError97", "own the file": "PermissionError1", "shared memory": "PermissionError1",
+               "netlink": "OSError97", "shared memory": "PermissionError1",
                "anonymous file": "PermissionError1", "personality": "PermissionError1",
                "namespace": "PermissionError1", "no such call": "OSError38"},
     "default": {"vsock": "OSError97", "netlink": "OSError97", "personality": "PermissionError1",
@@ -62,6 +62,7 @@ def test_the_tools_work_in_every_profile(home, workspace, profile):
 git init -q . && git add -A && git commit -qm x && git log --oneline | wc -l
 tar czf /tmp/t.tgz . && tar tzf /tmp/t.tgz > /dev/null
 find . -name '*.txt' | xargs grep -l one; sed -i s/one/1/ a.txt; sort a.txt | head -1; jq -n '1+1'
+cp -a a.txt /tmp/a; install -m 640 a.txt /tmp/b; chown $(id -u):$(id -g) /tmp/a; chgrp $(id -g) /tmp/b
 python3 -c 'import sqlite3, ssl, json, tempfile; tempfile.TemporaryFile().write(b"x"); print("python")'
 """
     told = home.exec(workspace, "bash", "-c", script, flags=("--profile", profile)).json

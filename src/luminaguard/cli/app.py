@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -397,7 +398,7 @@ def recover() -> None:
 
 def run() -> None:
     """Run the command line; the only place that turns errors into exit codes."""
-    from luminaguard.cli.output import open_streams, print_error
+    from luminaguard.cli.output import open_streams, print_error, stop_writing
 
     open_streams()
     try:
@@ -409,8 +410,8 @@ def run() -> None:
         print_error(error, as_json=_State.as_json)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+        stop_writing()
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:  # whatever it is, people get a sentence and not a traceback
         if _State.debug:
             raise

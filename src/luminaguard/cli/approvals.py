@@ -8,7 +8,7 @@ from typing import Any
 
 from luminaguard.cli import signals
 from luminaguard.cli.execute import show_card
-from luminaguard.cli.output import Progress, print_json, tell_recovered
+from luminaguard.cli.output import Progress, print_json, print_outcome, stop_writing, tell_recovered
 from luminaguard.effects.text import visible
 from luminaguard.runtime import Runtime
 
@@ -70,9 +70,12 @@ def close(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
 
 def _tell(runtime: Runtime, request_id: str, as_json: bool, text: str) -> None:
     if as_json:
-        print_json(_fields(runtime.approvals.get(request_id)))
-    else:
-        print(visible(text))
+        print_outcome(_fields(runtime.approvals.get(request_id)))
+        return
+    try:
+        print(visible(text), flush=True)
+    except BrokenPipeError:
+        stop_writing()
 
 
 def _fields(request: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from luminaguard.cli import signals
-from luminaguard.cli.output import Progress, error_fields, print_json, print_lines, tell_recovered
+from luminaguard.cli.output import Progress, error_fields, print_lines, print_outcome, tell_recovered
 from luminaguard.cli.relay import Relay, terminal_size
 from luminaguard.cli.signals import Held, Interrupted
 from luminaguard.effects.text import visible
@@ -67,7 +67,7 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
     except LuminaGuardError as error:
         if capture is None:
             raise
-        print_json(_without_result(capture, error.exit_code, error_fields(error)))
+        print_outcome(_without_result(capture, error.exit_code, error_fields(error)))
         status = error.exit_code
     finally:
         progress.clear()
@@ -101,10 +101,10 @@ def _see_through(
         if capture is None or execution is None:
             raise
         execution.status, execution.detail = "refused", error.message
-        print_json(_as_json(execution, capture) | {"error": error_fields(error)})
+        print_outcome(_as_json(execution, capture) | {"error": error_fields(error)})
         return error.exit_code
     if capture is not None:
-        print_json(_as_json(execution, capture))
+        print_outcome(_as_json(execution, capture))
     return status
 
 
@@ -113,7 +113,7 @@ def _tell_interrupted(interrupted: Interrupted, execution: Execution | None, cap
     if capture is not None:
         words = {"type": "Interrupted", "message": "The command was interrupted."}
         told = _without_result(capture, interrupted.exit_code, words, pending)
-        print_json(told | {"status": "pending"} if pending else told)
+        print_outcome(told | {"status": "pending"} if pending else told)
         return
     sys.stderr.write("interrupted: the machine was destroyed; nothing was published\n")
     if pending:
@@ -308,7 +308,7 @@ def _not_started(code: str, message: str, name: str, capture: _Capture | None) -
     sentence = f"'{shown}' {text.get(code, f'could not be started ({code}: {ascii(message)[1:-1][:200]})')}."
     if capture is not None:
         words = {"type": "CommandNotStarted", "message": sentence, "hint": hint}
-        print_json(_without_result(capture, status, words) | {"status": "unchanged"})
+        print_outcome(_without_result(capture, status, words) | {"status": "unchanged"})
     else:
         sys.stderr.write(f"error: {sentence}\n  hint: {hint}\n")
     return status

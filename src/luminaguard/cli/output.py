@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import operator
 import os
@@ -21,7 +22,17 @@ from luminaguard.errors import EXIT_INTERNAL, LuminaGuardError
 if TYPE_CHECKING:
     from luminaguard.effects.render import Line
 
-__all__ = ["Progress", "error_fields", "open_streams", "print_error", "print_json", "print_lines", "tell_recovered"]
+__all__ = [
+    "Progress",
+    "error_fields",
+    "open_streams",
+    "print_error",
+    "print_json",
+    "print_lines",
+    "print_outcome",
+    "stop_writing",
+    "tell_recovered",
+]
 
 _COLOURS = {
     "title": "\x1b[1m", "loud": "\x1b[1;33m", "path": "\x1b[1m", "dim": "\x1b[2m", "plus": "\x1b[32m",
@@ -42,6 +53,25 @@ def open_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+    told = io.BufferedWriter(_Told(2, "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(told, encoding=sys.stderr.encoding, errors="backslashreplace", line_buffering=True)
+
+
+class _Told(io.FileIO):
+    """Standard error that has gone away (a closed pipe or terminal, a full disk) changes nothing of what is done."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def stop_writing() -> None:
+    """Nobody reads standard output any more: what is still buffered must not fail once more on the way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def colours(stream: Any) -> bool:
@@ -92,14 +122,21 @@ def print_json(value: Any) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # What is still buffered must not fail once more on the way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        stop_writing()
         sys.stderr.write(
             f"error: the result cannot be written to standard output: {error.strerror}\n"
             "  kept: what was done stays done; 'luminaguard ledger export' and 'approvals list' tell it\n"
             "  hint: free some space, or send standard output elsewhere\n"
         )
         raise SystemExit(EXIT_INTERNAL) from error
+
+
+def print_outcome(value: Any) -> None:
+    """Like :func:`print_json`, of what is done and stays done: that nobody reads it makes it no failure."""
+    try:
+        print_json(value)
+    except BrokenPipeError:
+        stop_writing()
 
 
 def error_fields(error: LuminaGuardError) -> dict[str, str]:

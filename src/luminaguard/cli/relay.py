@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -10,9 +11,8 @@ import struct
 import sys
 import termios
 import tty
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -39,18 +39,22 @@ def terminal_size() -> Terminal | None:
     return Terminal(rows or 24, columns or 80)
 
 
-@contextmanager
-def raw_terminal(active: bool) -> Iterator[None]:
-    """Pass keys through as they are; restores the terminal on every way out."""
-    if not active:
-        yield
-        return
-    saved = termios.tcgetattr(0)
-    try:
-        tty.setraw(0)
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, saved)
+class _Keys:
+    """The terminal on standard input: raw while keys go through as they are, as it was before at all other times."""
+
+    def __init__(self) -> None:
+        self._saved: list[Any] | None = None
+
+    def pass_through(self) -> None:
+        with suppress(termios.error):  # it is gone: a hang-up will tell
+            self._saved = termios.tcgetattr(0)
+            tty.setraw(0)
+
+    def restore(self) -> None:
+        if self._saved is not None:
+            with suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
+            self._saved = None
 
 
 class Relay:
@@ -62,18 +66,24 @@ class Relay:
 
     def __init__(self, *, terminal: bool) -> None:
         self._terminal = terminal
+        self._keys = _Keys()
         self._call: Call | None = None
         self._asked = 0
 
     async def feed(self, call: Call) -> None:
         """Copy standard input until it ends; runs until cancelled."""
         self._call = call
+        self._take_keys()
         try:
-            with raw_terminal(self._terminal):
-                await self._copy(call)
-                await anyio.sleep_forever()
+            await self._copy(call)
+            await anyio.sleep_forever()
         finally:
             self._call = None
+            self._keys.restore()
+
+    def _take_keys(self) -> None:
+        if self._terminal and self._call is not None:
+            self._keys.pass_through()
 
     async def hang_up(self) -> None:
         """Nobody reads the command's output any more: tell it as a pipe would."""
@@ -85,7 +95,9 @@ class Relay:
         if number == signal.SIGTSTP:
             # Nobody in the machine could continue what stops itself there, so its kernel would ignore Ctrl-Z.
             await self._pass(signal.SIGSTOP)
+            self._keys.restore()
             stop_here()
+            self._take_keys()
         elif number == signal.SIGWINCH:
             size = terminal_size() if self._terminal else None
             if self._call is not None and size is not None:
@@ -121,8 +133,17 @@ class Relay:
                 except OSError:  # such as /dev/null, which epoll refuses: reading it does not block
                     is_file = True
                     continue
-                data = os.read(0, _SIZE)
+                data = _read()
             if not data:
                 await call.write_eof()
                 return
             await call.write(data)
+
+
+def _read() -> bytes:
+    try:
+        return os.read(0, _SIZE)
+    except OSError as error:
+        if error.errno == errno.EIO:  # the terminal is gone, as at its end of file; a hang-up will tell of it
+            return b""
+        raise

@@ -97,6 +97,9 @@ class Held:
 
 
 _holder: list[Held] = []
+_deferred: list[int] = []
+_SOON_S = 0.002
+_WITH_VALUE = frozenset({"-w", "--workspace", "--publish", "--timeout", "--memory", "--profile"})
 
 
 def install() -> None:
@@ -129,6 +132,7 @@ def over() -> None:
     """From here on nothing is interrupted: it was told how it ended."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+    _deferred.clear()
 
 
 def stop_here() -> None:
@@ -139,8 +143,7 @@ def stop_here() -> None:
 def tell(interrupted: Interrupted) -> None:
     """Say on the way out that nothing came of the command."""
     over()
-    flags = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    if "--json" in flags:
+    if "--json" in _own_flags(sys.argv[1:]):
         import json
 
         words = {"type": "Interrupted", "message": "The command was interrupted."}
@@ -149,8 +152,43 @@ def tell(interrupted: Interrupted) -> None:
         print("interrupted", file=sys.stderr)
 
 
-def _on_signal(number: int, _frame: FrameType | None) -> None:
+def _own_flags(words: list[str]) -> list[str]:
+    """Flags of ours on a command line that may not have been read yet: none of the command that it names."""
+    if words[:1] != ["exec"]:
+        return words
+    flags, rest = [], iter(words[1:])
+    for word in rest:
+        if word == "--" or not word.startswith("-"):
+            break
+        flags.append(word)
+        if word in _WITH_VALUE:
+            next(rest, None)
+    return flags
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
     if _holder:
         _holder[0].keep(number)
-    elif number in ENDING:
+    elif number not in ENDING:
+        return
+    elif _imports(frame):
+        # Raised there, it would leave half a module behind, or be lost in the callback of a weak reference.
+        _deferred[:] = [number]
+        signal.signal(signal.SIGALRM, _on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, _SOON_S)
+    else:
         raise Interrupted(number)
+
+
+def _on_alarm(_number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if _deferred:
+        _on_signal(_deferred.pop(), frame)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

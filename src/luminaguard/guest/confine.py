@@ -2,8 +2,8 @@
 
 Runs between fork and exec, in this order: capability bounding set, groups and uid, resource limits,
 no_new_privs, seccomp, landlock, and the filter of a stricter profile. Constants are those of the
-kernel's uapi headers for x86-64. Of landlock all is used that the kernel has (Debian 12's: ABI 2,
-without rules for TCP); seccomp covers what is missing.
+kernel's uapi headers for x86-64. Of landlock all is used that the kernel has (Debian 12's: ABI 2),
+but for TCP: programs may talk to themselves over the loopback, and there is no other interface.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FS_IOCTL_DEV = 1 << 15
 _FS_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 """ABI 2 has REFER, ABI 3 TRUNCATE, ABI 5 IOCTL_DEV (Documentation/userspace-api/landlock.rst)."""
 _FS_ALL = _FS_BY_ABI[5]
-_NET_TCP, _NET_ABI = 3, 4  # bind and connect
+_NET_ABI = 4  # TCP can be handled: nothing of it is, since there is no network but the machine's own loopback
 _SCOPES, _SCOPE_ABI = 3, 6  # abstract Unix sockets and signals: none outside of what the workload started
 _VERSION = 1
 _READ = _FS_EXECUTE | _FS_READ_FILE | _FS_READ_DIR
@@ -110,12 +110,12 @@ def landlock_abi() -> int:
 def make_ruleset() -> int:
     """A landlock ruleset of all but the workspace, which is not mounted yet; raises OSError.
 
-    TCP, abstract sockets and signals to others are handled without a rule that allows any.
+    Abstract sockets of others and signals to them are handled without a rule that allows any.
     """
     abi = landlock_abi()
     handled = [
         next(rights for since, rights in sorted(_FS_BY_ABI.items(), reverse=True) if abi >= since),
-        *([_NET_TCP] if abi >= _NET_ABI else []),
+        *([0] if abi >= _NET_ABI else []),
         *([_SCOPES] if abi >= _SCOPE_ABI else []),
     ]
     attributes = ctypes.create_string_buffer(struct.pack(f"<{len(handled)}Q", *handled))

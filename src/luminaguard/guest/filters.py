@@ -4,7 +4,7 @@ A call that is on no list is refused with EPERM when it is one that workloads ha
 and with ENOSYS when this table does not know it (it came later, or is long dead): programs then use
 an older one. Numbers are those of the kernel's headers for x86-64, up to 6.2.
 
-``strict``   files, memory, processes, time: no sockets, no shared memory, no file ownership
+``strict``   files, memory, processes, time: no sockets, no shared memory
 ``default``  what programs use: also sockets (Unix and Internet, without a network behind them), IPC, asynchronous I/O
 ``build``    also the personality of a process and where its memory lies, which some builds and their tests set
 """
@@ -46,20 +46,22 @@ _STRICT = {
     "syncfs": 306, "getcpu": 309, "renameat2": 316, "getrandom": 318, "membarrier": 324, "copy_file_range": 326,
     "preadv2": 327, "pwritev2": 328, "statx": 332, "rseq": 334, "close_range": 436, "openat2": 437,
     "faccessat2": 439, "epoll_pwait2": 441, "futex_waitv": 449,
+    # What cp -a, install and tar call to give a file the owner that it has; another one only root could give.
+    "chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190,
+    "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199,
 }  # fmt: skip
 _DEFAULT = {
     "shmget": 29, "shmat": 30, "shmctl": 31, "connect": 42, "accept": 43, "sendto": 44, "recvfrom": 45,
     "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "bind": 49, "listen": 50, "getsockname": 51, "getpeername": 52,
     "setsockopt": 54, "getsockopt": 55, "semget": 64, "semop": 65, "semctl": 66, "shmdt": 67, "msgget": 68,
-    "msgsnd": 69, "msgrcv": 70, "msgctl": 71, "chown": 92, "fchown": 93, "lchown": 94, "setuid": 105, "setgid": 106,
+    "msgsnd": 69, "msgrcv": 70, "msgctl": 71, "setuid": 105, "setgid": 106,
     "setreuid": 113, "setregid": 114, "setgroups": 116, "setresuid": 117, "setresgid": 119, "setfsgid": 123,
     "capset": 126, "mknod": 133, "sched_setparam": 142, "sched_setscheduler": 144, "mlock": 149, "munlock": 150,
-    "mlockall": 151, "munlockall": 152, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197,
-    "lremovexattr": 198, "fremovexattr": 199, "sched_setaffinity": 203, "io_setup": 206, "io_destroy": 207,
+    "mlockall": 151, "munlockall": 152, "sched_setaffinity": 203, "io_setup": 206, "io_destroy": 207,
     "io_getevents": 208, "io_submit": 209, "io_cancel": 210, "semtimedop": 220, "mq_open": 240, "mq_unlink": 241,
     "mq_timedsend": 242, "mq_timedreceive": 243, "mq_notify": 244, "mq_getsetattr": 245, "ioprio_set": 251,
     "ioprio_get": 252, "inotify_init": 253, "inotify_add_watch": 254, "inotify_rm_watch": 255, "mknodat": 259,
-    "fchownat": 260, "splice": 275, "tee": 276, "vmsplice": 278, "accept4": 288, "inotify_init1": 294,
+    "splice": 275, "tee": 276, "vmsplice": 278, "accept4": 288, "inotify_init1": 294,
     "recvmmsg": 299, "sendmmsg": 307, "sched_setattr": 314, "sched_getattr": 315, "seccomp": 317,
     "memfd_create": 319, "execveat": 322, "mlock2": 325, "pkey_mprotect": 329, "pkey_alloc": 330, "pkey_free": 331,
     "io_pgetevents": 333, "pidfd_send_signal": 424, "pidfd_open": 434, "landlock_create_ruleset": 444,

@@ -8,6 +8,7 @@ depends on the command: limits, the workspace's landlock rule, the folder, and e
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -148,6 +149,8 @@ def _become(fd: int, ends: tuple[int, int, int], confinement: Confinement, *, ra
         code = "bad-cwd"
         os.chdir(order["cwd"])
         code = "not-executable"
+        if not order["argv"][0]:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))  # as a shell says of an empty name
         os.execvpe(order["argv"][0], order["argv"], order["env"])  # noqa: S606  # the point of the machine
     except FileNotFoundError as error:
         code = "not-found" if code == "not-executable" else code

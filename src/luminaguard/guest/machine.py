@@ -45,6 +45,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_MOVE = 1, 2, 4, 8, 
 _SAFE = _MS_NOSUID | _MS_NODEV
 _UPPER_INODES = "64k"
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
+_SIOCSIFFLAGS, _IFF_UP, _IFF_RUNNING = 0x8914, 0x1, 0x40
 _MASKED = (
     "config.gz", "iomem", "ioports", "kallsyms", "kcore", "key-users", "keys", "kmsg", "kpagecgroup", "kpagecount",
     "kpageflags", "modules", "sched_debug", "slabinfo", "timer_list", "vmallocinfo",
@@ -128,6 +129,14 @@ def prepare() -> None:
             write(f"/proc/sys/{name}", value.encode())
         except FileNotFoundError:
             pass  # another kernel's
+
+    _raise_loopback()
+
+
+def _raise_loopback() -> None:
+    """The only network interface there is: what a command serves on 127.0.0.1 it can reach itself."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP | _IFF_RUNNING))
 
 
 def find_port() -> int:

@@ -49,6 +49,7 @@ class Workload:
         self._credit = dict.fromkeys(self._outputs, frames.WINDOW)
         self._pending = bytearray()  # received for stdin, not written yet
         self._stdin_eof = False
+        self._own_keys = 0
         self._status: int | None = None
         if pty >= 0:
             launcher.close_pipes()
@@ -179,6 +180,7 @@ class Workload:
             if self._stdin_eof and not self._pending:
                 self._stdin_eof = False
                 self._pending += b"\x04"  # a terminal has no end of file, only the key for it
+                self._own_keys = 1
             self._watch_pty()
         elif self._pending:
             self._loop.watch(self._stdin, select.POLLOUT, self._on_stdin)
@@ -196,6 +198,8 @@ class Workload:
             count = len(self._pending)
             self._close_stdin()
         del self._pending[:count]
+        if not self._pending:  # no credit was used for a key that did not come from the host
+            count, self._own_keys = count - self._own_keys, 0
         if count:
             self._send(Frame(frames.CREDIT, self.channel, struct.pack(">I", count), frames.STDIN))
         self._watch_stdin()

@@ -18,7 +18,7 @@ from typing import Any
 
 import anyio
 
-from luminaguard.errors import GuestProtocolError, GuestUnresponsive, MachineError
+from luminaguard.errors import CommandTooLong, GuestProtocolError, GuestUnresponsive, MachineError
 from luminaguard.guest import frames
 from luminaguard.guest.frames import Frame, FrameError, FrameReader
 
@@ -186,15 +186,16 @@ class GuestChannel:
         """Start a call whose answer may use the given streams.
 
         Raises:
-            MachineError: the connection has failed, or the call does not fit into a frame.
+            CommandTooLong: the call does not fit into a frame.
+            MachineError: the connection has failed.
         """
         if self.failure is not None:
             raise self.failure
         payload = json.dumps({"method": method, "params": params}).encode()
         if len(payload) > frames.MAX_PAYLOAD:
-            raise MachineError(
-                f"The command line and environment take {len(payload)} bytes; {frames.MAX_PAYLOAD} fit.",
-                hint="Put long arguments into a file in the workspace.",
+            raise CommandTooLong(
+                f"The command line and environment take {len(payload):,} bytes; {frames.MAX_PAYLOAD:,} fit.",
+                hint="Put long text into a file in the workspace, or give it on standard input.",
             )
         if self._next > _MAX_CHANNEL:
             raise _broken("all call numbers are used up")

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ from luminaguard.workspaces.renames import something_at
 __all__ = ["Publisher", "Step"]
 
 _LOCK_PAUSE_S = 0.05
+_FLOCK = struct.Struct("@hhqqi4x")
+"""struct flock of Linux on 64 bits: type, whence, start, length, pid (fcntl(2))."""
 
 
 class Publisher:
@@ -49,7 +52,7 @@ class Publisher:
 
     def __init__(self, state: Path, blobs: BlobStore) -> None:
         self._journals = state / "journal"
-        self._locks = state / "locks"
+        self._lock = state / "publish.lock"
         self._blobs = blobs
 
     @contextmanager
@@ -59,14 +62,15 @@ class Publisher:
         Raises:
             PublishError: another one does, and goes on for ``wait_s`` seconds.
         """
-        self._locks.mkdir(mode=0o700, parents=True, exist_ok=True)
-        name = hashlib.sha256(workspace.encode()).hexdigest()[:32]
-        fd = os.open(self._locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        # One file for all workspaces: each is a byte of its own, and nothing is left to clean up.
+        at = int.from_bytes(hashlib.sha256(workspace.encode()).digest()[:7])
+        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)
         try:
             deadline = time.monotonic() + wait_s
             while True:
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
                     break
                 except BlockingIOError:
                     if time.monotonic() < deadline:

@@ -1,0 +1,64 @@
+"""What signals do to the process itself, where no machine is needed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from luminaguard.cli import signals
+
+
+def test_an_import_is_not_left_in_the_middle(tmp_path):
+    """The signal comes while a module is loaded; it is raised once that is over, and never lost."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.05)\nwhole = True\n"
+    )
+    script = (
+        "from luminaguard.cli import signals\nimport sys, time\nsignals.install()\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "try:\n    import slow\n    time.sleep(20)\n"
+        "except signals.Interrupted as end:\n    print(sys.modules['slow'].whole, end.exit_code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("True 143\n", "")
+
+
+def test_an_import_that_ends_the_program_takes_the_signal_with_it(tmp_path):
+    """Once the outcome was told, what was put off must not come back."""
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    script = (
+        "from luminaguard.cli import signals\nimport sys, time\nsignals.install()\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\nimport slow\nsignals.over()\ntime.sleep(0.1)\nprint('told')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("told\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["exec", "--json", "--", "ls"], True), (["exec", "-w", "x", "--json", "ls"], True),
+        (["exec", "ls", "--json"], False), (["exec", "--", "ls", "--json"], False),
+        (["exec", "-w", "--json", "ls"], False), (["approvals", "list", "--json"], True), (["exec"], False),
+    ],
+)  # fmt: skip
+def test_only_our_own_flag_asks_for_json(words, asked):
+    assert ("--json" in signals._own_flags(words)) == asked
+
+
+def test_ctrl_c_at_any_moment_of_the_start_shows_no_traceback(bare_home):
+    for step in range(20):
+        process = subprocess.Popen(bare_home.argv("approvals", "list", "--json"), env=bare_home.environment,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        with process:
+            time.sleep(0.035 + step * 0.01)  # before, it is Python that starts
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        assert b"luminaguard" not in err, err
+        if process.returncode == 130:
+            assert json.loads(out)["error"]["type"] == "Interrupted"
+        else:
+            assert process.returncode in {0, -signal.SIGINT}, err
