@@ -16,6 +16,7 @@ from luminaguard.effects.text import mixes_scripts, visible
 from luminaguard.errors import ChangesetRefused
 
 SHA = "a" * 64
+THIRD = "c" * 64
 OTHER = "b" * 64
 names = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=12).filter(
     lambda n: n not in {".", ".."} and not n.startswith(".luminaguard-req-")
@@ -225,7 +226,32 @@ def test_renames_are_recognised():
     entry = FileEntry(0o644, 3, SHA)
     changeset = Changeset.of([Change("old", entry, None), Change("new", None, entry)])
     assert changeset.renames == {"new": "old"}
-    assert "renamed from old" in card_text(changeset, {}, {})[1]
+    card, text = card_text(changeset, {SHA: b"abc"}, {SHA: b"abc"})
+    assert "renamed from old" in text
+    assert "renamed to new" in text
+    assert "abc" not in text  # not as a deletion, which it is not
+    assert (card.summary.created, card.summary.deleted, card.summary.renamed) == (0, 0, 1)
+
+
+def test_a_renamed_file_that_was_edited_shows_what_was_edited():
+    old, new = b"".join(b"line %d\n" % i for i in range(50)), b"".join(b"line %d\n" % i for i in range(49)) + b"last\n"
+    changes = [
+        Change("old", FileEntry(0o644, len(old), SHA), None), Change("new", None, FileEntry(0o755, len(new), OTHER)),
+        Change("other", None, FileEntry(0o644, 4, THIRD)),
+    ]  # fmt: skip
+    _, text = card_text(Changeset.of(changes), {SHA: old}, {OTHER: new, THIRD: b"else"})
+    assert "1 created, 0 edited, 0 deleted, 1 renamed   (+2 -1 lines" in text
+    assert "renamed from old and edited" in text
+    assert "-line 49" in text
+    assert "-line 3\n" not in text
+    assert "EXECUTABLE" in text
+
+
+def test_files_that_share_little_are_no_rename():
+    old, new = b"a\nb\nc\n" * 20, b"a\n" + b"other words\n" * 20
+    changes = [Change("old", FileEntry(0o644, len(old), SHA), None), Change("new", None, FileEntry(0o644, 9, OTHER))]
+    card, _ = card_text(Changeset.of(changes), {SHA: old}, {OTHER: new})
+    assert (card.summary.created, card.summary.deleted, card.summary.renamed) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("hidden", ["\ufe01", "\U000e0120", "\u034f", "\u17b4", "\u180b"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from luminaguard.effects import diffs
 from luminaguard.effects.changes import Change, Changeset, DirEntry, Entry, FileEntry, LinkEntry
 from luminaguard.effects.marks import LOUD, Mark, marks_of
+from luminaguard.effects.renames import edited_renames
 from luminaguard.effects.text import hides_something, visible, visible_name
 
 __all__ = ["CardItem", "DiffCard", "Summary", "make_card"]
@@ -28,11 +29,12 @@ Contents = Callable[[str], bytes | None]
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Counts over the whole changeset; lines only of text that was compared."""
+    """Counts over the whole changeset, a renamed file neither as created nor as deleted; lines of compared text."""
 
     created: int
     edited: int
     deleted: int
+    renamed: int
     modes: int
     links: int
     lines_added: int
@@ -84,35 +86,47 @@ def make_card(changeset: Changeset, before: Contents, after: Contents) -> DiffCa
     items = []
     added = removed = 0
     budget = MAX_CARD
+    edited = edited_renames(changeset, before, after)
+    bases = {change.path: change.before for change in changeset.changes}
+    moves = _Moves({**changeset.renames, **edited}, {new: bases[old] for new, old in edited.items()})
     for change in changeset.changes:
         sizes = [e.size for e in (change.before, change.after) if isinstance(e, FileEntry)]
         budget -= sum(size for size in sizes if size <= MAX_TEXT)
         within = budget >= 0
-        item, plus, minus = _item(change, changeset.renames, before if within else None, after if within else None)
+        item, plus, minus = _item(change, moves, before if within else None, after if within else None)
         items.append(item)
         added, removed = added + plus, removed + minus
     kinds = Counter(change.kind for change in changeset.changes)
     summary = Summary(
-        created=kinds["create"], edited=kinds["modify"], deleted=kinds["delete"], modes=kinds["mode"],
+        created=kinds["create"] - len(moves.sources), edited=kinds["modify"],
+        deleted=kinds["delete"] - len(moves.sources), renamed=len(moves.sources), modes=kinds["mode"],
         links=kinds["symlink"], lines_added=added, lines_removed=removed,
         bytes_written=sum(changeset.blobs().values()),
     )  # fmt: skip
     return DiffCard(changeset.digest, summary, tuple(items))
 
 
-def _item(
-    change: Change, renames: Mapping[str, str], before: Contents | None, after: Contents | None
-) -> tuple[CardItem, int, int]:
-    source = renames.get(change.path)
+class _Moves:
+    """What was renamed: new path to old path, and what the edited ones of them were before."""
+
+    def __init__(self, sources: Mapping[str, str], bases: Mapping[str, Entry | None]) -> None:
+        self.sources = sources
+        self.bases = bases
+        self.targets = {old: new for new, old in sources.items()}
+
+
+def _item(change: Change, moves: _Moves, before: Contents | None, after: Contents | None) -> tuple[CardItem, int, int]:
     marks = list(marks_of(change))
     path = visible_name(change.path)
-    headline = _headline(change, source)
-    old, old_note = _text(change.before, before, "the base content is no longer at hand")
+    base = moves.bases.get(change.path, change.before)
+    headline = _headline(change, base, moves)
+    moved = change.path in moves.targets or (change.path in moves.sources and change.path not in moves.bases)
+    old, old_note = _text(base, before, "the base content is no longer at hand")
     new, new_note = _text(change.after, after, "this content is no longer kept: the request was decided")
     note = new_note or old_note
     if _BINARY in (new_note, old_note):
         marks.append(Mark.BINARY)
-    if source or change.kind in {"mode", "symlink"} or not _has_content(change):
+    if moved or change.kind in {"mode", "symlink"} or not _has_content(change):
         return CardItem(path, change.kind, headline, tuple(marks)), 0, 0
     if note:
         if note != _BINARY and change.after is not None:
@@ -131,10 +145,14 @@ def _item(
     return CardItem(path, change.kind, headline, tuple(marks), shown, note), plus, minus
 
 
-def _headline(change: Change, source: str | None) -> str:
+def _headline(change: Change, base: Entry | None, moves: _Moves) -> str:
     after, before = change.after, change.before
-    if source:
-        return f"renamed from {visible_name(source)}"
+    if source := moves.sources.get(change.path):
+        renamed = f"renamed from {visible_name(source)}"
+        same = change.path not in moves.bases
+        return renamed if same else f"{renamed} and edited: {_words(base)} became {_words(after)}"
+    if target := moves.targets.get(change.path):
+        return f"renamed to {visible_name(target)}"
     match after:
         case None:
             return f"deleted {_words(before)}"

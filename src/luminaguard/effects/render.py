@@ -29,6 +29,7 @@ def render(card: DiffCard, *, max_diff_lines: int | None = 40) -> Iterator[Line]
     """
     s = card.summary
     parts = [f"{s.created} created", f"{s.edited} edited", f"{s.deleted} deleted"]
+    parts += [f"{s.renamed} renamed"] * bool(s.renamed)
     parts += [f"{s.links} links"] * bool(s.links) + [f"{s.modes} modes changed"] * bool(s.modes)
     yield (
         "title",
