@@ -30,7 +30,7 @@ from luminaguard.microvm.machine import MicroVM
 from luminaguard.microvm.pool import Pool
 from luminaguard.microvm.port import ProcessInfo
 
-__all__ = ["Lender", "borrow", "has_pool", "pool_status"]
+__all__ = ["Lender", "borrow", "has_pool", "pool_status", "remove_dead_socket"]
 
 _MAX = 1 << 16
 _SOCKET, _LOCK = "pool.sock", "pool.lock"
@@ -215,6 +215,21 @@ async def borrow(
 def has_pool(run: Path) -> bool:
     """Whether some process seems to serve a pool: enough to decide what to prepare."""
     return (run / _SOCKET).exists()
+
+
+def remove_dead_socket(run: Path) -> None:
+    """Remove the socket of a server that was killed; one that serves holds the lock and keeps its own."""
+    try:
+        fd = os.open(run / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (run / _SOCKET).unlink(missing_ok=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(fd)
 
 
 async def pool_status(run: Path) -> dict[str, Any] | None:

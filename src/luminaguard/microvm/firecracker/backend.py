@@ -151,10 +151,6 @@ class FirecrackerMachine:
         words = " ".join([self.process.words(), *(sink.words() for sink in self._sinks[:1])]).strip()
         return f"{ended}; it said: {words or 'nothing'}"
 
-    def metrics(self) -> str:
-        """What Firecracker counted and wrote so far, as lines of JSON; bounded."""
-        return self._sinks[1].words()
-
     def _fetch(self, name: str, target: int, limit: int) -> None:
         try:
             source = open_inside(self._root, name, os.O_RDONLY | os.O_NONBLOCK)
