@@ -1,6 +1,7 @@
 """Fixtures: a home for each test over one shared cache with the guest image, and a small workspace."""
 
 import os
+import signal
 from collections.abc import Iterator
 from functools import cache as cache_once
 from pathlib import Path
@@ -18,6 +19,8 @@ from luminaguard.testing import Home
 # On a busy machine slow is no finding; what a test claims never depends on time.
 settings.register_profile("luminaguard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("luminaguard")
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # ignored under nohup, and then by what tests start
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 os.umask(0o022)  # modes in tests are those of most systems; Debian's ordinary users have 002
 
 
