@@ -82,6 +82,7 @@ class Settings(BaseSettings):
     firecracker: str = "firecracker"
     jailer: str = "jailer"
     require_jail: bool = True
+    kernel: Literal["distribution", "hardened"] = "distribution"
     memory_mib: int = Field(default=256, ge=128, le=65536)
     timeout_s: float = Field(default=3600, gt=0, le=7 * 86400)
     processes: int = Field(default=256, ge=8, le=32768)

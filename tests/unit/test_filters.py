@@ -125,7 +125,7 @@ def test_landlock_takes_all_that_the_kernel_has(tmp_path, monkeypatch, abi):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("text")
     monkeypatch.setattr(confine, "landlock_abi", lambda: abi)
-    monkeypatch.setattr(confine, "READABLE", (str(tmp_path / "readable"),))
+    monkeypatch.setattr(confine, "readable", lambda: [(str(tmp_path / "readable"), True)])
     monkeypatch.setattr(confine, "OWNED", (str(tmp_path / "own"),))
     monkeypatch.setattr(confine, "DEVICES", ("/dev/null",))
     server = socket.create_server(("127.0.0.1", 0))

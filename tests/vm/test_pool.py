@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 import uuid
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,7 +357,7 @@ def test_after_the_computer_slept_nobody_gets_a_clone_from_before(runtime, disk)
 
 def test_a_pool_that_was_frozen_with_its_machines_goes_on(home, workspace):
     """As a suspended computer is: everything stands still, and then the clocks are behind."""
-    with served(home) as lender:
+    with home.serving() as lender:
         machines_now = [vm["pid"] for vm in home.run("vm", "list", "--json").json["vms"]]
         for pid in (lender.pid, *machines_now):
             os.kill(pid, signal.SIGSTOP)
@@ -530,29 +530,13 @@ def test_eight_callers_at_once_leak_nothing(runtime, disk):
 # -- lending -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def served(home, **variables: str):
-    argv = home.argv("pool", "serve")
-    with subprocess.Popen(argv, env=home.environment | variables, stderr=subprocess.PIPE) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while not (status := pool_status(home)) or not status["status"]["ready"]:
-                assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(0.05)
-            yield process
-        finally:
-            process.terminate()
-            process.wait(30)
-            process.stderr.close()
-
-
 def pool_status(home):
     found = home.run("pool", "status", "--json").json
     return found if found["running"] else None
 
 
 def test_exec_takes_its_machine_from_a_served_pool(home, workspace):
-    with served(home):
+    with home.serving():
         result = home.exec(workspace, "sh", "-c", "cat a.txt; echo new > n; exit 3", flags=("--publish", "always"))
         assert (result.code, result.json["stdout"]) == (3, "one\ntwo\n")
         assert (workspace / "n").read_text() == "new\n"
@@ -573,13 +557,13 @@ def test_a_home_may_lie_deep(tmp_path, cache, workspace):
     from luminaguard.testing import Home
 
     deep = Home(tmp_path / ("d" * 60) / ("e" * 60) / "home", cache)
-    with served(deep):
+    with deep.serving():
         assert deep.exec(workspace, "true").code == 0
         assert pool_status(deep)["status"]["hits"] == 1
 
 
 def test_a_borrower_that_is_killed_ends_its_machine(home, workspace):
-    with served(home):
+    with home.serving():
         argv = home.argv("exec", "-w", str(workspace), "--", "sh", "-c", "echo ready; sleep 600")
         with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as borrower:
             assert borrower.stdout.readline() == b"ready\n"
@@ -594,7 +578,7 @@ def test_a_borrower_that_is_killed_ends_its_machine(home, workspace):
 
 
 def test_a_lender_that_is_stopped_is_not_waited_for(home, workspace):
-    with served(home) as lender:
+    with home.serving() as lender:
         os.kill(lender.pid, signal.SIGSTOP)
         try:
             assert home.exec(workspace, "cat", "a.txt", timeout_s=60).json["stdout"] == "one\ntwo\n"
@@ -605,7 +589,7 @@ def test_a_lender_that_is_stopped_is_not_waited_for(home, workspace):
 
 
 def test_a_lender_that_is_killed_is_an_error_for_the_borrower(home, workspace):
-    with served(home) as lender:
+    with home.serving() as lender:
         argv = home.argv("exec", "-w", str(workspace), "--json", "--", "sh", "-c", "sleep 600")
         with subprocess.Popen(argv, env=home.environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as borrower:
             while not [vm for vm in home.run("vm", "list", "--json").json["vms"] if vm["state"] == "running"]:
@@ -624,7 +608,7 @@ def test_a_lender_that_is_killed_is_an_error_for_the_borrower(home, workspace):
 def test_killing_the_owner_of_many_machines_leaves_none(home):
     count = "20"
     variables = {"LUMINAGUARD_POOL_MINIMUM": count, "LUMINAGUARD_POOL_MAXIMUM": count}
-    with served(home, **variables) as lender:
+    with home.serving(**variables) as lender:
         deadline = time.monotonic() + 60
         while pool_status(home)["status"]["ready"] < int(count):
             assert time.monotonic() < deadline
@@ -655,7 +639,7 @@ def test_killing_the_owner_of_many_machines_leaves_none(home):
 def test_metrics_are_what_prometheus_reads(home, workspace):
     from prometheus_client.parser import text_string_to_metric_families
 
-    with served(home):
+    with home.serving():
         home.exec(workspace, "true")
         families = {f.name: f for f in text_string_to_metric_families(home.run("metrics").out)}
     assert families["luminaguard_pool_hits"].samples[0].value == 1

@@ -224,6 +224,16 @@ def ledger_export() -> None:
 
 @image_app.command("build")
 def image_build(
+    kernel: Annotated[
+        str | None,
+        typer.Option("--kernel", help="distribution, or hardened: a small one that is built here (10 minutes)."),
+    ] = None,
+    from_oci: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-oci", metavar="PATH", help="Of a container image: an OCI layout, or a tar of docker save."
+        ),
+    ] = None,
     locked: Annotated[bool, typer.Option("--locked", help="Use nothing but the shipped package lock.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build even if the image is up to date.")] = False,
     as_json: Json = False,
@@ -234,7 +244,9 @@ def image_build(
     _State.as_json = as_json
     progress = Progress(quiet=as_json)
     try:
-        image = _runtime().images.build(progress, locked=locked, force=force)
+        runtime = _runtime(kernel=kernel)
+        image = runtime.images.build(progress, kernel=runtime.settings.kernel, container=from_oci, locked=locked,
+                                     force=force)  # fmt: skip
     finally:
         progress.clear()
     if as_json:
@@ -252,16 +264,34 @@ def image_list(as_json: Json = False) -> None:
     _State.as_json = as_json
     store = _runtime().images
     images, damaged = store.images(), store.damaged()
-    rows = [{"id": i.folder.name, "distribution": i.manifest.distribution, "kernel": i.manifest.kernel_release,
-             "locked": i.manifest.locked, "bytes": sum(p.size for p in i.manifest.parts.values())}
-            for i in images]  # fmt: skip
+    current = store.current_name()
+    rows = [{"id": i.folder.name, "current": i.folder.name == current, "distribution": i.manifest.distribution,
+             "kernel": i.manifest.kernel_release, "kernel_kind": i.manifest.kernel,
+             "container": i.manifest.container or None, "locked": i.manifest.locked,
+             "bytes": sum(p.size for p in i.manifest.parts.values())} for i in images]  # fmt: skip
     if as_json:
         print_json({"images": rows, "damaged": damaged})
         return
     for row in rows:
-        print(f"{str(row['id'])[:12]}  {row['distribution']}  {row['kernel']}  {int(row['bytes']) >> 20} MiB")
+        of = f"container {str(row['container'])[7:19]}" if row["container"] else row["distribution"]
+        now = "  (used now)" if row["current"] else ""
+        what = f"{of}  {row['kernel_kind']} kernel {row['kernel']}"
+        print(f"{str(row['id'])[:12]}  {what}  {int(row['bytes']) >> 20} MiB{now}")
     for name in damaged:
         print(f"{name[:12]}  DAMAGED, or built by another version: its manifest is not one that can be used")
+
+
+@image_app.command("use")
+def image_use(image_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
+    """Let new machines use an image that was built before; its id, or how it begins."""
+    from luminaguard.cli.output import print_json
+
+    _State.as_json = as_json
+    image = _runtime().images.use(image_id)
+    if as_json:
+        print_json({"status": "current", "id": image.folder.name})
+    else:
+        print(f"guest image {image.id} is used from here on")
 
 
 @image_app.command("verify")

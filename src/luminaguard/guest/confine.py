@@ -38,7 +38,8 @@ _DEVICE = _FS_WRITE | _FS_READ_FILE | _FS_IOCTL_DEV
 _FS_MAKE_CHAR, _FS_MAKE_BLOCK = 1 << 6, 1 << 11
 _OWN = _FS_ALL & ~(_FS_MAKE_CHAR | _FS_MAKE_BLOCK)
 
-READABLE = ("/usr", "/etc", "/proc", "/var", "/dev", "/run/identity")
+IDENTITY = "/run/identity"
+_NOT_READABLE = frozenset({"root", "run", "sys", "tmp", "workspace"})
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty",
            "/dev/ptmx", "/dev/pts")  # fmt: skip
 WORKSPACE = "/workspace"
@@ -120,13 +121,21 @@ def make_ruleset() -> int:
     ]
     attributes = ctypes.create_string_buffer(struct.pack(f"<{len(handled)}Q", *handled))
     ruleset = _syscall(_LANDLOCK_CREATE, ctypes.addressof(attributes), 8 * len(handled), 0)
-    for path in READABLE:
-        _allow(ruleset, path, _READ & handled[0])
+    for path, is_folder in readable():
+        _allow(ruleset, path, (_READ if is_folder else _READ & ~_FS_READ_DIR) & handled[0])
     for path in DEVICES:
         _allow(ruleset, path, (_DEVICE | (_FS_READ_DIR if path == "/dev/pts" else 0)) & handled[0])
     for path in OWNED:
         _allow(ruleset, path, _OWN & handled[0])
     return ruleset
+
+
+def readable() -> list[tuple[str, bool]]:
+    """What lies in the root, but for what is nobody's business or has a rule of its own; and whether it is a folder."""
+    with os.scandir("/") as entries:
+        found = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries
+                 if entry.name not in _NOT_READABLE and not entry.is_symlink()]  # fmt: skip
+    return [*sorted(found), (IDENTITY, True)]
 
 
 def restrict(ruleset: int, workspace: str) -> None:

@@ -16,7 +16,7 @@ import stat
 import struct
 import time
 
-from luminaguard.guest.confine import UID, landlock_abi
+from luminaguard.guest.confine import IDENTITY, UID, landlock_abi
 
 __all__ = [
     "CGROUP",
@@ -36,8 +36,6 @@ __all__ = [
 
 BASE = "/run/luminaguard"
 CGROUP = f"{BASE}/cgroup"
-IDENTITY = "/run/identity"
-"""Where links in /etc lead: the root file system is read-only for everyone."""
 UPPER = f"{BASE}/workspace/upper"
 WORKSPACE = "/workspace"
 PORT_NAME = "lumina.agent"
@@ -192,7 +190,10 @@ def facts() -> dict[str, str]:
         folder = f"{BASE}/audit"
         os.mkdir(folder, 0o700)
         _mount(kind, folder, kind, _SAFE | _MS_NOEXEC | _MS_RDONLY)
-        found[name] = read_all(f"{folder}/{target}")
+        try:
+            found[name] = read_all(f"{folder}/{target}")
+        except FileNotFoundError:
+            found[name] = ""  # of a kernel that has no modules, for one
         _libc.umount2(folder.encode(), 0)
         os.rmdir(folder)
     found["landlock"] = str(landlock_abi())

@@ -3,6 +3,7 @@
     <cache>/packages/*.deb            downloads, checked against the lock
     <cache>/images/<manifest digest>/ one image
     <cache>/images/current            the name of the image that new machines use
+    <cache>/kernels/                  kernels that were built here; see :mod:`luminaguard.images.hardened`
 
 A build works in a temporary folder beside the images and appears by one rename; one that was
 interrupted leaves a folder that the next build removes.
@@ -18,13 +19,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered, LockOutdated, PackageUnavailable
-from luminaguard.images import initramfs, kernel, rootfs
+from luminaguard.images import initramfs, kernel, rootfs, verity
 from luminaguard.images import lock as locks
 from luminaguard.images.manifest import (
     INITRAMFS,
@@ -39,7 +43,9 @@ from luminaguard.images.manifest import (
 )
 from luminaguard.images.sbom import sbom
 
-__all__ = ["ImageStore"]
+__all__ = ["ImageStore", "KernelKind"]
+
+KernelKind = Literal["distribution", "hardened"]
 
 _MKSQUASHFS = (
     *("mksquashfs", "-", "{out}", "-tar", "-comp", "lz4", "-no-xattrs", "-noappend", "-quiet", "-no-progress"),
@@ -48,7 +54,19 @@ _MKSQUASHFS = (
     *("-mkfs-time", "0", "-all-time", "0", "-root-mode", "755", "-all-root", "-mem", "256M"),
 )
 _LEFT_S = 3600
-_RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py")
+_HARDENED_SOURCES = ("hardened.py", "verity.py")
+_RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py", "oci.py", "imported.py")
+
+
+@dataclass(slots=True)
+class _Made:
+    """What is known of an image's parts once they are made."""
+
+    release: str
+    boot_options: str = ""
+    container: str = ""
+    layers: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 class ImageStore:
@@ -57,6 +75,7 @@ class ImageStore:
     def __init__(self, cache: Path) -> None:
         self.folder = cache / "images"
         self.packages = cache / "packages"
+        self.kernels = cache / "kernels"
 
     def current(self) -> Image:
         """The image that new machines use.
@@ -85,12 +104,19 @@ class ImageStore:
             )
         return image
 
+    def current_name(self) -> str:
+        """What :meth:`current` would open; empty if there is none."""
+        try:
+            return self.current().folder.name
+        except (ImageMissing, ImageTampered):
+            return ""
+
     def images(self) -> list[Image]:
         """All images whose manifests are whole, oldest first."""
         found = []
         for entry in sorted(self.folder.glob("*/manifest.json"), key=lambda p: p.stat().st_mtime):
             if _is_digest(entry.parent.name):
-                with contextlib.suppress(ImageTampered):
+                with contextlib.suppress(ImageTampered, ImageMissing):
                     found.append(Image.load(entry.parent))
         return found
 
@@ -99,11 +125,35 @@ class ImageStore:
         found = {entry.name for entry in self.folder.glob("*") if _is_digest(entry.name)}
         return sorted(found - {image.folder.name for image in self.images()})
 
-    def build(self, step: Callable[[str], None], *, locked: bool = False, force: bool = False) -> Image:
+    def use(self, name: str) -> Image:
+        """Make an image that was built before the one that new machines use.
+
+        Args:
+            name: its id, or how it begins.
+
+        Raises:
+            ImageMissing: there is none of that name, or more than one.
+            ImageTampered: a part of it differs from its manifest.
+        """
+        found = [image for image in self.images() if image.folder.name.startswith(name)]
+        if len(found) != 1 or not name:
+            raise ImageMissing(
+                f"{len(found)} images begin with {name[:64]!a}.", hint="'luminaguard image list' shows them."
+            )
+        found[0].verify()
+        self._make_current(found[0])
+        return self.current()
+
+    def build(
+        self, step: Callable[[str], None], *, kernel: KernelKind = "distribution", container: Path | None = None,
+        locked: bool = False, force: bool = False,
+    ) -> Image:  # fmt: skip
         """Build the image for this machine's distribution and make it current.
 
         Args:
             step: told in a few words what is being done.
+            kernel: the distribution's signed one, or one that is built here from its sources.
+            container: an OCI layout, or what ``docker save`` wrote, whose files become the root file system.
             locked: refuse to use anything but the lock that LuminaGuard ships.
             force: build even if the current image has the same recipe.
 
@@ -115,7 +165,7 @@ class ImageStore:
         with self._only_builder(step):
             self._remove_half_built()
             try:
-                return self._build(step, locked, force)
+                return self._build(step, kernel, container, locked, force)
             except OSError as error:
                 what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
                 raise ImageBuildFailed(
@@ -130,8 +180,14 @@ class ImageStore:
         Raises:
             ImageBuildFailed: it cannot be built again by this version, or from the packages at hand.
         """
-        lock, _ = self._choose_lock(step, locked=False)
-        if (image.manifest.lock, image.manifest.recipe) != (lock.digest, _recipe_digest()):
+        if image.manifest.container:
+            raise ImageBuildFailed(
+                "The image was made of a container image, which is not kept.",
+                hint="Run 'luminaguard image build --from-oci' with it again and compare the two ids.",
+            )
+        kernel: KernelKind = "hardened" if image.manifest.kernel == "hardened" else "distribution"
+        lock, _ = self._choose_lock(step, kernel, locked=False)
+        if (image.manifest.lock, image.manifest.recipe) != (lock.digest, _recipe_digest(kernel)):
             raise ImageBuildFailed(
                 "The image was built from other packages, or by another version, than there are now.",
                 hint="Run 'luminaguard image build' and audit that one.",
@@ -140,19 +196,23 @@ class ImageStore:
         with self._only_builder(step):
             work.mkdir(mode=0o700)
             try:
-                self._make_parts(work, lock, None, step)
+                self._make_parts(work, lock, kernel, None, None, step)
                 return [name for name in PARTS if _part(work / name) != image.manifest.parts[name]]
             finally:
                 shutil.rmtree(work, ignore_errors=True)
 
-    def _build(self, step: Callable[[str], None], locked: bool, force: bool) -> Image:
-        lock, is_shipped = self._choose_lock(step, locked)
-        recipe, guest = _recipe_digest(), _guest_digest()
+    def _build(
+        self, step: Callable[[str], None], kernel: KernelKind, container: Path | None, locked: bool, force: bool
+    ) -> Image:
+        lock, is_shipped = self._choose_lock(step, kernel, locked)
+        recipe, guest = _recipe_digest(kernel), _guest_digest()
         same_root = [
             image
             for image in reversed(self.images())
-            if (image.manifest.lock, image.manifest.recipe) == (lock.digest, recipe)
+            if (image.manifest.lock, image.manifest.recipe, image.manifest.container) == (lock.digest, recipe, "")
         ]
+        if container is not None:
+            same_root = []  # what is in it is known only once it was read
         if not force:
             for image in same_root:
                 if image.manifest.guest == guest and _is_whole(image):
@@ -162,9 +222,12 @@ class ImageStore:
         work.mkdir(mode=0o700)
         try:
             reusable = next((i for i in same_root if not force and _is_whole(i)), None)
-            release = self._make_parts(work, lock, reusable, step)
-            manifest = Manifest(lock.distribution, release, lock.digest, is_shipped, recipe, guest,
-                                {name: _part(work / name) for name in PARTS})  # fmt: skip
+            found = self._make_parts(work, lock, kernel, container, reusable, step)
+            manifest = Manifest(
+                lock.distribution, found.release, lock.digest, is_shipped, recipe, guest,
+                {name: _part(work / name) for name in PARTS}, kernel, found.container, found.environment,
+                found.boot_options,
+            )  # fmt: skip
             _write(work / "manifest.json", manifest.dumps().encode())
             target = self.folder / manifest.digest
             if target.exists():
@@ -176,7 +239,23 @@ class ImageStore:
         self._make_current(image)
         return image
 
-    def _choose_lock(self, step: Callable[[str], None], locked: bool) -> tuple[locks.PackageLock, bool]:
+    def _choose_lock(
+        self, step: Callable[[str], None], kernel: KernelKind, locked: bool
+    ) -> tuple[locks.PackageLock, bool]:
+        lock, is_shipped = self._choose_packages(step, locked)
+        if kernel == "distribution":
+            return lock, is_shipped
+        if locked:
+            raise PackageUnavailable(
+                "LuminaGuard ships no lock for the sources of a kernel.", hint="Build that image without --locked."
+            )
+        sources = locks.resolve_sources()
+        lock = lock.with_kernel(sources)
+        step(f"fetching {sources.name} {sources.version}")
+        locks.fetch(lock, self.packages)
+        return lock, False
+
+    def _choose_packages(self, step: Callable[[str], None], locked: bool) -> tuple[locks.PackageLock, bool]:
         shipped = locks.shipped()
         if shipped is not None:
             step(f"fetching {len(shipped.packages)} locked packages")
@@ -202,25 +281,52 @@ class ImageStore:
         self,
         work: Path,
         lock: locks.PackageLock,
+        kind: KernelKind,
+        container: Path | None,
         reusable: Image | None,
         step: Callable[[str], None],
-    ) -> str:
+    ) -> _Made:
+        """Write all parts."""
         files = {package: self.packages / package.filename for package in lock.packages}
         busybox = _busybox(files[lock.role("initramfs")[0]])
-        step("unpacking the kernel")
-        found = kernel.extract(files[p] for p in lock.role("kernel"))
+        if kind == "hardened":
+            from luminaguard.images import hardened  # noqa: PLC0415  # few builds need it
+
+            found = hardened.build_kernel(files[lock.role("kernel")[0]], self.kernels, step)
+        else:
+            step("unpacking the kernel")
+            found = kernel.extract(files[p] for p in lock.role("kernel"))
         _write(work / INITRAMFS, initramfs.build(busybox, found.modules))
-        _write(work / SBOM, sbom(lock).encode())
+        made = _Made(found.release)
         if reusable is not None:
             for name in (KERNEL, ROOT):
                 _write(work / name, b"")  # for its mode
                 shutil.copyfile(reusable.folder / name, work / name)
+            made.boot_options = reusable.manifest.boot_options
         else:
             _write(work / KERNEL, found.elf)
             tree = rootfs.build_tree((files[p] for p in lock.role("root")), step)
+            if container is None:
+                step("writing the root file system")
+                _squash(tree, work / ROOT)
+            else:
+                self._import(container, tree, work, made, step)
+            if kind == "hardened":
+                made.boot_options = f"{made.boot_options} {verity.add_tree(work / ROOT)}".strip()
+        _write(work / SBOM, sbom(lock, made.container, made.layers).encode())
+        return made
+
+    def _import(self, container: Path, packages: rootfs.Tree, work: Path, made: _Made,
+                step: Callable[[str], None]) -> None:  # fmt: skip
+        from luminaguard.images import imported, oci  # noqa: PLC0415  # few builds need it
+
+        with tempfile.TemporaryFile(dir=work) as spool:
+            image = oci.read_image(container, spool, step)
+            root = imported.finish(image.tree, packages)
             step("writing the root file system")
-            _squash(tree, work / ROOT)
-        return found.release
+            _squash(root, work / ROOT)
+        made.container, made.layers, made.environment = image.digest, image.layers, image.environment
+        made.boot_options = imported.RUNTIME_OPTION
 
     def _make_current(self, image: Image) -> None:
         temporary = self.folder / f".current-{os.getpid()}"
@@ -279,18 +385,24 @@ def _busybox(package: Path) -> bytes:
     raise ImageBuildFailed(f"{package.name} contains no busybox.", hint="Write a new lock.")
 
 
-def _recipe_digest() -> str:
+def _recipe_digest(kernel: KernelKind) -> str:
     folder = resources.files("luminaguard.images")
     # The byte code in the image is this interpreter's: another patch release may compile differently.
     digest = hashlib.sha256("\0".join((sys.version.split()[0], *_MKSQUASHFS)).encode())
     for name in _RECIPE_SOURCES:
         digest.update((folder / name).read_bytes())
+    if kernel == "hardened":
+        from luminaguard.images import hardened  # noqa: PLC0415  # few builds need it
+
+        for name in _HARDENED_SOURCES:
+            digest.update((folder / name).read_bytes())
+        digest.update(hardened.configuration() + hardened.compiler().encode())
     return digest.hexdigest()
 
 
 def _guest_digest() -> str:
     digest = hashlib.sha256()
-    for name in ("initramfs.py", "cpio.py"):
+    for name in ("initramfs.py", "cpio.py", "imported.py", "verity.py"):
         digest.update((resources.files("luminaguard.images") / name).read_bytes())
     for entry in sorted(resources.files("luminaguard.guest").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".py"):

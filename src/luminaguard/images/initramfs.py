@@ -10,7 +10,7 @@ import itertools
 import marshal
 from importlib import resources
 
-from luminaguard.images import cpio
+from luminaguard.images import cpio, imported, verity
 
 __all__ = ["SUPERVISOR_FOLDER", "VSOCK_OPTION", "build", "supervisor_files"]
 
@@ -26,13 +26,17 @@ $b mount -t proc -o nosuid,nodev,noexec proc /proc
 for m in {modules}; do $b insmod "/modules/$m.ko"; done
 read -r line < /proc/cmdline
 case " $line " in *" {vsock} "*) for m in {vsock_modules}; do $b insmod "/modules/$m.ko"; done ;; esac
-$b mount -t squashfs -o ro,nosuid,nodev /dev/vda /root
+root=/dev/vda
+case " $line " in *" {verity}"*) root=/dev/dm-0 ;; esac
+$b mount -t squashfs -o ro,nosuid,nodev "$root" /root
 $b mount -t tmpfs -o nosuid,nodev,noexec,mode=755,size=4m,nr_inodes=1024 tmpfs /root/run
 $b mkdir -m 700 /root{folder}
 $b cp -r /luminaguard /root{folder}/
 $b umount /proc
 $b mount --move /dev /root/dev
-exec $b switch_root /root /usr/bin/python3 -I -S -E -B -c "import sys; sys.path.insert(0, '{folder}'); \
+python=/usr/bin/python3
+case " $line " in *" {runtime} "*) python="{interpreter}" ;; esac
+exec $b switch_root /root $python -I -S -E -B -c "import sys; sys.path.insert(0, '{folder}'); \
 from luminaguard.guest.supervisor import main; main()"
 """
 
@@ -60,8 +64,12 @@ def build(busybox: bytes, modules: list[list[tuple[str, bytes]]]) -> bytes:
         modules: those to load always, and those to load with :data:`VSOCK_OPTION`.
     """
     always, with_vsock = (" ".join(name for name, _ in group) for group in modules)
-    init = _INIT.replace("{modules}", always).replace("{vsock_modules}", with_vsock)
-    init = init.replace("{vsock}", VSOCK_OPTION).replace("{folder}", SUPERVISOR_FOLDER)
+    words = {"modules": always, "vsock_modules": with_vsock, "vsock": VSOCK_OPTION, "folder": SUPERVISOR_FOLDER,
+             "verity": verity.DEVICE, "runtime": imported.RUNTIME_OPTION,
+             "interpreter": " ".join(imported.interpreter())}  # fmt: skip
+    init = _INIT
+    for name, word in words.items():
+        init = init.replace(f"{{{name}}}", word)
     archive = cpio.Newc()
     for folder in ("bin", "dev", "proc", "root", "modules", "luminaguard",
                    "luminaguard/guest", "luminaguard/guest/__pycache__"):  # fmt: skip

@@ -7,10 +7,10 @@ emulation. The header fields are those of the Linux/x86 boot protocol, version 2
 
 from __future__ import annotations
 
-import gzip
 import lzma
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from luminaguard.images import deb, spec
 
 __all__ = ["Kernel", "extract", "vmlinux"]
 
+_UNPACKING_FAILED = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, lz4.block.LZ4BlockError,
+                     zstandard.ZstdError)  # fmt: skip
 _LZ4_LEGACY_BLOCK = 8 << 20
 _MAX_VMLINUX = 256 << 20
 
@@ -77,7 +79,7 @@ def vmlinux(bzimage: bytes) -> bytes:
         if payload.startswith(magic):
             try:
                 elf = unpack(payload)
-            except (OSError, EOFError, ValueError, lzma.LZMAError, lz4.block.LZ4BlockError, zstandard.ZstdError):
+            except _UNPACKING_FAILED:
                 break
             if not elf.startswith(b"\x7fELF"):
                 break
@@ -111,7 +113,8 @@ def _xz(payload: bytes) -> bytes:
 
 
 def _gzip(payload: bytes) -> bytes:
-    return gzip.decompress(payload[:-4])
+    # Unlike the others it may, but need not, be followed by its unpacked size: gzip has that in its own end.
+    return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(payload, _MAX_VMLINUX)
 
 
 _UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {

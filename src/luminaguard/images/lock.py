@@ -22,7 +22,7 @@ from typing import Any, Literal
 from luminaguard.errors import ImageBuildFailed, LockOutdated, PackageUnavailable, StorageError
 from luminaguard.images import spec
 
-__all__ = ["LockedPackage", "PackageLock", "Role", "distribution", "fetch", "resolve", "shipped"]
+__all__ = ["LockedPackage", "PackageLock", "Role", "distribution", "fetch", "resolve", "resolve_sources", "shipped"]
 
 Role = Literal["root", "initramfs", "kernel"]
 _APT_TIMEOUT = 600
@@ -61,6 +61,11 @@ class PackageLock:
     def role(self, role: Role) -> tuple[LockedPackage, ...]:
         """The packages with this role."""
         return tuple(p for p in self.packages if p.role == role)
+
+    def with_kernel(self, sources: LockedPackage) -> PackageLock:
+        """The same lock with the sources of a kernel in place of the kernel."""
+        others = tuple(p for p in self.packages if p.role != "kernel")
+        return PackageLock(self.distribution, (*others, sources))
 
     def dumps(self) -> str:
         """The lock as JSON, one package a line, ending in a newline."""
@@ -142,6 +147,23 @@ def resolve() -> PackageLock:
         packages.append(LockedPackage(name, version, *index[name, version], suite, role))
     packages.sort(key=lambda p: (p.role, p.name))
     return PackageLock(f"{system}-{release}", tuple(packages))
+
+
+def resolve_sources() -> LockedPackage:
+    """Ask apt for the newest sources of the distribution's kernel.
+
+    Raises:
+        PackageUnavailable: apt does not know them, or is not there.
+    """
+    for name, version, suite in _closure((spec.KERNEL_SOURCES,)):
+        if re.fullmatch(rf"{spec.KERNEL_SOURCES}-\d[\d.]*", name):
+            index = _index([(name, version)])
+            if (name, version) in index:
+                return LockedPackage(name, version, *index[name, version], suite, "kernel")
+    raise PackageUnavailable(
+        f"apt does not know the package that {spec.KERNEL_SOURCES} stands for.",
+        hint="Run 'apt-get update' as root and try again.",
+    )
 
 
 def fetch(lock: PackageLock, folder: Path) -> list[Path]:

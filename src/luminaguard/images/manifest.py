@@ -10,11 +10,11 @@ import fcntl
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luminaguard.errors import ImageTampered
+from luminaguard.errors import ImageMissing, ImageTampered
 
 __all__ = [
     "INITRAMFS",
@@ -31,6 +31,7 @@ __all__ = [
 
 KERNEL, INITRAMFS, ROOT, SBOM = "vmlinux", "initramfs.cpio", "root.squashfs", "sbom.cdx.json"
 PARTS = (KERNEL, INITRAMFS, ROOT, SBOM)
+_FORMAT = 2
 _MAX_MANIFEST = 1 << 20
 _CHUNK = 1 << 20
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -53,6 +54,11 @@ class Manifest:
         locked: whether that is the lock that came with LuminaGuard (else: resolved on this machine).
         recipe: digest of the code, lists and interpreter version that put the root file system together.
         guest: digest of the guest supervisor's sources.
+        kernel: ``distribution``, or ``hardened`` for one that was built here.
+        container: digest of the container image that the root file system is of; empty for our own.
+        environment: what that image sets for its programs.
+        boot_options: what the kernel's command line must say for this image alone (see the modules ``verity``
+            and ``imported``).
     """
 
     distribution: str
@@ -62,10 +68,14 @@ class Manifest:
     recipe: str
     guest: str
     parts: dict[str, Part]
+    kernel: str = "distribution"
+    container: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    boot_options: str = ""
 
     def dumps(self) -> str:
         """Canonical JSON; its SHA-256 names the image."""
-        return json.dumps({"format": 1, **asdict(self)}, sort_keys=True, indent=1) + "\n"
+        return json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True, indent=1) + "\n"
 
     @property
     def digest(self) -> str:
@@ -74,10 +84,17 @@ class Manifest:
 
     @classmethod
     def loads(cls, text: str) -> Manifest:
-        """Parse a manifest; raises ValueError, KeyError or TypeError when it is none."""
+        """Parse a manifest; raises ValueError, KeyError or TypeError when it is none.
+
+        Raises:
+            ImageMissing: it is one of another version of LuminaGuard.
+        """
         raw: dict[str, Any] = json.loads(text)
-        if raw.pop("format") != 1:
-            raise ValueError("unknown format")
+        if (found := int(raw.pop("format"))) != _FORMAT:
+            raise ImageMissing(
+                f"The guest image was built by another version of LuminaGuard (format {found}).",
+                hint="Run 'luminaguard image build'; it takes a few seconds.",
+            )
         raw["parts"] = {str(k): Part(int(v["size"]), str(v["sha256"])) for k, v in raw["parts"].items()}
         if set(raw["parts"]) != set(PARTS):
             raise ValueError("it does not name the parts of an image")
@@ -103,6 +120,7 @@ class Image:
         Raises:
             ImageTampered: the manifest is missing, malformed, or not the one the folder is named for; or
                 others than this user can write to the folder.
+            ImageMissing: it was built by another version.
         """
         check_owner(folder)
         try:

@@ -22,16 +22,16 @@ from typing import IO, Literal
 from luminaguard.errors import ImageBuildFailed
 from luminaguard.images import deb, elf, spec
 
-__all__ = ["Node", "Tree", "build_tree", "write_tar"]
+__all__ = ["FILES", "LIBRARY_FOLDERS", "LINKS", "SKELETON", "Node", "Stretch", "Tree", "build_tree", "write_tar"]
 
 WORKLOAD_UID = 1000
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-_SKELETON = {
+SKELETON = {
     "dev": 0o755, "etc": 0o755, "home": 0o755, "home/user": 0o755, "proc": 0o555, "root": 0o700,
     "run": 0o755, "sys": 0o555, "tmp": 0o1777, "usr": 0o755, "usr/sbin": 0o755, "var": 0o755,
     "var/tmp": 0o1777, "workspace": 0o755,
 }  # fmt: skip
-_FILES = {
+FILES = {
     "etc/passwd": "root:x:0:0:root:/root:/usr/sbin/nologin\n"
     "user:x:1000:1000:user:/home/user:/bin/bash\n"
     "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
@@ -42,25 +42,35 @@ _FILES = {
     "etc/gitconfig": "[safe]\n\tdirectory = /workspace\n[user]\n\tname = user\n"
     "\temail = user@micro-vm\n[core]\n\tpager = cat\n",
 }
-_LINKS = {
+LINKS = {
     "etc/hostname": "/run/identity/hostname", "etc/machine-id": "/run/identity/machine-id",
     "usr/bin/sh": "dash", "usr/bin/awk": "gawk", "usr/bin/python": "python3",
     "usr/bin/which": "which.debianutils", "etc/localtime": "/usr/share/zoneinfo/Etc/UTC",
     # Where OpenSSL looks: the package that has these links is left out, as it has the command-line tool.
     "usr/lib/ssl/cert.pem": "/etc/ssl/certs/ca-certificates.crt", "usr/lib/ssl/certs": "/etc/ssl/certs",
 }  # fmt: skip
-_LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu/", "usr/lib/", "usr/lib64/")
+LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu/", "usr/lib/", "usr/lib64/")
 _NOT_COMPILED = re.compile(r"/(test|tests|idlelib|lib2to3|turtledemo|ensurepip)/")
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """Bytes that lie in a file: what is too much to be held in memory."""
+
+    file: IO[bytes]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
-    """One entry: a file with ``data``, a folder, or a symbolic link to ``target``."""
+    """One entry: a file with ``data`` or with what ``stretch`` says, a folder, or a symbolic link to ``target``."""
 
     kind: Literal["file", "dir", "link"]
     mode: int
     data: bytes = b""
     target: str = ""
+    stretch: Stretch | None = None
 
 
 Tree = dict[str, Node]
@@ -80,14 +90,14 @@ def build_tree(packages: Iterable[Path], step: Callable[[str], None]) -> Tree:
     for package in packages:
         step(f"unpacking {package.name.split('_')[0]}")
         _unpack(package, tree)
-    for path, mode in _SKELETON.items():
+    for path, mode in SKELETON.items():
         tree[path] = Node("dir", mode)
     for name in _MERGED:
         if any(path.startswith(f"usr/{name}/") for path in tree) or name == "sbin":
             tree[name] = Node("link", 0o777, target=f"usr/{name}")
-    for path, text in _FILES.items():
+    for path, text in FILES.items():
         tree[path] = Node("file", 0o644, text.encode())
-    for path, target in _LINKS.items():
+    for path, target in LINKS.items():
         tree[path] = Node("link", 0o777, target=target)
     _certificates(tree)
     _check_libraries(tree)
@@ -109,6 +119,11 @@ def write_tar(tree: Tree, out: IO[bytes]) -> None:
                 info.type = tarfile.DIRTYPE
             elif node.kind == "link":
                 info.type, info.linkname = tarfile.SYMTYPE, node.target
+            elif node.stretch is not None:
+                info.size = node.stretch.size
+                node.stretch.file.seek(node.stretch.start)
+                tar.addfile(info, node.stretch.file)
+                continue
             else:
                 info.size = len(node.data)
             tar.addfile(info, io.BytesIO(node.data))
@@ -162,7 +177,7 @@ def _certificates(tree: Tree) -> None:
 
 
 def _check_libraries(tree: Tree) -> None:
-    names = {posixpath.basename(p) for p in tree if p.startswith(_LIBRARY_FOLDERS)}
+    names = {posixpath.basename(p) for p in tree if p.startswith(LIBRARY_FOLDERS)}
     missing = {
         f"{path} needs {library}"
         for path, node in tree.items()

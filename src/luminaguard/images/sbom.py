@@ -22,9 +22,9 @@ def purl(package: LockedPackage, distribution: str) -> str:
     return f"pkg:deb/{system}/{package.name}@{version}?arch={package.architecture}&distro={distribution}"
 
 
-def sbom(lock: PackageLock) -> str:
-    """All packages that the image was put together from, with version and SHA-256."""
-    components = [
+def sbom(lock: PackageLock, container: str = "", layers: tuple[str, ...] = ()) -> str:
+    """All packages that the image was put together from, with version and SHA-256; and a container, by its layers."""
+    components: list[dict[str, Any]] = [
         {
             "type": "operating-system" if package.role == "kernel" else "library",
             "bom-ref": f"{package.role}/{package.name}",
@@ -36,10 +36,21 @@ def sbom(lock: PackageLock) -> str:
         }
         for package in lock.packages
     ]
+    for number, layer in enumerate(layers, 1):
+        components.append(
+            {
+                "type": "container",
+                "bom-ref": f"layer/{number}",
+                "name": f"{container} layer {number}",
+                "version": layer,
+                "hashes": [{"alg": "SHA-256", "content": layer.removeprefix("sha256:")}],
+                "properties": [{"name": "luminaguard:role", "value": "root"}],
+            }
+        )
     document: dict[str, Any] = {
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.uuid5(_NAMESPACE, lock.digest)}",
+        "serialNumber": f"urn:uuid:{uuid.uuid5(_NAMESPACE, lock.digest + container)}",
         "version": 1,
         # No timestamp: two builds of one lock are one document.
         "metadata": {

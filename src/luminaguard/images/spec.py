@@ -13,6 +13,7 @@ __all__ = [
     "INITRAMFS_PACKAGES",
     "KERNEL_MODULES",
     "KERNEL_PACKAGES",
+    "KERNEL_SOURCES",
     "ROOT_PACKAGES",
     "VSOCK_MODULES",
 ]
@@ -27,6 +28,9 @@ INITRAMFS_PACKAGES = ("busybox-static",)
 
 KERNEL_PACKAGES = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
 """The metapackage whose dependency is the signed kernel, by the ``ID`` of os-release."""
+
+KERNEL_SOURCES = "linux-source"
+"""The metapackage of the distribution's kernel sources, patches included."""
 
 KERNEL_MODULES = (
     "virtio_mmio",

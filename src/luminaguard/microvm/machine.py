@@ -15,7 +15,7 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import anyio
@@ -65,6 +65,10 @@ class Command:
     profile: Profile = "default"
     processes: int = 256
     max_file_bytes: int = 1 << 40
+
+    def within(self, environment: Mapping[str, str]) -> Command:
+        """The same command where an image sets variables of its own; what the command sets is kept."""
+        return replace(self, environment={**environment, **(self.environment or {})}) if environment else self
 
     def params(self) -> dict[str, Any]:
         """The parameters of the protocol's ``exec`` call."""

@@ -30,7 +30,7 @@ import anyio.abc
 
 from luminaguard import log
 from luminaguard.errors import MachineError
-from luminaguard.microvm.channel import open_channel
+from luminaguard.microvm.channel import CallFailed, open_channel
 from luminaguard.microvm.machine import Command, MicroVM, all_disks, clone, new_id, watch
 from luminaguard.microvm.port import Hypervisor, SavedMachine, VirtualMachine
 from luminaguard.microvm.tracker import Tracked, VMTracker
@@ -420,7 +420,10 @@ class Pool:
                          accelerator=self._hypervisor.accelerator)  # fmt: skip
             await vm.wake()
             for argv in _REHEARSAL:
-                outcome = await vm.run(Command(argv, cwd="/workspace"), output=_discard, timeout_s=30)
+                try:
+                    outcome = await vm.run(Command(argv, cwd="/workspace"), output=_discard, timeout_s=30)
+                except CallFailed:  # a container image may lack it; our own cannot, or it would be no template
+                    continue
                 if outcome.exit_code:
                     raise MachineError(
                         f"A rehearsal ended with status {outcome.exit_code}.", hint="Run 'luminaguard doctor'."

@@ -38,12 +38,16 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class BootSource:
-    """Descriptors of what a machine boots from, and its disks in order (vda, vdb, ...)."""
+    """Descriptors of what a machine boots from, and its disks in order (vda, vdb, ...).
+
+    ``options`` is what this image needs on the kernel's command line, besides what every machine gets.
+    """
 
     kernel: int
     initramfs: int
     disks: tuple[int, ...]
     memory_mib: int
+    options: str = ""
 
 
 @dataclass(frozen=True, slots=True)

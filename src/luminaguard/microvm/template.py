@@ -171,11 +171,12 @@ class TemplateStore:
             kernel, initramfs, root = opened
             empty = placeholder(b"")
             parts.callback(os.close, empty)
-            source = BootSource(kernel, initramfs, (root, empty, empty), memory_mib)
+            source = BootSource(kernel, initramfs, (root, empty, empty), memory_mib, image.manifest.boot_options)
             async with boot(hypervisor, source, ram, self._tracker, task=["template"]) as (vm, machine):
                 await vm.wake(upper_mib=memory_mib // 2, randomize=hypervisor.capabilities.random_addresses)
                 for argv in _WARM_UP:
-                    await _warm_up(vm, argv)
+                    # A container image may lack any of them; that it runs at all was shown by its supervisor.
+                    await _warm_up(vm, argv, optional=bool(image.manifest.container))
                 # What the warm-up left to do in the background, every clone would do again.
                 await anyio.sleep(_SETTLE_S)
                 await machine.save(state)
@@ -234,12 +235,14 @@ def placeholder(content: bytes) -> int:
         os.close(fd)
 
 
-async def _warm_up(vm: MicroVM, argv: tuple[str, ...]) -> None:
+async def _warm_up(vm: MicroVM, argv: tuple[str, ...], *, optional: bool) -> None:
     try:
         outcome = await vm.run(Command(argv, cwd="/"), output=_discard, timeout_s=60)
     except CallFailed as error:
+        if optional:
+            return
         raise BootFailed(f"The guest could not start {argv[0]}: {error.message}.", hint=_REBUILD) from error
-    if outcome.exit_code:
+    if outcome.exit_code and not optional:
         raise BootFailed(f"{argv[0]} ended with status {outcome.exit_code} in the guest.", hint=_REBUILD)
 
 

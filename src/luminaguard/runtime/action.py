@@ -128,6 +128,7 @@ async def run(
                               image=prepared.image.folder.name, backend=vm.backend,
                               accelerator=vm.accelerator, profile=command.profile)  # fmt: skip
                 marks.lap("ledger")
+                command = command.within(prepared.image.manifest.environment)
                 outcome = await vm.run(command, output=output, feed=feed, timeout_s=runtime.settings.timeout_s)
                 marks.lap("command")
                 writer = runtime.blobs.writer(vm_id)

@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,3 +80,19 @@ class Home:
     def exec(self, workspace: Path, *command: str, flags: tuple[str, ...] = (), **options: Any) -> CommandResult:
         """``luminaguard exec --json`` on a folder."""
         return self.run("exec", "--workspace", str(workspace), "--json", *flags, "--", *command, **options)
+
+    @contextmanager
+    def serving(self, *, timeout_s: float = 60, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+        """``luminaguard pool serve``, once a machine waits in it."""
+        argv, environment = self.argv("pool", "serve"), self.environment | variables
+        with subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE) as process:
+            try:
+                deadline = time.monotonic() + timeout_s
+                while not self.run("pool", "status", "--json").json.get("status", {}).get("ready"):
+                    assert time.monotonic() < deadline
+                    assert process.poll() is None
+                    time.sleep(0.05)
+                yield process
+            finally:
+                process.terminate()
+                process.wait(30)

@@ -209,7 +209,7 @@ class FirecrackerHypervisor:
         """Boot from a configuration file; see :class:`luminaguard.microvm.port.Hypervisor`."""
         parts = {bodies.KERNEL: source.kernel, bodies.INITRAMFS: source.initramfs}
         parts |= dict(zip(bodies.DISKS, source.disks, strict=False))
-        config = json.dumps(bodies.boot(source.memory_mib, len(source.disks))).encode()
+        config = json.dumps(bodies.boot(source.memory_mib, len(source.disks), source.options)).encode()
         # A machine that will be saved writes as much as its memory, once.
         files_mib = source.memory_mib + _FILES_MIB
         async with self._start(name, source.memory_mib, parts, config, files_mib, ram, follow) as machine:

@@ -30,11 +30,11 @@ _KERNEL_OPTIONS = (
 )
 
 
-def boot(memory_mib: int, disks: int) -> dict[str, Any]:
-    """The configuration file of a machine that boots."""
+def boot(memory_mib: int, disks: int, options: str = "") -> dict[str, Any]:
+    """The configuration file of a machine that boots; ``options`` are those of its image."""
     return {
         "boot-source": {"kernel_image_path": f"/{KERNEL}", "initrd_path": f"/{INITRAMFS}",
-                        "boot_args": _KERNEL_OPTIONS},
+                        "boot_args": f"{_KERNEL_OPTIONS} {options}".rstrip()},
         "drives": [disk(index) for index in range(disks)],
         "machine-config": {"vcpu_count": 1, "mem_size_mib": memory_mib, "smt": False, "track_dirty_pages": False},
         "vsock": {"guest_cid": _GUEST_CID, "uds_path": f"/{VSOCK}"},

@@ -148,7 +148,7 @@ class QemuHypervisor:
             arguments = command.boot_command(
                 self.qemu.firmware, self.accelerator, source.memory_mib, ram=ram, channel=channel.fileno(),
                 control=control.fileno(), disks=source.disks, kernel=source.kernel,
-                initramfs=source.initramfs, append=append,
+                initramfs=source.initramfs, append=f"{append} {source.options}".rstrip(),
             )  # fmt: skip
             inherited = (
                 ram,

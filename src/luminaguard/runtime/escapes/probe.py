@@ -243,7 +243,7 @@ attempt("network.name", lambda: socket.gethostbyname("example.com"))
 # -- the root, and the way out of the workspace ------------------------------------------------------------------
 for path in ("/usr/bin/python3", "/etc/passwd", "/etc/ld.so.cache", "/etc/machine-id"):
     attempt(f"root.write.{path[1:]}", write(path))
-for path in ("/usr/bin/new", "/etc/ld.so.preload", "/run/new", "/new", "/var/new", "/dev/new"):
+for path in ("/usr/new", "/etc/ld.so.preload", "/run/new", "/new", "/var/new", "/dev/new"):
     attempt(f"root.create.{path[1:]}", create(path))
 attempt("root.remount", call(165, 0, 0, 0, 32, 0))
 attempt("workspace.hard-link", lambda: os.link("/etc/passwd", "/workspace/passwd"))

@@ -15,6 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from luminaguard.images.imported import python_of
+
 if TYPE_CHECKING:
     from luminaguard.microvm.machine import Outcome
     from luminaguard.runtime.core import Runtime
@@ -29,6 +31,8 @@ FORGED = b'{"exit":0,"out_of_memory":0}'
 PROBE_STATUS = 71
 """What the probe ends with; a forgery that was believed would make it 0."""
 
+PYTHON = "python3"
+"""In a command: whatever starts it in the image that is audited."""
 _DENIED = frozenset({"EPERM", "EACCES"})
 _ABSENT = _DENIED | {"ENOENT"}
 _READ_ONLY = _DENIED | {"EROFS"}
@@ -136,7 +140,7 @@ ATTEMPTS: tuple[Attempt, ...] = (
     Attempt("network.name", frozenset({"EAI_AGAIN", "-3", "-2", "-5"}), _NETWORK),
     *_rows("root.write", ("usr/bin/python3", "etc/passwd", "etc/ld.so.cache", "etc/machine-id"),
            _READ_ONLY | {"ENOENT"}, _TAMPER),
-    *_rows("root.create", ("usr/bin/new", "etc/ld.so.preload", "run/new", "new", "var/new", "dev/new"), _READ_ONLY,
+    *_rows("root.create", ("usr/new", "etc/ld.so.preload", "run/new", "new", "var/new", "dev/new"), _READ_ONLY,
            _TAMPER),
     Attempt("root.remount", _DENIED, _TAMPER),
     *_rows("workspace", ("hard-link", "hard-link-out", "rename-out"), _READ_ONLY | {"EXDEV"}, _TAMPER),
@@ -179,6 +183,9 @@ async def _run(runtime: Runtime, folder: str, argv: tuple[str, ...]) -> tuple[by
     from luminaguard.microvm.machine import Command
 
     said = bytearray()
+    program, *arguments = argv
+    if program == PYTHON:
+        argv = (*python_of(runtime.images.current()), *arguments)
 
     async def output(stream: int, data: bytes) -> None:
         if stream == 1 and len(said) < _MAX_SAID:
@@ -193,12 +200,12 @@ async def _run(runtime: Runtime, folder: str, argv: tuple[str, ...]) -> tuple[by
 def probe_command() -> tuple[str, ...]:
     """The command that makes all attempts but those of :data:`KILLING`."""
     source = (resources.files("luminaguard.runtime.escapes") / "probe.py").read_text(encoding="utf-8")
-    return ("python3", "-I", "-c", source, json.dumps({f"call.{name}": row for name, row in SYSTEM_CALLS.items()}))
+    return (PYTHON, "-I", "-c", source, json.dumps({f"call.{name}": row for name, row in SYSTEM_CALLS.items()}))
 
 
 KILLING = {
-    "exhaust.memory": ("python3", "-I", "-c", "b = [bytes([i % 255 + 1]) * (1 << 24) for i in range(4096)]"),
-    "exhaust.shared-memory": ("python3", "-I", "-c", "import os; os.posix_fallocate(os.memfd_create('m'), 0, 1 << 40)"),
+    "exhaust.memory": (PYTHON, "-I", "-c", "b = [bytes([i % 255 + 1]) * (1 << 24) for i in range(4096)]"),
+    "exhaust.shared-memory": (PYTHON, "-I", "-c", "import os; os.posix_fallocate(os.memfd_create('m'), 0, 1 << 40)"),
 }
 """Attempts that end every process of their command: each is a command of its own."""
 
