@@ -2,7 +2,7 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: help setup image demo test test-unit soak firecracker-lab coverage lint fmt bench lock clean
+.PHONY: help setup image demo test test-unit test-slow test-hardened kernel soak firecracker-lab coverage lint fmt bench lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -21,6 +21,15 @@ test: setup ## all tests, with real micro-VMs
 
 test-unit: setup ## the tests that need no machine, in seconds
 	@$(BIN)/pytest -q -m "not vm" -n 2
+
+test-slow: setup ## tests that take long: large files and memories, set-up interrupted, every import (about 5 minutes)
+	@tools/test-image && $(BIN)/pytest -q -m slow -n 2 --dist loadgroup
+
+test-hardened: setup ## all tests again, on a kernel that is built here (about 25 minutes)
+	@tools/test-hardened
+
+kernel: setup ## build the guest image with a small hardened kernel of its own (10 minutes)
+	@tools/setup-kernel && $(BIN)/luminaguard image build --kernel hardened
 
 soak: setup ## clone hygiene over 200 clones, and the pool, at length (about 10 minutes)
 	@LUMINAGUARD_TEST_CLONES=200 $(BIN)/pytest -q tests/vm/test_pool.py --timeout 900

@@ -157,6 +157,7 @@ def test_every_kind_of_change_comes_out_and_goes_in(home, workspace):
     assert second.json["status"] == "unchanged"
 
 
+@pytest.mark.slow
 def test_a_sparse_file_stays_sparse_on_the_host_and_says_the_same(home, workspace):
     script = """truncate -s 300M holes; printf start | dd of=holes conv=notrunc status=none
 printf middle | dd of=holes conv=notrunc status=none bs=1 seek=200000001; sha256sum holes"""
@@ -168,6 +169,7 @@ printf middle | dd of=holes conv=notrunc status=none bs=1 seek=200000001; sha256
     assert hashlib.sha256(path.read_bytes()).hexdigest() == told["stdout"].split()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [512, 1024])
 def test_a_guest_may_use_all_of_the_memory_that_it_was_given(home, workspace, memory):
     """Its pages count twice on the host: that must not end its machine."""

@@ -46,6 +46,7 @@ def test_a_program_that_the_readme_names_is_there(home, workspace, name):
     assert told.json["exit_code"] == 0, told.json
 
 
+@pytest.mark.slow
 def test_all_of_pythons_library_can_be_imported_but_what_the_readme_names(home, workspace):
     told = home.exec(workspace, "python3", "-c", IMPORT_ALL, timeout_s=170).json
     found = json.loads(told["stdout"])

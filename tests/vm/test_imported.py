@@ -74,6 +74,7 @@ def test_a_command_of_the_container_runs_and_its_effects_come_out(containers, wo
     assert containers.exec(workspace, "bash").code == 127
 
 
+@pytest.mark.slow
 def test_it_passes_the_audit_inside_and_out(containers):
     told = containers.run("image", "audit", "--live", "--json", timeout_s=300)
     faults = {check["name"]: check["faults"] for check in told.json["checks"] if check["verdict"] == "fail"}

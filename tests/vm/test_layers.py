@@ -105,6 +105,7 @@ def change(folder: Path, seed: int) -> None:
                 (folder / f"n{chance.randrange(1000)}").write_text("new\n")
 
 
+@pytest.mark.slow
 def test_every_state_is_shown_exactly(home, tmp_path, monkeypatch):
     monkeypatch.setenv("LUMINAGUARD_HOME", str(home.folder))
     monkeypatch.setattr(pack, "_LAYERED_FROM", 0)

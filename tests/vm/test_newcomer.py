@@ -83,6 +83,7 @@ def test_the_demo_can_be_interrupted_anywhere(demo):
     assert home.run("ledger", "verify").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.root
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="installs system packages where some are missing")

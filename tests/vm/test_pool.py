@@ -296,6 +296,7 @@ def test_a_workspace_that_no_clone_can_mount_does_not_use_up_the_pool(runtime, d
     os.close(fd)
 
 
+@pytest.mark.slow
 def test_a_template_is_really_rebuilt_under_load_and_nobody_notices(runtime, disk):
     """Another memory size: a machine is booted and saved while four callers go on."""
     sizes: list[int] = []

@@ -83,7 +83,13 @@ def _see_through(
     execution: Execution | None = None
     try:
         with held.passing():
-            execution, number = anyio.run(_run, runtime, workspace, command, capture, progress, held)
+            try:
+                execution, number = anyio.run(_run, runtime, workspace, command, capture, progress, held)
+            except LuminaGuardError as error:
+                # A signal to the process group ends what helps us, too, such as mksquashfs.
+                if number := held.take():
+                    raise Interrupted(number) from error
+                raise
         progress.clear()
         if execution is None or number:
             raise Interrupted(number)
