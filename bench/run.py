@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ import anyio
 import pool
 from luminaguard.effects.card import MAX_TEXT, make_card
 from luminaguard.effects.changes import FileEntry
+from luminaguard.images import initramfs
 from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image
 from luminaguard.microvm.machine import Command, boot, clone
+from luminaguard.microvm.pool import PoolLimits
 from luminaguard.microvm.port import BootSource
 from luminaguard.microvm.qemu.probe import find_qemu
 from luminaguard.microvm.template import placeholder
@@ -67,6 +69,29 @@ def times(count: int, action: Callable[[], object]) -> list[float]:
 
 async def _quiet(_stream: int, _data: bytes) -> None:
     return
+
+
+@contextmanager
+def confined_by_nothing() -> Iterator[None]:
+    """Images that are built meanwhile have a supervisor that takes no right away from a command."""
+    original = initramfs.supervisor_files
+
+    def files() -> dict[str, bytes]:
+        nothing = b"""
+
+class Confinement:
+    def __init__(self, profile="default"): pass
+    def drop_privileges(self): pass
+    def seal(self, profile): pass
+"""
+        found = {name: data for name, data in original().items() if not name.endswith(".pyc") or "confine." not in name}
+        return found | {"confine.py": found["confine.py"] + nothing}
+
+    initramfs.supervisor_files = files
+    try:
+        yield
+    finally:
+        initramfs.supervisor_files = original
 
 
 class Bench:
@@ -279,6 +304,47 @@ class Bench:
             "pool_hit_on_the_state_added_ms": round(on_state, 1), "goal_later_ms": 60, "met": on_state <= 60,
         }  # fmt: skip
 
+    def confinement(self) -> dict[str, Any]:
+        """What seccomp, landlock, capabilities and limits add to a command: the same one in a machine without them."""
+        with confined_by_nothing():
+            base = self.folder / "unconfined"
+            folders = Folders(base / "config", base / "state", base / "cache", base / "run").ensure()
+            (folders.cache / "packages").symlink_to(self.runtime.images.packages)
+            bare = Runtime(load_settings(folders), folders)
+            bare.images.build(lambda _: None)
+        laps: dict[str, list[float]] = {"confined": [], "bare": []}
+        for _ in range(1 if QUICK else 3):
+            for name, runtime in (("confined", self.runtime), ("bare", bare)):
+                laps[name] += anyio.run(self._commands, runtime)
+        bare.close()
+        found = {name: spread(values) for name, values in laps.items()}
+        added = round(found["confined"]["p50_ms"] - found["bare"]["p50_ms"], 1)
+        return found | {"added_ms": added, "goal_added_ms": 3, "met": added <= 3}
+
+    async def _commands(self, runtime: Runtime) -> list[float]:
+        """Milliseconds from the order to the end of /bin/true, each in a clone of its own, whose launcher waits."""
+        disk, laps = runtime.open_rehearsal(), []
+        async with runtime.open_pool(PoolLimits(2, 2)) as kept:
+            for _ in range(3 if QUICK else 20):
+                await kept.wait_ready(1)
+                await anyio.sleep(0.2)
+                async with kept.machine(disk) as vm:
+                    start = time.perf_counter()
+                    await vm.run(Command(("/bin/true",)), output=_quiet)
+                    laps.append((time.perf_counter() - start) * 1000)
+        os.close(disk)
+        return laps
+
+    def audit(self) -> dict[str, Any]:
+        """Of the built file, and of a running machine with the escape suite."""
+        argv = self.home.argv("image", "audit", "--json")
+        found = {}
+        for name, flags, goal in (("file", [], 5000), ("live", ["--live"], 15_000)):
+            took = times(3, lambda flags=flags: subprocess.run([*argv, *flags], env=self.home.environment, check=True,
+                                                               stdout=subprocess.DEVNULL))  # fmt: skip
+            found[name] = spread(took, goal)
+        return found
+
     def _ratio(self, found: dict[str, Any], baseline: str) -> dict[str, float]:
         return {f"ratio_to_{baseline}": round(found["p50_ms"] / self.baselines[baseline], 1)}
 
@@ -315,7 +381,8 @@ def main() -> None:
         bench = Bench(Path(folder))
         report: dict[str, Any] = {"host": bench.facts(), "baseline": bench.baseline()}
         for name in ("cold_boot", "clone_to_true", "pool_hit", "idle_clones", "eight_callers", "beside_us", "version",
-                     "exec_true", "workspace_10_mib", "workspace_500_mib", "card_10_000_files"):  # fmt: skip
+                     "exec_true", "workspace_10_mib", "workspace_500_mib", "card_10_000_files",
+                     "confinement", "audit"):  # fmt: skip
             if not wanted or name in wanted:
                 print(f"measuring {name} ...", file=sys.stderr, flush=True)
                 report[name] = getattr(bench, name)()
