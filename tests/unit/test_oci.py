@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import time
 
 import pytest
 import zstandard
@@ -148,6 +149,44 @@ def test_devices_and_pipes_are_left_out(tmp_path):
     assert found == {"f": b"1"}
 
 
+def test_holes_are_refused_however_they_are_told(tmp_path):
+    info, _ = entry("s", b"x" * 512)
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "s",
+                        "GNU.sparse.realsize": str(1 << 40)}  # fmt: skip
+    with pytest.raises(ImageBuildFailed):
+        read(layout(tmp_path / "l", layer((info, b"1\n0\n512\n".ljust(512, b"\0")))))
+
+
+def test_all_names_of_a_file_count(tmp_path):
+    names = [entry(f"n{i}", kind=tarfile.LNKTYPE, link="f") for i in range(20)]
+    with pytest.raises(ImageBuildFailed, match="all of their names"):
+        read(layout(tmp_path / "l", layer(entry("f", bytes(1 << 20)), *names)), Limits(unpacked=8 << 20))
+
+
+def test_hiding_the_same_again_and_again_takes_no_time(tmp_path):
+    """As one layer could, with many files of its own: each of them would be looked at each time."""
+    many = [entry(f"d/{i}") for i in range(15_000)]
+    hide = [entry("d/.wh..wh..opq"), entry(".wh.d")] * 7_500
+    start = time.process_time()
+    _, found = read(layout(tmp_path / "l", layer(*many, *hide)))
+    assert len(found) == 15_001
+    assert time.process_time() - start < 60
+
+
+def test_links_that_lead_on_and_on_are_refused(tmp_path):
+    link_to_link = [link(f"l{i}", "./" * 500 + f"l{i + 1}") for i in range(30)]
+    with pytest.raises(ImageBuildFailed, match="too long"):
+        read(layout(tmp_path / "l", layer(*link_to_link, folder("l30"), entry("l0/x"))))
+
+
+def test_a_pipe_in_a_layout_is_not_waited_for(tmp_path):
+    path = layout(tmp_path / "l", layer(entry("f", b"1")))
+    (path / "index.json").unlink()
+    os.mkfifo(path / "index.json")
+    with pytest.raises(ImageBuildFailed):
+        read(path)
+
+
 @pytest.mark.parametrize("spoiled", ["config", "manifest", "layer"])
 def test_a_digest_that_is_wrong_is_refused(tmp_path, spoiled):
     def change(name, data):
@@ -242,7 +281,8 @@ def test_any_layers_make_a_whole_tree_or_a_refusal(tmp_path_factory, layers):
 def test_a_container_becomes_the_root_of_a_machine():
     tree = {name: Node("dir", 0o755) for name in ("etc", "usr", "usr/lib", "var", "opt", "tmp", "root", "root/.ssh")}
     tree |= {name: Node("file", 0o644, b"theirs") for name in (
-        "etc/passwd", "etc/shadow", "etc/machine-id", "etc/ssh/ssh_host_rsa_key", "opt/app", "tmp/left", "run/x",
+        "etc/passwd", "etc/shadow", "etc/ld.so.preload", "etc/machine-id", "etc/ssh/ssh_host_rsa_key", "opt/app",
+        "etc/ld.so.cache", "tmp/left", "run/x",
         "root/.ssh/id", f"{RUNTIME}/usr/bin/python3", "dev/null")}  # fmt: skip
     libraries = "usr/lib/x86_64-linux-gnu"
     packages = {"usr/bin/python3": Node("link", 0o777, target="python3.9"),
@@ -250,11 +290,19 @@ def test_a_container_becomes_the_root_of_a_machine():
                 "usr/lib/python3.9/os.py": Node("file", 0o644, b"o"),
                 f"{libraries}/ld-linux-x86-64.so.2": Node("file", 0o755, b"l")}  # fmt: skip
     root = finish(tree, packages)
-    assert root["opt/app"].data == b"theirs"
+    assert root["opt/app"].data == root["etc/ld.so.cache"].data == b"theirs"
     assert root["etc/passwd"].data == FILES["etc/passwd"].encode()
     assert root["etc/machine-id"].kind == "link"
     assert set(SKELETON) - {"usr/sbin"} <= set(root)
-    for gone in ("etc/shadow", "etc/ssh/ssh_host_rsa_key", "tmp/left", "run/x", "root/.ssh/id", "dev/null"):
+    for gone in (
+        "etc/shadow",
+        "etc/ld.so.preload",
+        "etc/ssh/ssh_host_rsa_key",
+        "tmp/left",
+        "run/x",
+        "root/.ssh/id",
+        "dev/null",
+    ):
         assert gone not in root
     assert root[f"{RUNTIME}/usr/bin/python3"].target == "python3.9"
     assert root[f"{RUNTIME}/{libraries}/ld-linux-x86-64.so.2"].data == b"l"

@@ -22,6 +22,8 @@ _LIBRARIES = f"{RUNTIME}/usr/lib/x86_64-linux-gnu"
 _LOADER = "ld-linux-x86-64.so.2"
 _MOUNTED = ("dev", "proc", "run", "sys", "tmp", "var/tmp", "workspace", "home/user")
 _NAMES = ("etc/hostname", "etc/machine-id")
+_PRELOAD = "etc/ld.so.preload"
+"""Loaded into every program, and so into the supervisor; it is told not to use the loader's cache."""
 _SECRETS = ("etc/shadow", "etc/shadow-", "etc/gshadow", "etc/gshadow-", "etc/passwd-", "etc/group-",
             "var/lib/systemd/random-seed", "var/lib/dbus/machine-id")  # fmt: skip
 _OWN_FILES = ("etc/passwd", "etc/group", "etc/hosts", "etc/nsswitch.conf", "etc/gitconfig")
@@ -29,7 +31,13 @@ _OWN_FILES = ("etc/passwd", "etc/group", "etc/hosts", "etc/nsswitch.conf", "etc/
 
 def interpreter() -> tuple[str, ...]:
     """How the Python of :data:`RUNTIME` is started."""
-    return (f"/{_LIBRARIES}/{_LOADER}", "--library-path", f"/{_LIBRARIES}", f"/{RUNTIME}/usr/bin/python3")
+    return (
+        f"/{_LIBRARIES}/{_LOADER}",
+        "--inhibit-cache",
+        "--library-path",
+        f"/{_LIBRARIES}",
+        f"/{RUNTIME}/usr/bin/python3",
+    )
 
 
 def python_of(image: Image) -> tuple[str, ...]:
@@ -70,7 +78,7 @@ def _left_out(path: str) -> bool:
     mounted = any(path == folder or path.startswith(f"{folder}/") for folder in _MOUNTED)
     ours = path == RUNTIME or path.startswith(f"{RUNTIME}/")
     secret = path in _SECRETS or path.startswith(("etc/ssh/ssh_host_", "root/.ssh/"))
-    return mounted or ours or secret or path in _OWN_FILES or path in _NAMES
+    return mounted or ours or secret or path == _PRELOAD or path in _OWN_FILES or path in _NAMES
 
 
 def _runtime(packages: Tree) -> Tree:

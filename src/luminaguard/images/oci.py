@@ -15,6 +15,7 @@ import json
 import os
 import posixpath
 import re
+import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _MAX_JSON = 4 << 20
 _MAX_HEADER = 1 << 20  # of a tar's extended header, which tarfile reads into memory
 _MAX_LINKS = 40
+_MAX_STEPS = 512  # components of a path, and of all links on its way
 _MAX_ENVIRONMENT = 16 << 10
 _OURS = frozenset({"HOME", "USER", "LOGNAME", "TMPDIR"})  # of the user that a machine has
 _CHUNK = 1 << 20
@@ -98,11 +100,12 @@ def read_image(source: Path, spool: IO[bytes], step: Callable[[str], None], limi
                 step(f"unpacking layer {number} of {len(found.layers)}")
                 with store.open(layer.name) as stored:
                     flattened.add(stored, layer)
+            flattened.check_size()
             return OciImage(found.digest, tuple(layer.unpacked for layer in found.layers), found.environment,
                             flattened.tree)  # fmt: skip
     except (OSError, EOFError, tarfile.TarError, zlib.error, zstandard.ZstdError) as error:
         raise _refused(f"it cannot be read: {error}") from error
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _refused(f"it is not a whole image ({type(error).__name__}: {error})") from error
 
 
@@ -115,6 +118,8 @@ class _Folder:
 
     def open(self, name: str) -> IO[bytes]:
         """Component by component, so that no link leads anywhere else."""
+        if {"", ".", ".."} & set(name.split("/")):
+            raise KeyError(name)
         fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             *folders, last = name.split("/")
@@ -122,7 +127,12 @@ class _Folder:
                 deeper = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
                 os.close(fd)
                 fd = deeper
-            return os.fdopen(os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd), "rb")
+            # Not blocking: a pipe in its place would be waited for without end.
+            opened = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+            if not stat.S_ISREG(os.fstat(opened).st_mode):
+                os.close(opened)
+                raise KeyError(name)
+            return os.fdopen(opened, "rb")
         except FileNotFoundError:
             raise KeyError(name) from None
         finally:
@@ -299,6 +309,7 @@ class _Flattener:
         self._limits = limits
         self._stored, self._unpacked, self._entries = limits.stored, limits.unpacked, 0
         self._folders: dict[str, set[str]] = {"": set()}  # names in each folder
+        self._hidden: set[str] = set()  # what this layer has hidden: it is looked at once
 
     def add(self, stored: IO[bytes], layer: _Layer) -> None:
         """Apply a layer; both its digests are compared, and raise ValueError where they differ."""
@@ -306,6 +317,7 @@ class _Flattener:
         reader = io.BufferedReader(compressed, _CHUNK)
         unpacked = _Measured(_decompressed(reader), self._unpacked, "unpacked")
         own: set[str] = set()
+        self._hidden.clear()
         with tarfile.open(fileobj=io.BufferedReader(unpacked, _CHUNK), mode="r|", tarinfo=_BoundedTarInfo) as tar:
             for member in tar:
                 self._member(tar, member, own)
@@ -314,6 +326,11 @@ class _Flattener:
         if layer.stored and compressed.finish() != layer.stored:
             raise ValueError(f"the layer {layer.stored} has other contents")
         self._stored, self._unpacked = compressed.left, unpacked.left
+
+    def check_size(self) -> None:
+        """All names of a file count: each is written into the file system. Raises ValueError."""
+        if sum(node.stretch.size for node in self.tree.values() if node.stretch) > self._limits.unpacked:
+            raise ValueError("its files, under all of their names, are larger than this machine takes")
 
     def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo, own: set[str]) -> None:
         self._entries += 1
@@ -326,14 +343,19 @@ class _Flattener:
         folder = self._resolved(folder)
         path = f"{folder}/{name}" if folder else name
         if name == _OPAQUE:
-            for child in sorted(self._folders.get(folder, ())):
-                self._remove(f"{folder}/{child}" if folder else child, kept=own)
+            if f"{folder}/" not in self._hidden:
+                self._hidden.add(f"{folder}/")
+                for child in sorted(self._folders.get(folder, ())):
+                    self._remove(f"{folder}/{child}" if folder else child, kept=own)
             return
         if name.startswith(_WHITEOUT):
             hidden = name.removeprefix(_WHITEOUT)
             if hidden in {"", ".", ".."}:
                 raise ValueError(f"{member.name[:200]!a} hides nothing that can be named")
-            self._remove(f"{folder}/{hidden}" if folder else hidden, kept=own)
+            hidden = f"{folder}/{hidden}" if folder else hidden
+            if hidden not in self._hidden:
+                self._hidden.add(hidden)
+                self._remove(hidden, kept=own)
             return
         node = self._node(tar, member)
         if node is None:
@@ -365,6 +387,8 @@ class _Flattener:
         raise ValueError(f"{member.name[:200]!a} is of an unknown type")
 
     def _file(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Node:
+        if member.issparse():
+            raise ValueError(f"{member.name[:200]!a} has holes, which a layer may not have")
         if not 0 <= member.size <= self._limits.unpacked:
             raise ValueError(f"{member.name[:200]!a} claims {member.size} bytes")
         source = tar.extractfile(member)
@@ -400,7 +424,9 @@ class _Flattener:
         last = [] if whole or not todo else [todo.pop()]
         done: list[str] = []
         followed = 0
-        while todo:
+        for _ in range(_MAX_STEPS):
+            if not todo:
+                break
             part = todo.pop(0)
             if part in {"", "."}:
                 continue
@@ -420,7 +446,7 @@ class _Flattener:
                 done = []
             todo = [*node.target.split("/"), *todo]
         found = "/".join([*done, *last])
-        if len(found) > self._limits.path:
+        if todo or len(found) > self._limits.path or len(done) > self._limits.depth:
             raise ValueError(f"the path {path[:100]!a}... is too long")
         return found
 
