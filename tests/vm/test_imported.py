@@ -85,9 +85,7 @@ def test_it_passes_the_audit_inside_and_out(containers):
 
 
 def test_a_pool_keeps_its_machines_too(containers, workspace):
-    from tests.vm.test_pool import served
-
-    with served(containers):
+    with containers.serving():
         told = containers.exec(workspace, "cat", "a.txt").json
         assert told["stdout"] == "one\ntwo\n"
         assert containers.run("pool", "status", "--json").json["status"]["hits"] == 1
