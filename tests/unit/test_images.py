@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered
-from luminaguard.images import deb, elf, kernel, lock, rootfs
+from luminaguard.images import build, deb, elf, kernel, lock, rootfs
 from luminaguard.images.build import ImageStore
 from luminaguard.images.manifest import check_owner
 from luminaguard.testing import Home
@@ -167,3 +167,14 @@ def test_a_folder_of_another_user_is_refused(tmp_path, part):
     os.chown(tmp_path / "images" / part, 4711, 4711)
     with pytest.raises(ImageTampered, match="another user"):
         check_owner(folder)
+
+
+def test_a_talkative_mksquashfs_is_not_waited_for(tmp_path, monkeypatch):
+    """It may say more than a pipe holds while it is still being written to."""
+    fake = tmp_path / "mksquashfs"
+    fake.write_text("#!/bin/sh\nhead -c 500000 /dev/zero | tr '\\0' x >&2; cat > /dev/null; exit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    tree = {"f": rootfs.Node("file", 0o644, bytes(1 << 20))}
+    with pytest.raises(ImageBuildFailed, match="mksquashfs failed: x"):
+        build._squash(tree, tmp_path / "out")

@@ -1,5 +1,6 @@
 """Container images: flattened as the specification says, and refused where they lie, lead outside or are too much."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -130,7 +131,8 @@ def test_links_are_followed_inside_only(tmp_path):
         (entry("h", kind=tarfile.LNKTYPE, link="../../etc/passwd"),),
         (folder("d"), entry("h", kind=tarfile.LNKTYPE, link="d")),
         (link("l", "l"), entry("l/x", b"x")), (entry("n\nm", b""),), (entry("a/" * 200 + "x", b""),),
-        (entry(".wh.."),), (entry(".wh."),), (link("l", ""),), (entry("x" * 300),),
+        (entry(".wh.."),), (entry(".wh."),), (link("l", ""),), (entry("x" * 300),), (entry("é" * 200),),
+        (entry(".wh.d/x"),), (link("l", "\udcff"),),
         (entry("s", kind=tarfile.GNUTYPE_SPARSE),),
     ],
 )  # fmt: skip
@@ -155,6 +157,81 @@ def test_holes_are_refused_however_they_are_told(tmp_path):
                         "GNU.sparse.realsize": str(1 << 40)}  # fmt: skip
     with pytest.raises(ImageBuildFailed):
         read(layout(tmp_path / "l", layer((info, b"1\n0\n512\n".ljust(512, b"\0")))))
+
+
+def raw(name, *, kind=tarfile.REGTYPE, size=0, data=b"") -> bytes:
+    """A header as no library would write it, and what follows."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        raw("x", kind=tarfile.GNUTYPE_SPARSE, size=512),
+        raw("x", kind=tarfile.XGLTYPE, size=5000, data=b"20 comment=xxxxxxxx\n" * 250),
+        raw("x", kind=tarfile.XHDTYPE, size=1 << 20),
+        raw("x", kind=tarfile.XHDTYPE, size=20, data=b"1" * 20),  # tarfile takes the square of it
+        raw("x", kind=tarfile.XHDTYPE, size=1300, data=b"13 a=bcdefgh\n" * 100),
+        raw("x", kind=tarfile.XHDTYPE, size=30, data=b"30 GNU.sparse.realsize=123456\n"),
+        raw(".", size=1 << 70), raw(".wh.a", size=1 << 40), raw("d", kind=tarfile.DIRTYPE, size=1 << 70),
+        raw("a") + b"\xff" * 512 + raw("b"),
+    ],
+)  # fmt: skip
+def test_headers_that_would_keep_the_reader_busy_are_refused(tmp_path, data):
+    start = time.process_time()
+    with pytest.raises(ImageBuildFailed):
+        read(layout(tmp_path / "l", data + bytes(1024)))
+    assert time.process_time() - start < 60
+
+
+def test_an_ordinary_extended_header_is_read(tmp_path):
+    long, comment = "d/" * 60 + "ü" * 60, tarfile.TarInfo("x")
+    comment.type, comment.size = tarfile.XGLTYPE, 18
+    git = comment.tobuf() + b"18 comment=abcdef\n".ljust(512, b"\0")
+    _, found = read(layout(tmp_path / "l", git + layer(entry(long, b"1"))))
+    assert found[long] == b"1"
+
+
+def test_folders_on_the_way_count_and_so_do_all_names(tmp_path):
+    deep = [entry(f"{i}/" + "a/" * 100 + "x") for i in range(200)]
+    with pytest.raises(ImageBuildFailed, match="folders on the way"):
+        read(layout(tmp_path / "l", layer(*deep)), Limits(entries=5000))
+
+
+@pytest.mark.parametrize("environment", [["A=x\0y"], ["A=\ud800"], ["A=" + "\U0001f600" * 16_000]])
+def test_an_environment_that_no_command_could_have_is_refused(tmp_path, environment):
+    with pytest.raises(ImageBuildFailed, match="environment"):
+        read(layout(tmp_path / "l", layer(entry("f")), config={"config": {"Env": environment}}))
+
+
+def test_a_pipe_in_place_of_an_archive_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ImageBuildFailed):
+        read(tmp_path / "pipe")
+
+
+def test_a_full_disk_is_no_fault_of_the_image(tmp_path):
+    class Full(io.BytesIO):
+        def write(self, _data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space") as error:
+        read_image(layout(tmp_path / "l", layer(entry("f", b"1"))), Full(), lambda _: None)
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_a_layer_that_docker_wrote_before_is_a_link(tmp_path):
+    data = layer(entry("f", b"1"))
+    config = json.dumps({"os": "linux", "architecture": "amd64", "rootfs": {"diff_ids": [sha(data)] * 2}}).encode()
+    saved = [{"Config": f"{sha(config)[7:]}.json", "Layers": ["a/layer.tar", "b/layer.tar"]}]
+    with tarfile.open(tmp_path / "docker.tar", "w") as tar:
+        for name, content in ((saved[0]["Config"], config), ("a/layer.tar", data),
+                              ("manifest.json", json.dumps(saved).encode())):  # fmt: skip
+            tar.addfile(entry(name, content)[0], io.BytesIO(content))
+        tar.addfile(link("b/layer.tar", "../a/layer.tar")[0])
+    assert read(tmp_path / "docker.tar")[1] == {"f": b"1"}
 
 
 def test_all_names_of_a_file_count(tmp_path):
@@ -282,7 +359,7 @@ def test_a_container_becomes_the_root_of_a_machine():
     tree = {name: Node("dir", 0o755) for name in ("etc", "usr", "usr/lib", "var", "opt", "tmp", "root", "root/.ssh")}
     tree |= {name: Node("file", 0o644, b"theirs") for name in (
         "etc/passwd", "etc/shadow", "etc/ld.so.preload", "etc/machine-id", "etc/ssh/ssh_host_rsa_key", "opt/app",
-        "etc/ld.so.cache", "tmp/left", "run/x",
+        "etc/ld.so.cache", "tmp/left", "run/x", "etc/passwd/x", "etc/shadow/x", "etc/machine-id/x",
         "root/.ssh/id", f"{RUNTIME}/usr/bin/python3", "dev/null")}  # fmt: skip
     libraries = "usr/lib/x86_64-linux-gnu"
     packages = {"usr/bin/python3": Node("link", 0o777, target="python3.9"),

@@ -14,7 +14,8 @@ from luminaguard.images.build import _busybox
 from luminaguard.testing import Home
 
 pytestmark = pytest.mark.vm
-APPLETS = ("sh", "ls", "cat", "true", "touch", "id", "env", "mkdir")
+HELPER = b"#!/bin/sh\n/bin/touch /tmp/pwned /workspace/pwned\n"
+APPLETS = ("sh", "ls", "cat", "true", "touch", "id", "env", "mkdir", "chmod", "sleep", "printf", "test")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def save(target: Path, busybox: bytes) -> None:
              *((f"bin/{name}", tarfile.SYMTYPE, b"", "busybox", 0o777) for name in APPLETS),
              ("app", tarfile.DIRTYPE, b"", "", 0o755),
              ("app/hello", tarfile.REGTYPE, b"#!/bin/sh\necho hi\n", "", 0o700),
+             *((path, tarfile.REGTYPE, HELPER, "", 0o755) for path in ("bin/false", "sbin/modprobe")),
              ("etc", tarfile.DIRTYPE, b"", "", 0o755), ("etc/shadow", tarfile.REGTYPE, b"root:hash:1\n", "", 0o600),
              ("tmp", tarfile.SYMTYPE, b"", "/etc", 0o777), ("dev", tarfile.DIRTYPE, b"", "", 0o755),
              ("dev/sda", tarfile.BLKTYPE, b"", "", 0o666)]  # fmt: skip
@@ -72,6 +74,15 @@ def test_a_command_of_the_container_runs_and_its_effects_come_out(containers, wo
     assert (workspace / "n").read_text() == "new\n"
     assert containers.exec(workspace, "python3").code == 127
     assert containers.exec(workspace, "bash").code == 127
+
+
+def test_the_kernel_starts_no_program_of_the_container(containers, workspace):
+    """It would: /bin/false for a crash, /sbin/modprobe for a file of unknown format, as root, confined by nothing."""
+    script = r"""printf '\377\376\375\374' > x; chmod +x x; ./x
+sh -c 'kill -SEGV $$'; sh -c 'kill -ABRT $$'; sleep 1; ls /tmp; test -e /workspace/pwned && echo pwned"""
+    told = containers.exec(workspace, "sh", "-c", script).json
+    assert "pwned" not in told["stdout"], told
+    assert "x" in {change["path"] for change in told["changeset"]["changes"]}
 
 
 @pytest.mark.slow

@@ -36,6 +36,8 @@ __all__ = [
 
 BASE = "/run/luminaguard"
 CGROUP = f"{BASE}/cgroup"
+CONTAINER_RUNTIME = "/usr/lib/luminaguard"
+"""There only in an image that was made of a container."""
 UPPER = f"{BASE}/workspace/upper"
 WORKSPACE = "/workspace"
 PORT_NAME = "lumina.agent"
@@ -65,6 +67,8 @@ _SYSCTLS = (
       for name, families in (("accept_redirects", ("ipv4", "ipv6")), ("accept_source_route", ("ipv4", "ipv6")),
                              ("accept_ra", ("ipv6",)))
       for family in families for of in ("all", "default")),
+    # The kernel starts no program by itself: none for what it has no module for, and none with a right.
+    ("kernel/modprobe", "\n"), ("kernel/usermodehelper/bset", "0 0"), ("kernel/usermodehelper/inheritable", "0 0"),
     ("kernel/modules_disabled", "1"),
 )  # fmt: skip
 """Those that this kernel does not have are left out; what is in force is read back by :func:`inspect`."""
@@ -122,7 +126,11 @@ def prepare() -> None:
         _mount("tmpfs", folder, "tmpfs", _SAFE, f"mode={mode:o},size={size},nr_inodes={inodes}{owner}")
     _mount("cgroup", CGROUP, "cgroup2", _SAFE | _MS_NOEXEC)
     write(f"{CGROUP}/cgroup.subtree_control", b"+memory +pids")
-    for name, value in _SYSCTLS:
+    settings = dict(_SYSCTLS)
+    if os.path.isdir(CONTAINER_RUNTIME):
+        # /bin/false is the container's there, and would be run as root. No core is written: its limit is 0.
+        settings["kernel/core_pattern"] = "core"
+    for name, value in settings.items():
         try:
             write(f"/proc/sys/{name}", value.encode())
         except FileNotFoundError:

@@ -52,6 +52,7 @@ _MAKERS_CHOICE = frozenset({
 _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 _CREDENTIALS = frozenset({"id_rsa", "id_ed25519", "authorized_keys", ".netrc", ".git-credentials"})
 _MAX_KEY_FILE = 1 << 20
+_MAX_ELF = 512 << 20
 _STICKY_FOLDERS = frozenset({"tmp", "var/tmp"})
 
 
@@ -280,8 +281,8 @@ def _elf(tree: Path) -> list[Check]:
                 continue
             file.seek(0)
             try:
-                found[name] = elf.hardening(file.read())
-            except ValueError:
+                found[name] = elf.hardening(file.read(_MAX_ELF))
+            except (ValueError, OverflowError):
                 broken.append(name)
     programs = {name: h for name, h in found.items() if h.pie is not None}
     relro = Counter(h.relro for h in found.values())

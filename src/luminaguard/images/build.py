@@ -359,17 +359,19 @@ def _squash(tree: rootfs.Tree, target: Path) -> None:
     command = [word.replace("{out}", str(target)) for word in _MKSQUASHFS]
     _write(target, b"")  # for its mode, which mksquashfs keeps
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE)  # fmt: skip
+        # Into a file: a full pipe would let both wait for each other.
+        words = tempfile.TemporaryFile()  # noqa: SIM115  # closed below
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=words)
     except FileNotFoundError as error:
         raise ImageBuildFailed(
             "mksquashfs is not installed.", hint="Install it: apt-get install squashfs-tools"
         ) from error
-    with process:
-        assert process.stdin is not None and process.stderr is not None
+    with words, process:
+        assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
             rootfs.write_tar(tree, process.stdin)
-        said = process.stderr.read().decode("utf-8", "replace").strip()
+        process.wait()
+        said = os.pread(words.fileno(), 1 << 16, 0).decode("utf-8", "replace").strip()
     if process.returncode:
         if "No space left" in said:
             raise OSError(errno.ENOSPC, "mksquashfs wrote until the disk was full")

@@ -28,6 +28,8 @@ _SECRETS = ("etc/shadow", "etc/shadow-", "etc/gshadow", "etc/gshadow-", "etc/pas
             "var/lib/systemd/random-seed", "var/lib/dbus/machine-id")  # fmt: skip
 _OWN_FILES = ("etc/passwd", "etc/group", "etc/hosts", "etc/nsswitch.conf", "etc/gitconfig")
 
+_GONE = (*_MOUNTED, RUNTIME, _PRELOAD, *_SECRETS, *_OWN_FILES, *_NAMES)
+
 
 def interpreter() -> tuple[str, ...]:
     """How the Python of :data:`RUNTIME` is started."""
@@ -75,10 +77,8 @@ def finish(tree: Tree, packages: Tree) -> Tree:
 
 
 def _left_out(path: str) -> bool:
-    mounted = any(path == folder or path.startswith(f"{folder}/") for folder in _MOUNTED)
-    ours = path == RUNTIME or path.startswith(f"{RUNTIME}/")
-    secret = path in _SECRETS or path.startswith(("etc/ssh/ssh_host_", "root/.ssh/"))
-    return mounted or ours or secret or path == _PRELOAD or path in _OWN_FILES or path in _NAMES
+    gone = any(path == other or path.startswith(f"{other}/") for other in _GONE)
+    return gone or path.startswith(("etc/ssh/ssh_host_", "root/.ssh/"))
 
 
 def _runtime(packages: Tree) -> Tree:

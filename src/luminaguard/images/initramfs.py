@@ -36,7 +36,7 @@ $b umount /proc
 $b mount --move /dev /root/dev
 python=/usr/bin/python3
 case " $line " in *" {runtime} "*) python="{interpreter}" ;; esac
-export LC_ALL=C
+export LC_ALL=C TZ=/dev/null
 exec $b switch_root /root $python -I -S -E -B -c "import sys; sys.path.insert(0, '{folder}'); \
 from luminaguard.guest.supervisor import main; main()"
 """

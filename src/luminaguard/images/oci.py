@@ -8,6 +8,7 @@ into one file without a name, and the tree says where they lie.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol, Self, cast
 
 import zstandard
 
@@ -33,9 +34,15 @@ __all__ = ["Limits", "OciImage", "read_image"]
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _MAX_JSON = 4 << 20
-_MAX_HEADER = 1 << 20  # of a tar's extended header, which tarfile reads into memory
+_MAX_HEADER = 64 << 10  # of a tar's extended header, which tarfile reads into memory
+_MAX_GLOBAL = 4 << 10
+_MAX_RECORDS = 64
+_MAX_MEMBER = 1 << 40
+_MAX_TEXT = 256 << 20  # bytes of all paths and targets
+_RECORD = re.compile(rb"([1-9]\d{0,6}) ([^=\n]{1,255})=")
 _MAX_LINKS = 40
 _MAX_STEPS = 512  # components of a path, and of all links on its way
+_MAX_STEPS_IN_ALL = 10_000_000
 _MAX_ENVIRONMENT = 16 << 10
 _OURS = frozenset({"HOME", "USER", "LOGNAME", "TMPDIR"})  # of the user that a machine has
 _CHUNK = 1 << 20
@@ -51,7 +58,7 @@ class Limits:
     unpacked: int = 4 << 30
     entries: int = 300_000
     layers: int = 256
-    path: int = 4096
+    path: int = 2048
     depth: int = 128
 
 
@@ -103,7 +110,11 @@ def read_image(source: Path, spool: IO[bytes], step: Callable[[str], None], limi
             flattened.check_size()
             return OciImage(found.digest, tuple(layer.unpacked for layer in found.layers), found.environment,
                             flattened.tree)  # fmt: skip
-    except (OSError, EOFError, tarfile.TarError, zlib.error, zstandard.ZstdError) as error:
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise  # of the spool: no fault of the image
+        raise _refused(f"it cannot be read: {error}") from error
+    except (EOFError, tarfile.TarError, zlib.error, zstandard.ZstdError, MemoryError) as error:
         raise _refused(f"it cannot be read: {error}") from error
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _refused(f"it is not a whole image ({type(error).__name__}: {error})") from error
@@ -143,15 +154,20 @@ class _Archive:
     def __init__(self, tar: tarfile.TarFile, limits: Limits) -> None:
         self._tar = tar
         self._files: dict[str, tarfile.TarInfo] = {}
-        for count, member in enumerate(tar):
+        self._links: dict[str, str] = {}
+        for count, member in enumerate(_members(tar, limits.stored)):
             if count > limits.entries:
                 raise ValueError("it has too many files")
+            name = posixpath.normpath(member.name).lstrip("/")
             if member.isreg():
-                self._files[posixpath.normpath(member.name).lstrip("/")] = member
+                self._files[name] = member
+            elif member.issym():  # as docker writes a layer that it has written before
+                self._links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
 
     def open(self, name: str) -> IO[bytes]:
-        file = self._tar.extractfile(self._files[name])
-        assert file is not None
+        file = self._tar.extractfile(self._files[self._links.get(name, name)])
+        if file is None:
+            raise KeyError(name)
         return file
 
 
@@ -160,8 +176,12 @@ def _opened(source: Path, limits: Limits) -> Iterator[_Store]:
     if source.is_dir():
         yield _Folder(source)
         return
-    with tarfile.open(source, "r:", tarinfo=_BoundedTarInfo) as tar:
-        yield _Archive(tar, limits)
+    fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("it is neither a folder nor a file")
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_BoundedTarInfo) as tar:
+            yield _Archive(tar, limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +232,7 @@ def _described_by_docker(store: _Store, limits: Limits) -> _Described:
 
 def _put_together(digest: str, stored: list[tuple[str, str]], config: Any, limits: Limits) -> _Described:
     if (config["os"], config["architecture"]) != ("linux", "amd64"):
-        raise ValueError(f"it is for {config['os']} on {config['architecture']}")
+        raise ValueError(f"it is for {config['os']!a:.80} on {config['architecture']!a:.80}")
     unpacked = [str(d) for d in config["rootfs"]["diff_ids"]]
     if not 0 < len(stored) <= limits.layers or len(unpacked) != len(stored):
         raise ValueError(f"{len(stored)} layers, {len(unpacked)} digests of what is in them")
@@ -220,8 +240,10 @@ def _put_together(digest: str, stored: list[tuple[str, str]], config: Any, limit
     if not all(_DIGEST.fullmatch(layer.unpacked) for layer in layers):
         raise ValueError("a layer has no SHA-256")
     pairs = [str(pair) for pair in (config.get("config") or {}).get("Env") or ()]
-    if sum(map(len, pairs)) > _MAX_ENVIRONMENT:
+    if len(json.dumps(pairs)) > _MAX_ENVIRONMENT:
         raise ValueError(f"its environment has more than {_MAX_ENVIRONMENT} characters")
+    if any("\0" in pair or pair != pair.encode("utf-8", "replace").decode() for pair in pairs):
+        raise ValueError("its environment has what is no text")
     given = {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
     return _Described(digest, layers, {name: value for name, value in given.items() if name and name not in _OURS})
 
@@ -261,14 +283,76 @@ def _json(file: IO[bytes]) -> Any:
 
 
 class _BoundedTarInfo(tarfile.TarInfo):
-    """A header whose extension would fill memory is refused before it is read."""
+    """A header that would fill memory, keep the reader busy, or be read otherwise by others, is refused.
+
+    The names of the methods are tarfile's own (Lib/tarfile.py, 3.11 to 3.13).
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """A damaged header in the middle would end the archive without a word."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "InvalidHeaderError":
+                raise tarfile.ReadError("a header is damaged") from error
+            raise
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        extends = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
-                   tarfile.GNUTYPE_LONGLINK}  # fmt: skip
-        if self.type in extends and self.size > _MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        most = {tarfile.XHDTYPE: _MAX_HEADER, tarfile.XGLTYPE: _MAX_GLOBAL, tarfile.SOLARIS_XHDTYPE: 0,
+                tarfile.GNUTYPE_LONGNAME: _MAX_HEADER, tarfile.GNUTYPE_LONGLINK: _MAX_HEADER,
+                tarfile.GNUTYPE_SPARSE: -1}.get(self.type, _MAX_MEMBER)  # fmt: skip
+        if not 0 <= self.size <= most:
+            raise tarfile.ReadError(f"a header of type {self.type!r} with {self.size} bytes")
         return cast("tarfile.TarInfo", super()._proc_member(tar))  # type: ignore[misc]
+
+    def _proc_pax(self, tar: Any) -> tarfile.TarInfo:
+        data = tar.fileobj.read(self._block(self.size))  # type: ignore[attr-defined]
+        _check_records(data[: self.size])
+        source = tar.fileobj
+        tar.fileobj = _Ahead(data, source)
+        try:
+            return cast("tarfile.TarInfo", super()._proc_pax(tar))  # type: ignore[misc]
+        finally:
+            tar.fileobj = source
+
+
+class _Ahead:
+    """Gives what was read already once more, and then what comes."""
+
+    def __init__(self, data: bytes, source: Any) -> None:
+        self._data: bytes | None = data
+        self._source = source
+
+    def read(self, size: int) -> Any:
+        data, self._data = self._data, None
+        return self._source.read(size) if data is None else data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def _check_records(data: bytes) -> None:
+    """In one pass; tarfile itself is quadratic in some (CVE-2024-6232)."""
+    at = count = 0
+    while at < len(data):
+        found = _RECORD.match(data, at)
+        length = int(found[1]) if found else 0
+        if found is None or not found.end() < at + length <= len(data) or data[at + length - 1] != 0x0A:
+            raise tarfile.ReadError("an extended header is damaged")
+        count += 1
+        if count > _MAX_RECORDS or found[2].startswith(b"GNU.sparse"):
+            raise tarfile.ReadError("an extended header has holes, or too many records")
+        at += length
+
+
+def _members(tar: tarfile.TarFile, most: int) -> Iterator[tarfile.TarInfo]:
+    """One after the other; none is kept, and none of them claims more than there can be."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]
+        if not 0 <= member.size <= most:
+            raise ValueError(f"{member.name[:200]!a} claims {member.size} bytes")
+        yield member
 
 
 class _Measured(io.RawIOBase):
@@ -309,6 +393,7 @@ class _Flattener:
         self._limits = limits
         self._stored, self._unpacked, self._entries = limits.stored, limits.unpacked, 0
         self._folders: dict[str, set[str]] = {"": set()}  # names in each folder
+        self._text = self._steps = 0
         self._hidden: set[str] = set()  # what this layer has hidden: it is looked at once
 
     def add(self, stored: IO[bytes], layer: _Layer) -> None:
@@ -319,7 +404,7 @@ class _Flattener:
         own: set[str] = set()
         self._hidden.clear()
         with tarfile.open(fileobj=io.BufferedReader(unpacked, _CHUNK), mode="r|", tarinfo=_BoundedTarInfo) as tar:
-            for member in tar:
+            for member in _members(tar, self._limits.unpacked):
                 self._member(tar, member, own)
         if unpacked.finish() != layer.unpacked:
             raise ValueError(f"the layer {layer.unpacked} has other contents")
@@ -372,7 +457,8 @@ class _Flattener:
         if member.isdir():
             return Node("dir", member.mode & 0o755 | 0o555)
         if member.issym():
-            if len(member.linkname) > self._limits.path or "\0" in member.linkname or not member.linkname:
+            length = len(member.linkname.encode())  # what is no text has no place in an image
+            if not 0 < length <= self._limits.path or "\0" in member.linkname:
                 raise ValueError(f"the link {member.name[:200]!a} leads nowhere")
             return Node("link", 0o777, target=member.linkname)
         if member.islnk():
@@ -389,8 +475,6 @@ class _Flattener:
     def _file(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Node:
         if member.issparse():
             raise ValueError(f"{member.name[:200]!a} has holes, which a layer may not have")
-        if not 0 <= member.size <= self._limits.unpacked:
-            raise ValueError(f"{member.name[:200]!a} claims {member.size} bytes")
         source = tar.extractfile(member)
         assert source is not None
         start = self._spool.seek(0, os.SEEK_END)
@@ -409,11 +493,16 @@ class _Flattener:
         parts = [part for part in given.split("/") if part not in {"", "."}]
         if ".." in parts or "\0" in given or "\n" in given:
             raise ValueError(f"the path {given[:200]!a} does not stay inside")
-        if len(given) > self._limits.path or len(parts) > self._limits.depth or any(len(p) > 255 for p in parts):
+        lengths = [len(part.encode()) for part in parts]  # what is no text has no place in an image
+        if (
+            sum(lengths) + len(parts) > self._limits.path
+            or len(parts) > self._limits.depth
+            or max(lengths, default=0) > 255  # NAME_MAX
+        ):
             raise ValueError(f"the path {given[:100]!a}... is too long")
-        path = "/".join(parts)
-        path.encode()  # a name that is no text has no place in an image
-        return path
+        if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
+            raise ValueError(f"the path {given[:200]!a} lies in what is hidden")
+        return "/".join(parts)
 
     def _resolved(self, path: str, *, whole: bool = True) -> str:
         """Where a folder really is: links on the way are followed as the machine would, and never out of its root.
@@ -427,6 +516,7 @@ class _Flattener:
         for _ in range(_MAX_STEPS):
             if not todo:
                 break
+            self._steps += 1
             part = todo.pop(0)
             if part in {"", "."}:
                 continue
@@ -446,7 +536,9 @@ class _Flattener:
                 done = []
             todo = [*node.target.split("/"), *todo]
         found = "/".join([*done, *last])
-        if todo or len(found) > self._limits.path or len(done) > self._limits.depth:
+        if self._steps > _MAX_STEPS_IN_ALL:
+            raise ValueError("its links lead on and on")
+        if todo or len(found.encode()) > self._limits.path or len(done) > self._limits.depth:
             raise ValueError(f"the path {path[:100]!a}... is too long")
         return found
 
@@ -459,6 +551,11 @@ class _Flattener:
 
     def _put(self, path: str, node: Node) -> None:
         folder, name = posixpath.split(path)
+        self._text += len(path.encode()) + len(node.target.encode())
+        if len(path.encode()) > self._limits.path:
+            raise ValueError(f"the path {path[:100]!a}... is too long")
+        if len(self.tree) > self._limits.entries or self._text > _MAX_TEXT:
+            raise ValueError(f"it has more than {self._limits.entries:,} entries, folders on the way to them included")
         self.tree[path] = node
         self._folders[folder].add(name)
         if node.kind == "dir":
