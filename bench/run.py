@@ -25,6 +25,7 @@ import anyio
 import pool
 from luminaguard.effects.card import MAX_TEXT, make_card
 from luminaguard.effects.changes import FileEntry
+from luminaguard.errors import LuminaGuardError
 from luminaguard.images import initramfs
 from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image
 from luminaguard.microvm.machine import Command, boot, clone
@@ -356,7 +357,8 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"file {number}\n" * 20)
         state = read_state(workspace, LIMITS)
-        blobs = BlobStore(self.folder / "blobs")
+        (self.folder / "state").mkdir(exist_ok=True)
+        blobs = BlobStore(self.folder / "state")
         changed = [path for path, entry in state.entries.items() if isinstance(entry, FileEntry)][:100]
 
         def once() -> None:
@@ -385,7 +387,10 @@ def main() -> None:
                      "confinement", "audit"):  # fmt: skip
             if not wanted or name in wanted:
                 print(f"measuring {name} ...", file=sys.stderr, flush=True)
-                report[name] = getattr(bench, name)()
+                try:
+                    report[name] = getattr(bench, name)()
+                except LuminaGuardError as error:  # the others were measured, and are told
+                    report[name] = {"failed": str(error)}
         print(json.dumps(report, indent=1))
 
 
