@@ -152,14 +152,20 @@ def test_ctrl_z_stops_the_command_too_and_it_goes_on_after_it(home, workspace):
     assert rest == [str(i).encode() for i in range(2, 61)]
 
 
-def test_a_terminal_that_is_closed_at_the_question_leaves_the_request_waiting(home, workspace):
+def on_a_terminal_until(wanted: bytes, home, *arguments: str) -> tuple[int, int, bytes]:
+    """Start it; its pid, our end of its terminal, and what it said up to there."""
     pid, fd = pty.fork()
     if pid == 0:
-        argv = home.argv("exec", "-w", str(workspace), "--", "touch", "new")
+        argv = home.argv(*arguments)
         os.execvpe(argv[0], argv, home.environment)
     said = b""
-    while b"[l]ater: " not in said:
+    while wanted not in said:
         said += os.read(fd, 4096)
+    return pid, fd, said
+
+
+def test_a_terminal_that_is_closed_at_the_question_leaves_the_request_waiting(home, workspace):
+    pid, fd, _ = on_a_terminal_until(b"[l]ater: ", home, "exec", "-w", str(workspace), "--", "touch", "new")
     os.close(fd)
     # Its end of file and the hang-up come together.
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in {120, 129}
@@ -167,26 +173,14 @@ def test_a_terminal_that_is_closed_at_the_question_leaves_the_request_waiting(ho
 
 
 def test_a_shell_whose_terminal_is_closed_ends_as_hung_up(home, workspace):
-    pid, fd = pty.fork()
-    if pid == 0:
-        argv = home.argv("shell", "-w", str(workspace))
-        os.execvpe(argv[0], argv, home.environment)
-    said = b""
-    while b"$ " not in said:
-        said += os.read(fd, 4096)
+    pid, fd, _ = on_a_terminal_until(b"$ ", home, "shell", "-w", str(workspace))
     os.close(fd)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert home.run("vm", "list", "--json").json["vms"] == []
 
 
 def test_a_shell_that_was_stopped_has_its_terminal_back_when_it_goes_on(home, workspace):
-    pid, fd = pty.fork()
-    if pid == 0:
-        argv = home.argv("shell", "-w", str(workspace))
-        os.execvpe(argv[0], argv, home.environment)
-    said = b""
-    while b"$ " not in said:
-        said += os.read(fd, 4096)
+    pid, fd, said = on_a_terminal_until(b"$ ", home, "shell", "-w", str(workspace))
 
     def cooked() -> bool:
         return bool(termios.tcgetattr(fd)[3] & termios.ICANON)

@@ -55,7 +55,7 @@ _MKSQUASHFS = (
 )
 _LEFT_S = 3600
 _HARDENED_SOURCES = ("hardened.py", "verity.py")
-_RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py", "oci.py", "imported.py")
+_RECIPE_SOURCES = ("spec.py", "deb.py", "rootfs.py", "kernel.py", "oci.py", "tars.py", "imported.py")
 
 
 @dataclass(slots=True)

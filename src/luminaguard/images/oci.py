@@ -23,23 +23,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol, Self, cast
+from typing import IO, Any, Protocol, cast
 
 import zstandard
 
 from luminaguard.errors import ImageBuildFailed
 from luminaguard.images.rootfs import Node, Stretch, Tree
+from luminaguard.images.tars import BoundedTarInfo, members
 
 __all__ = ["Limits", "OciImage", "read_image"]
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _MAX_JSON = 4 << 20
-_MAX_HEADER = 64 << 10  # of a tar's extended header, which tarfile reads into memory
-_MAX_GLOBAL = 4 << 10
-_MAX_RECORDS = 64
-_MAX_MEMBER = 1 << 40
 _MAX_TEXT = 256 << 20  # bytes of all paths and targets
-_RECORD = re.compile(rb"([1-9]\d{0,6}) ([^=\n]{1,255})=")
 _MAX_LINKS = 40
 _MAX_STEPS = 512  # components of a path, and of all links on its way
 _MAX_STEPS_IN_ALL = 10_000_000
@@ -155,7 +151,7 @@ class _Archive:
         self._tar = tar
         self._files: dict[str, tarfile.TarInfo] = {}
         self._links: dict[str, str] = {}
-        for count, member in enumerate(_members(tar, limits.stored)):
+        for count, member in enumerate(members(tar, limits.stored)):
             if count > limits.entries:
                 raise ValueError("it has too many files")
             name = posixpath.normpath(member.name).lstrip("/")
@@ -180,7 +176,7 @@ def _opened(source: Path, limits: Limits) -> Iterator[_Store]:
     with os.fdopen(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ValueError("it is neither a folder nor a file")
-        with tarfile.open(fileobj=file, mode="r:", tarinfo=_BoundedTarInfo) as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=BoundedTarInfo) as tar:
             yield _Archive(tar, limits)
 
 
@@ -282,79 +278,6 @@ def _json(file: IO[bytes]) -> Any:
 # -- layers ---------------------------------------------------------------------------------------
 
 
-class _BoundedTarInfo(tarfile.TarInfo):
-    """A header that would fill memory, keep the reader busy, or be read otherwise by others, is refused.
-
-    The names of the methods are tarfile's own (Lib/tarfile.py, 3.11 to 3.13).
-    """
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """A damaged header in the middle would end the archive without a word."""
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if type(error).__name__ == "InvalidHeaderError":
-                raise tarfile.ReadError("a header is damaged") from error
-            raise
-
-    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        most = {tarfile.XHDTYPE: _MAX_HEADER, tarfile.XGLTYPE: _MAX_GLOBAL, tarfile.SOLARIS_XHDTYPE: 0,
-                tarfile.GNUTYPE_LONGNAME: _MAX_HEADER, tarfile.GNUTYPE_LONGLINK: _MAX_HEADER,
-                tarfile.GNUTYPE_SPARSE: -1}.get(self.type, _MAX_MEMBER)  # fmt: skip
-        if not 0 <= self.size <= most:
-            raise tarfile.ReadError(f"a header of type {self.type!r} with {self.size} bytes")
-        return cast("tarfile.TarInfo", super()._proc_member(tar))  # type: ignore[misc]
-
-    def _proc_pax(self, tar: Any) -> tarfile.TarInfo:
-        data = tar.fileobj.read(self._block(self.size))  # type: ignore[attr-defined]
-        _check_records(data[: self.size])
-        source = tar.fileobj
-        tar.fileobj = _Ahead(data, source)
-        try:
-            return cast("tarfile.TarInfo", super()._proc_pax(tar))  # type: ignore[misc]
-        finally:
-            tar.fileobj = source
-
-
-class _Ahead:
-    """Gives what was read already once more, and then what comes."""
-
-    def __init__(self, data: bytes, source: Any) -> None:
-        self._data: bytes | None = data
-        self._source = source
-
-    def read(self, size: int) -> Any:
-        data, self._data = self._data, None
-        return self._source.read(size) if data is None else data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-
-def _check_records(data: bytes) -> None:
-    """In one pass; tarfile itself is quadratic in some (CVE-2024-6232)."""
-    at = count = 0
-    while at < len(data):
-        found = _RECORD.match(data, at)
-        length = int(found[1]) if found else 0
-        if found is None or not found.end() < at + length <= len(data) or data[at + length - 1] != 0x0A:
-            raise tarfile.ReadError("an extended header is damaged")
-        count += 1
-        if count > _MAX_RECORDS or found[2].startswith(b"GNU.sparse"):
-            raise tarfile.ReadError("an extended header has holes, or too many records")
-        at += length
-
-
-def _members(tar: tarfile.TarFile, most: int) -> Iterator[tarfile.TarInfo]:
-    """One after the other; none is kept, and none of them claims more than there can be."""
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]
-        if not 0 <= member.size <= most:
-            raise ValueError(f"{member.name[:200]!a} claims {member.size} bytes")
-        yield member
-
-
 class _Measured(io.RawIOBase):
     """Hashes and counts what is read through it, up to a limit."""
 
@@ -403,8 +326,8 @@ class _Flattener:
         unpacked = _Measured(_decompressed(reader), self._unpacked, "unpacked")
         own: set[str] = set()
         self._hidden.clear()
-        with tarfile.open(fileobj=io.BufferedReader(unpacked, _CHUNK), mode="r|", tarinfo=_BoundedTarInfo) as tar:
-            for member in _members(tar, self._limits.unpacked):
+        with tarfile.open(fileobj=io.BufferedReader(unpacked, _CHUNK), mode="r|", tarinfo=BoundedTarInfo) as tar:
+            for member in members(tar, self._limits.unpacked):
                 self._member(tar, member, own)
         if unpacked.finish() != layer.unpacked:
             raise ValueError(f"the layer {layer.unpacked} has other contents")
