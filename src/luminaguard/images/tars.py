@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self, cast
 
 __all__ = ["BoundedTarInfo", "members"]
@@ -24,13 +25,14 @@ class BoundedTarInfo(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """A damaged header in the middle would end the archive without a word."""
-        try:
+        with _no_damage():
             return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if type(error).__name__ == "InvalidHeaderError":
-                raise tarfile.ReadError("a header is damaged") from error
-            raise
+
+    @classmethod
+    def _frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str, **options: Any) -> Self:
+        # What newer releases of Python call instead.
+        with _no_damage():
+            return cast("Self", super()._frombuf(buf, encoding, errors, **options))  # type: ignore[misc]
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         most = {tarfile.XHDTYPE: _MAX_HEADER, tarfile.XGLTYPE: _MAX_GLOBAL, tarfile.SOLARIS_XHDTYPE: 0,
@@ -49,6 +51,17 @@ class BoundedTarInfo(tarfile.TarInfo):
             return cast("tarfile.TarInfo", super()._proc_pax(tar))  # type: ignore[misc]
         finally:
             tar.fileobj = source
+
+
+@contextmanager
+def _no_damage() -> Iterator[None]:
+    """A damaged header in the middle would end the archive without a word."""
+    try:
+        yield
+    except tarfile.HeaderError as error:
+        if type(error).__name__ == "InvalidHeaderError":
+            raise tarfile.ReadError("a header is damaged") from error
+        raise
 
 
 class _Ahead:
