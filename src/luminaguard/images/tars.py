@@ -25,6 +25,7 @@ class BoundedTarInfo(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """As tarfile's; raises ReadError for a damaged header, which would end the archive without a word."""
         with _no_damage():
             return super().frombuf(buf, encoding, errors)
 
@@ -55,7 +56,6 @@ class BoundedTarInfo(tarfile.TarInfo):
 
 @contextmanager
 def _no_damage() -> Iterator[None]:
-    """A damaged header in the middle would end the archive without a word."""
     try:
         yield
     except tarfile.HeaderError as error:
