@@ -6,6 +6,8 @@ raises; only the command line exits.
 
     LuminaGuardError                     125  something inside failed
     ├── SettingsError                    123  a settings file or variable cannot be used
+    │   └── PolicyInvalid                     a file of rules cannot be used: nothing runs
+    ├── ActionInvalid                    122  what was given is not an action
     ├── Unavailable                      123  a part that is needed is not there, or not usable
     │   ├── HypervisorUnavailable             no usable QEMU
     │   ├── JailUnavailable                   this host does not allow the jail around QEMU
@@ -44,6 +46,7 @@ __all__ = [
     "EXIT_REFUSED",
     "EXIT_TIMEOUT",
     "EXIT_UNAVAILABLE",
+    "ActionInvalid",
     "ApprovalError",
     "BootFailed",
     "ChangesetRefused",
@@ -64,6 +67,7 @@ __all__ = [
     "MachineNotFound",
     "OutcomeUnknown",
     "PackageUnavailable",
+    "PolicyInvalid",
     "PublishError",
     "RequestNotFound",
     "SettingsError",
@@ -103,6 +107,16 @@ class SettingsError(LuminaGuardError):
     """A settings file or an environment variable cannot be used."""
 
     exit_code = EXIT_UNAVAILABLE
+
+
+class PolicyInvalid(SettingsError):
+    """A file of rules cannot be used; it says where and why."""
+
+
+class ActionInvalid(LuminaGuardError):
+    """What was given to be judged is not an action."""
+
+    exit_code = EXIT_REFUSED
 
 
 class Unavailable(LuminaGuardError):

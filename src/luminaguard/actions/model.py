@@ -1,0 +1,207 @@
+"""An action as the policy sees it: what the agent called, with what, and what came of it.
+
+Two kinds of facts meet here. What a machine *observed* (the files of a changeset, the host of a
+request) is judged as it is. What somebody *claims* (a tool's name, a server's annotations) is a hint.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import cached_property
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+
+from luminaguard.effects.changes import Change as FileChange
+from luminaguard.effects.changes import Changeset, DirEntry, Entry, FileEntry, Kind, LinkEntry
+from luminaguard.effects.marks import Mark, marks_of
+from luminaguard.errors import ActionInvalid
+
+__all__ = ["Action", "EffectKind", "FileFact", "Hints", "Risk", "Severity", "mark_words"]
+
+EffectKind = Literal["run", "changeset", "call", "request", "secret"]
+"""``run``: inside a machine, of no effect yet; the others cross its boundary."""
+
+_FROZEN = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+_MAX_NAME, _MAX_FILES = 4096, 100_000
+
+
+class Risk(Enum):
+    """What becomes of an action."""
+
+    GREEN = "GREEN"
+    RED = "RED"
+    FORBIDDEN = "FORBIDDEN"
+
+    def __lt__(self, other: Risk) -> bool:
+        order = list(Risk)
+        return order.index(self) < order.index(other)
+
+
+class Severity(Enum):
+    """How much attention a decision deserves."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    CRITICAL = "critical"
+
+    def __lt__(self, other: Severity) -> bool:
+        order = list(Severity)
+        return order.index(self) < order.index(other)
+
+
+def mark_words(marks: tuple[Mark, ...]) -> frozenset[str]:
+    """The words by which rules name marks: ``hook``, ``leaves``, ``executable``."""
+    return frozenset(mark.name.lower() for mark in marks)
+
+
+class FileFact(BaseModel):
+    """One changed path: relative to the workspace, what became of it, and what a person must not miss.
+
+    ``bytes`` is the size of what is written; a deletion writes nothing.
+    """
+
+    model_config = _FROZEN
+
+    path: str = Field(min_length=1, max_length=_MAX_NAME)
+    kind: Kind = "modify"
+    marks: frozenset[str] = frozenset()
+    bytes: int = Field(default=0, ge=0)
+
+    @field_validator("marks")
+    @classmethod
+    def _known(cls, value: frozenset[str]) -> frozenset[str]:
+        if unknown := value - {mark.name.lower() for mark in Mark}:
+            raise ValueError(f"there is no mark {min(unknown)!r}")
+        return value
+
+    @classmethod
+    def of(cls, change: FileChange, more: frozenset[str] = frozenset()) -> FileFact:
+        """The fact that a change is; ``more`` are marks that only its contents show."""
+        size = change.after.size if isinstance(change.after, FileEntry) else 0
+        return cls.model_construct(
+            path=change.path, kind=change.kind, marks=mark_words(marks_of(change)) | more, bytes=size
+        )
+
+
+class Hints(BaseModel):
+    """What a server says of its own tool (MCP's annotations); None is no answer."""
+
+    model_config = _FROZEN
+
+    read_only: bool | None = Field(default=None, alias="readOnlyHint")
+    destructive: bool | None = Field(default=None, alias="destructiveHint")
+    idempotent: bool | None = Field(default=None, alias="idempotentHint")
+    open_world: bool | None = Field(default=None, alias="openWorldHint")
+
+
+class Action(BaseModel):
+    """One concrete action.
+
+    Attributes:
+        effect: what crosses the machine's boundary.
+        tool, server: names; no server is LuminaGuard itself.
+        arguments: as the model gave them.
+        files, lines: what a changeset changes; lines of text added and removed, None when not counted.
+        method, url, bytes: of a request; ``bytes`` are those of its body.
+        secret: the name of a secret, never its value.
+        workspace: absolute path of the folder.
+        taint: labels of untrusted input that the task has read.
+    """
+
+    model_config = _FROZEN
+
+    effect: EffectKind
+    tool: str = Field(default="", max_length=_MAX_NAME)
+    server: str = Field(default="", max_length=_MAX_NAME)
+    arguments: JsonValue = Field(default_factory=dict)
+    annotations: Hints = Hints()
+    files: tuple[FileFact, ...] = Field(default=(), max_length=_MAX_FILES)
+    lines: int | None = Field(default=None, ge=0)
+    method: str = Field(default="", max_length=32)
+    url: str = Field(default="", max_length=8192)
+    bytes: int = Field(default=0, ge=0)
+    secret: str = Field(default="", max_length=_MAX_NAME)
+    workspace: str = Field(default="", max_length=_MAX_NAME)
+    task: str = Field(default="", max_length=200)
+    taint: frozenset[str] = frozenset()
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _from_entries(cls, value: Any) -> Any:
+        """Files may be told as a changeset tells them, too; their marks are then found here."""
+        if not isinstance(value, list | tuple):
+            return value
+        return [_from_row(row) if isinstance(row, dict) and {"before", "after"} & row.keys() else row for row in value]
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Action:
+        """Parse an action.
+
+        Raises:
+            ActionInvalid: it says which field is wrong.
+        """
+        try:
+            return cls.model_validate(raw)
+        except (ValidationError, RecursionError) as error:
+            issues = error.errors() if isinstance(error, ValidationError) else []
+            first = f"{'.'.join(map(str, issues[0]['loc']))}: {issues[0]['msg']}" if issues else "nested too deeply"
+            raise ActionInvalid(
+                f"This is not an action: {first}.",
+                hint="'luminaguard policy explain --help' shows what one looks like.",
+            ) from error
+
+    @classmethod
+    def of_changeset(
+        cls, changeset: Changeset, *, workspace: str, command: tuple[str, ...], task: str = "",
+        taint: frozenset[str] = frozenset(), lines: int | None = None,
+        seen: dict[str, frozenset[str]] | None = None,
+    ) -> Action:  # fmt: skip
+        """What publishing a changeset is. ``seen`` are the marks that only contents show, by path."""
+        seen = seen or {}
+        files = tuple(FileFact.of(change, seen.get(change.path, frozenset())) for change in changeset.changes)
+        return cls.model_construct(
+            effect="changeset", tool="exec", arguments={"command": list(command)}, files=files, lines=lines,
+            workspace=workspace, task=task, taint=taint,
+        )  # fmt: skip
+
+    @cached_property
+    def host(self) -> str:
+        """Host of the request, as its server would be looked up; empty if there is none."""
+        try:
+            return (urlsplit(self.url).hostname or "").rstrip(".")
+        except ValueError:
+            return ""
+
+    @cached_property
+    def url_path(self) -> str:
+        """Path of the request without its query."""
+        try:
+            return urlsplit(self.url).path or "/"
+        except ValueError:
+            return ""
+
+
+def _from_row(row: dict[str, Any]) -> Any:
+    """A change that was told by its entries: ``{"path", "before", "after"}``."""
+    try:
+        change = FileChange(str(row["path"]), _entry(row.get("before")), _entry(row.get("after")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"a file cannot be read ({error!r})") from None
+    return FileFact.of(change)
+
+
+def _entry(raw: Any) -> Entry | None:
+    if raw is None:
+        return None
+    match raw["type"]:
+        case "file":
+            return FileEntry(int(str(raw.get("mode", "0644")), 8), int(raw.get("size", 0)), str(raw.get("sha256", "")))
+        case "dir":
+            return DirEntry(int(str(raw.get("mode", "0755")), 8))
+        case "symlink":
+            return LinkEntry(str(raw["target"]))
+        case other:
+            raise ValueError(f"unknown type {other!r}")

@@ -1,0 +1,329 @@
+"""One rule: what it looks at, what it says, and why it does not match.
+
+Every condition that a rule names must hold. A condition with several patterns holds if one of them
+matches; whether all paths of an effect must match, or one is enough, is in the condition's name.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from luminaguard.actions.model import Action, EffectKind, FileFact, Risk, Severity
+from luminaguard.actions.patterns import is_deceptive, leaves, matches, matches_path, name_words
+from luminaguard.effects.changes import Kind
+from luminaguard.effects.marks import Mark
+
+__all__ = ["Range", "Rule", "When"]
+
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_SEEN_ONLY = frozenset({"binary", "unseen", "control"})
+"""Marks that only the contents show: to judge by them, the card must be made first."""
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Patterns = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...], BeforeValidator(_listed),
+                     Field(min_length=1, max_length=1000)]  # fmt: skip
+Words = Annotated[frozenset[str], BeforeValidator(_listed), Field(min_length=1)]
+_CONFIG = ConfigDict(extra="forbid", frozen=True)
+
+
+class Range(BaseModel):
+    """How many: at least, at most, or both."""
+
+    model_config = _CONFIG
+
+    at_least: int | None = Field(default=None, ge=0)
+    at_most: int | None = Field(default=None, ge=0)
+
+    def problem(self, count: int, what: str) -> str:
+        """Why a count is outside of it; empty if it is not."""
+        if self.at_least is not None and count < self.at_least:
+            return f"{count:,} {what}, fewer than {self.at_least:,}"
+        if self.at_most is not None and count > self.at_most:
+            return f"{count:,} {what}, more than {self.at_most:,}"
+        return ""
+
+
+class Hours(BaseModel):
+    """A span of the day, local time: from, up to and without; it may go over midnight."""
+
+    model_config = _CONFIG
+
+    start: dt.time
+    end: dt.time
+
+    def holds(self, at: dt.time) -> bool:
+        """Whether a time of the day is in it."""
+        inside = (self.start <= at, at < self.end)
+        return all(inside) if self.start <= self.end else any(inside)
+
+
+def _hours(value: Any) -> Any:
+    if isinstance(value, str):
+        start, dash, end = value.partition("-")
+        if dash:
+            return {"start": start.strip(), "end": end.strip()}
+    return value
+
+
+class When(BaseModel):
+    """The conditions of a rule; none of them is a rule for everything."""
+
+    model_config = _CONFIG
+
+    effect: Annotated[frozenset[EffectKind], BeforeValidator(_listed), Field(min_length=1)] | None = None
+    tool: Patterns | None = None
+    any_tool_word: Words | None = None
+    server: Patterns | None = None
+    trusted: bool | None = None
+    read_only: bool | None = None
+    destructive: bool | None = None
+    open_world: bool | None = None
+    deceptive: bool | None = None
+    arguments: dict[str, Patterns] | None = None
+    any_argument: Patterns | None = None
+    any_argument_name: Patterns | None = None
+    any_path: Patterns | None = None
+    every_path: Patterns | None = None
+    any_path_outside: Patterns | None = None
+    any_kind: Annotated[frozenset[Kind], BeforeValidator(_listed)] | None = None
+    every_kind: Annotated[frozenset[Kind], BeforeValidator(_listed)] | None = None
+    any_mark: Words | None = None
+    no_mark: Words | None = None
+    files: Range | None = None
+    deleted: Range | None = None
+    lines: Range | None = None
+    bytes: Range | None = None
+    host: Patterns | None = None
+    method: Patterns | None = None
+    url_path: Patterns | None = None
+    secret: Patterns | None = None
+    workspace: Patterns | None = None
+    taint: Patterns | None = None
+    untainted: bool | None = None
+    days: Annotated[frozenset[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]], BeforeValidator(_listed),
+                    Field(min_length=1)] | None = None  # fmt: skip
+    hours: Annotated[Hours, BeforeValidator(_hours)] | None = None
+    until: dt.date | None = None
+
+    @field_validator("any_mark", "no_mark")
+    @classmethod
+    def _marks_exist(cls, value: frozenset[str] | None) -> frozenset[str] | None:
+        known = {mark.name.lower() for mark in Mark}
+        if unknown := (value or frozenset()) - known:
+            raise ValueError(f"there is no mark {min(unknown)!r}; they are {', '.join(sorted(known))}")
+        return value
+
+
+class Rule(BaseModel):
+    """What becomes of the actions that it matches, and why."""
+
+    model_config = _CONFIG
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
+    risk: Risk
+    severity: Severity = Severity.MEDIUM
+    reason: str = Field(min_length=1, max_length=500)
+    when: When = When()
+
+    @property
+    def needs_card(self) -> bool:
+        """Whether lines, or marks that only contents show, decide."""
+        marks = (self.when.any_mark or frozenset()) | (self.when.no_mark or frozenset())
+        return self.when.lines is not None or bool(marks & _SEEN_ONLY)
+
+    def problem(self, action: Action, *, trusted: bool, now: dt.datetime) -> str:
+        """Why it does not match; empty if it does.
+
+        Args:
+            action: what is judged.
+            trusted: whether the user trusts what the action's server says.
+            now: local time, with its zone.
+        """
+        matcher = _Matcher(action, wide=self.risk is not Risk.GREEN, trusted=trusted, now=now)
+        for name in When.model_fields:
+            wanted = getattr(self.when, name)
+            if wanted is not None and (why := _CHECKS[name](matcher, wanted)):
+                return why
+        return ""
+
+
+class _Matcher:
+    """The conditions, one method each, on one action; each returns why it does not hold."""
+
+    def __init__(self, action: Action, *, wide: bool, trusted: bool, now: dt.datetime) -> None:
+        self.action, self.wide, self.is_trusted, self.now = action, wide, trusted, now
+
+    def effect(self, wanted: frozenset[str]) -> str:
+        return "" if self.action.effect in wanted else f"the effect is {self.action.effect}"
+
+    def tool(self, wanted: tuple[str, ...]) -> str:
+        return self._named("the tool", self.action.tool, wanted)
+
+    def any_tool_word(self, wanted: frozenset[str]) -> str:
+        found = name_words(self.action.tool) & {word.casefold() for word in wanted}
+        return "" if found else "no word of the tool's name is in its list"
+
+    def server(self, wanted: tuple[str, ...]) -> str:
+        return self._named("the server", self.action.server, wanted)
+
+    def trusted(self, wanted: bool) -> str:
+        return "" if self.is_trusted is wanted else f"the server is {'' if self.is_trusted else 'not '}trusted"
+
+    def read_only(self, wanted: bool) -> str:
+        return self._hint("read_only", wanted)
+
+    def destructive(self, wanted: bool) -> str:
+        return self._hint("destructive", wanted)
+
+    def open_world(self, wanted: bool) -> str:
+        return self._hint("open_world", wanted)
+
+    def deceptive(self, wanted: bool) -> str:
+        names = (self.action.tool, self.action.server, self.action.host, self.action.secret)
+        found = any(map(is_deceptive, names)) or any("name" in file.marks for file in self.action.files)
+        return "" if found is wanted else f"names are {'' if found else 'not '}deceptive"
+
+    def arguments(self, wanted: dict[str, tuple[str, ...]]) -> str:
+        given = list(leaves(self.action.arguments))
+        for name, patterns in wanted.items():
+            values = [value for key, value in given if key == name]
+            fits = [any(self._value(pattern, value) for pattern in patterns) for value in values]
+            if not values:
+                return f"there is no argument {name}"
+            if not (any(fits) if self.wide else all(fits)):
+                return f"argument {name} matches none of its patterns"
+        if not self.wide and (others := {key for key, _ in given} - wanted.keys()):
+            return f"it does not speak of argument {min(others)}, and lets through only what it names"
+        return ""
+
+    def any_argument(self, wanted: tuple[str, ...]) -> str:
+        found = any(self._value(pattern, value) for _, value in leaves(self.action.arguments) for pattern in wanted)
+        return "" if found else "no argument matches its patterns"
+
+    def any_argument_name(self, wanted: tuple[str, ...]) -> str:
+        names = {part for name, _ in leaves(self.action.arguments) for part in name.split(".")}
+        found = any(matches(pattern, name, wide=self.wide) for name in names for pattern in wanted)
+        return "" if found else "no argument has such a name"
+
+    def any_path(self, wanted: tuple[str, ...]) -> str:
+        return "" if any(self._path(file, wanted) for file in self.action.files) else "no path matches its patterns"
+
+    def every_path(self, wanted: tuple[str, ...]) -> str:
+        other = next((file.path for file in self.action.files if not self._path(file, wanted)), None)
+        if not self.action.files:
+            return "no file is changed"
+        return "" if other is None else f"{other} matches none of its patterns"
+
+    def any_path_outside(self, wanted: tuple[str, ...]) -> str:
+        # The other way round: what a wide reading puts inside is not let go as inside.
+        outside = any(not any(matches_path(pattern, file.path, wide=not self.wide) for pattern in wanted)
+                      for file in self.action.files)  # fmt: skip
+        return "" if outside else "no path is outside"
+
+    def any_kind(self, wanted: frozenset[str]) -> str:
+        return "" if any(file.kind in wanted for file in self.action.files) else "no change is of such a kind"
+
+    def every_kind(self, wanted: frozenset[str]) -> str:
+        other = next((file for file in self.action.files if file.kind not in wanted), None)
+        if not self.action.files:
+            return "no file is changed"
+        return "" if other is None else f"{other.path} is of kind {other.kind}"
+
+    def any_mark(self, wanted: frozenset[str]) -> str:
+        return "" if any(wanted & file.marks for file in self.action.files) else "no change has such a mark"
+
+    def no_mark(self, wanted: frozenset[str]) -> str:
+        marked = next((file for file in self.action.files if wanted & file.marks), None)
+        return "" if marked is None else f"{marked.path} is marked {min(wanted & marked.marks)}"
+
+    def files(self, wanted: Range) -> str:
+        return wanted.problem(len(self.action.files), "files are changed")
+
+    def deleted(self, wanted: Range) -> str:
+        return wanted.problem(sum(file.kind == "delete" for file in self.action.files), "files are deleted")
+
+    def lines(self, wanted: Range) -> str:
+        if self.action.lines is None:
+            # Not counted is neither few nor many: what stops, stops.
+            return "" if self.wide else "its lines were not counted"
+        return wanted.problem(self.action.lines, "lines are changed")
+
+    def bytes(self, wanted: Range) -> str:
+        return wanted.problem(self.action.bytes + sum(file.bytes for file in self.action.files), "bytes are written")
+
+    def host(self, wanted: tuple[str, ...]) -> str:
+        return self._named("the host", self.action.host, wanted, lower=True)
+
+    def method(self, wanted: tuple[str, ...]) -> str:
+        return self._named("the method", self.action.method, wanted)
+
+    def url_path(self, wanted: tuple[str, ...]) -> str:
+        path = self.action.url_path
+        found = any(matches_path(pattern, path, wide=self.wide) for pattern in wanted)
+        if found and not self.wide and "%" in path:
+            return "the path of its address is written in percent-encoding"
+        return "" if found else "the path of its address matches none of its patterns"
+
+    def secret(self, wanted: tuple[str, ...]) -> str:
+        return self._named("the secret", self.action.secret, wanted)
+
+    def workspace(self, wanted: tuple[str, ...]) -> str:
+        found = any(matches_path(pattern, self.action.workspace, wide=self.wide) for pattern in wanted)
+        return "" if found else "it is for other workspaces"
+
+    def taint(self, wanted: tuple[str, ...]) -> str:
+        found = any(matches(pattern, label, wide=self.wide) for label in self.action.taint for pattern in wanted)
+        return "" if found else "it follows no such input"
+
+    def untainted(self, wanted: bool) -> str:
+        if wanted is not bool(self.action.taint):
+            return ""
+        labels = ", ".join(sorted(self.action.taint))
+        return f"it follows input from {labels}" if wanted else "it follows no untrusted input"
+
+    def days(self, wanted: frozenset[str]) -> str:
+        today = _DAYS[self.now.weekday()]
+        return "" if today in wanted else f"today is {today}"
+
+    def hours(self, wanted: Hours) -> str:
+        return "" if wanted.holds(self.now.time()) else f"it is {self.now:%H:%M}"
+
+    def until(self, wanted: dt.date) -> str:
+        return "" if self.now.date() <= wanted else f"it was over on {wanted}"
+
+    # -- helpers ------------------------------------------------------------------------------------
+
+    def _named(self, what: str, value: str, wanted: tuple[str, ...], *, lower: bool = False) -> str:
+        if lower:
+            value, wanted = value.lower(), tuple(pattern.lower() for pattern in wanted)
+        if value and any(matches(pattern, value, wide=self.wide) for pattern in wanted):
+            return ""
+        return f"{what} is {value!a}" if value else f"it has no {what.removeprefix('the ')}"
+
+    def _hint(self, name: str, wanted: bool) -> str:
+        said = getattr(self.action.annotations, name)
+        words = name.replace("_", "-")
+        if said is None:
+            return f"the server does not say whether it is {words}"
+        return "" if said is wanted else f"the server says it is {'' if said else 'not '}{words}"
+
+    def _path(self, file: FileFact, wanted: tuple[str, ...]) -> bool:
+        return any(matches_path(pattern, file.path, wide=self.wide) for pattern in wanted)
+
+    def _value(self, pattern: str, value: str) -> bool:
+        if self.wide:
+            return matches(pattern, value, wide=True)
+        if "%" in value and "%" not in pattern:  # it may be decoded into something else
+            return False
+        return matches_path(pattern, value, wide=False) and not is_deceptive(value)
+
+
+_CHECKS: dict[str, Callable[[_Matcher, Any], str]] = {name: getattr(_Matcher, name) for name in When.model_fields}
