@@ -27,6 +27,8 @@ raises; only the command line exits.
     │   └── WorkspaceChanged                  it changed while it was read
     ├── ChangesetRefused                 122  what the guest reported may not be published
     ├── ApprovalError                    122  a request cannot be decided, or a decision not used
+    │   ├── Forbidden                         a rule does not let it be asked for
+    │   ├── PolicyChanged                     other rules hold than when it was shown
     │   └── RequestNotFound
     ├── PublishError                     122  nothing was published
     │   ├── Conflict                          the host's files are not the base any more
@@ -52,6 +54,7 @@ __all__ = [
     "ChangesetRefused",
     "CommandTooLong",
     "Conflict",
+    "Forbidden",
     "GuestProtocolError",
     "GuestUnresponsive",
     "HypervisorUnavailable",
@@ -67,6 +70,7 @@ __all__ = [
     "MachineNotFound",
     "OutcomeUnknown",
     "PackageUnavailable",
+    "PolicyChanged",
     "PolicyInvalid",
     "PublishError",
     "RequestNotFound",
@@ -207,6 +211,14 @@ class ApprovalError(LuminaGuardError):
     """A request cannot be decided, or a decision cannot be used."""
 
     exit_code = EXIT_REFUSED
+
+
+class Forbidden(ApprovalError):
+    """A rule forbids it: nobody is asked."""
+
+
+class PolicyChanged(ApprovalError):
+    """The rules changed since a request was shown: it must be looked at again."""
 
 
 class RequestNotFound(ApprovalError):

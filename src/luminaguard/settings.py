@@ -140,7 +140,7 @@ def load_settings(folders: Folders, overrides: dict[str, Any] | None = None) -> 
 def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            return tomllib.loads(file.read(_MAX_FILE).decode())
+            values = tomllib.loads(file.read(_MAX_FILE).decode())
     except FileNotFoundError:
         if path.is_symlink():  # someone meant it to be there
             raise SettingsError(
@@ -152,3 +152,5 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error}.",
             hint="Correct the file, or move it away to use the defaults.",
         ) from error
+    values.pop("policy", None)  # the rules, which are read with their places when they are needed
+    return values

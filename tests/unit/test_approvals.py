@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from luminaguard.approvals import Decision, Request, State, Verdict, sign
+from luminaguard.approvals import Decision, Request, State, Verdict, key_id, sign
 from luminaguard.effects import Change, Changeset, FileEntry
 from luminaguard.errors import ApprovalError, LedgerError, RequestNotFound, StorageError
 from luminaguard.storage.database import Database
 from luminaguard.storage.keys import load_key
-from luminaguard.storage.repositories import Approvals, Ledger
+from luminaguard.storage.approvals import Approvals
+from luminaguard.storage.ledger import Ledger
 
 CHANGES = Changeset.of([Change("a", None, FileEntry(0o644, 1, "a" * 64))])
 HOUR = 3600 * 10**9
@@ -28,6 +29,7 @@ class Desk:
         self.now = 10**18
         self.folder = folder
         self.key = Ed25519PrivateKey.generate()
+        self.keys = {key_id(self.key.public_key()): self.key.public_key()}
         self.ledger_key = Ed25519PrivateKey.generate()
         self.open()
 
@@ -49,10 +51,10 @@ class Desk:
         return sign(plain, self.key)
 
     def decide(self, request, verdict=Verdict.APPROVE):
-        self.approvals.decide(self.decision(request, verdict), self.key.public_key())
+        self.approvals.decide(self.decision(request, verdict), self.keys)
 
     def claim(self, request, digest=None):
-        return self.approvals.claim(request.id, digest or request.digest, self.key.public_key())
+        return self.approvals.claim(request.id, digest or request.digest, self.keys)
 
 
 @pytest.fixture
@@ -95,14 +97,15 @@ def test_nothing_is_claimed_without_an_approval_for_exactly_it(desk):
 def test_a_decision_that_was_changed_is_refused(desk, forged):
     request = desk.request()
     with pytest.raises(ApprovalError):
-        desk.approvals.decide(dataclasses.replace(desk.decision(request), **forged), desk.key.public_key())
+        desk.approvals.decide(dataclasses.replace(desk.decision(request), **forged), desk.keys)
     assert desk.approvals.get(request.id).state is State.PENDING
 
 
 def test_a_decision_by_another_key_is_refused(desk):
     request = desk.request()
     with pytest.raises(ApprovalError):
-        desk.approvals.decide(desk.decision(request), Ed25519PrivateKey.generate().public_key())
+        other = Ed25519PrivateKey.generate().public_key()
+        desk.approvals.decide(desk.decision(request), {key_id(other): other})
 
 
 def test_a_row_edited_in_the_database_does_not_approve(desk, tmp_path):

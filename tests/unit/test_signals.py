@@ -37,6 +37,22 @@ def test_an_import_that_ends_the_program_takes_the_signal_with_it(tmp_path):
     assert (done.stdout, done.stderr) == ("told\n", "")
 
 
+def test_a_signal_while_the_command_line_is_read_is_not_lost(bare_home):
+    """Python swallows an exception in a finalizer, and the library that reads the command line has some."""
+    script = (
+        "import os, signal, sys\n"
+        "class Leaves:\n"
+        "    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n        sum(range(1000))\n"
+        "import typer.core\nread = typer.core.TyperGroup.parse_args\n"
+        "def parse(*words):\n    Leaves()\n    return read(*words)\n"
+        "typer.core.TyperGroup.parse_args = parse\n"
+        "from luminaguard.__main__ import main\nsys.argv[1:] = ['ledger', 'export']\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=bare_home.environment, capture_output=True, text=True,
+                          check=False, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("words", "asked"),
     [

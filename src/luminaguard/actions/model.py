@@ -6,16 +6,19 @@ request) is judged as it is. What somebody *claims* (a tool's name, a server's a
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from functools import cached_property
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
+from luminaguard.actions.patterns import climbs, is_deceptive
 from luminaguard.effects.changes import Change as FileChange
 from luminaguard.effects.changes import Changeset, DirEntry, Entry, FileEntry, Kind, LinkEntry
 from luminaguard.effects.marks import Mark, marks_of
+from luminaguard.effects.text import hides_something
 from luminaguard.errors import ActionInvalid
 
 __all__ = ["Action", "EffectKind", "FileFact", "Hints", "Risk", "Severity", "mark_words"]
@@ -24,6 +27,7 @@ EffectKind = Literal["run", "changeset", "call", "request", "secret"]
 """``run``: inside a machine, of no effect yet; the others cross its boundary."""
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+_HOST = re.compile(r"(?:[^\W_][\w-]*\.)*[^\W_][\w-]*|[0-9a-f:]+")
 _MAX_NAME, _MAX_FILES = 4096, 100_000
 
 
@@ -134,7 +138,7 @@ class Action(BaseModel):
         """Files may be told as a changeset tells them, too; their marks are then found here."""
         if not isinstance(value, list | tuple):
             return value
-        return [_from_row(row) if isinstance(row, dict) and {"before", "after"} & row.keys() else row for row in value]
+        return [_from_row(row) if isinstance(row, dict) else row for row in value]
 
     @classmethod
     def from_json(cls, raw: Any) -> Action:
@@ -170,27 +174,54 @@ class Action(BaseModel):
     @cached_property
     def host(self) -> str:
         """Host of the request, as its server would be looked up; empty if there is none."""
-        try:
-            return (urlsplit(self.url).hostname or "").rstrip(".")
-        except ValueError:
-            return ""
+        return (self._split.hostname or "").removesuffix(".") if self._split else ""
 
     @cached_property
     def url_path(self) -> str:
-        """Path of the request without its query."""
+        """Path of the request's address without its query."""
+        return (self._split.path or "/") if self._split else ""
+
+    @cached_property
+    def oddity(self) -> str:
+        """What an address has beside host and path, in words; empty if it has nothing."""
+        split = self._split
+        if split is None or not _HOST.fullmatch(self.host.casefold()):
+            return "has no host that all would read alike"
+        if hides_something(self.url) or {" ", "\\"} & set(self.url) or is_deceptive(self.url):
+            return "has characters that some read otherwise"
+        if split.scheme not in {"http", "https"}:
+            return "is not one of HTTP"
+        if split.username is not None or split.password is not None:
+            return "names a user"
+        if split.port not in {None, {"http": 80, "https": 443}[split.scheme]}:
+            return f"names port {split.port}"
+        if climbs(split.path) or "%" in split.path:
+            return "has a path that some read otherwise"
+        return "has a query" if split.query or split.fragment else ""
+
+    @cached_property
+    def _split(self) -> SplitResult | None:
         try:
-            return urlsplit(self.url).path or "/"
+            split = urlsplit(self.url)
+            _ = split.port  # raises, too
         except ValueError:
-            return ""
+            return None
+        return split
 
 
 def _from_row(row: dict[str, Any]) -> Any:
-    """A change that was told by its entries: ``{"path", "before", "after"}``."""
+    """A change that was told by its entries, ``{"path", "before", "after"}``; or by its kind, with some marks."""
     try:
-        change = FileChange(str(row["path"]), _entry(row.get("before")), _entry(row.get("after")))
-    except (KeyError, TypeError, ValueError) as error:
+        if {"before", "after"} & row.keys():
+            return FileFact.of(FileChange(str(row["path"]), _entry(row.get("before")), _entry(row.get("after"))))
+        # What the path alone shows is marked, whoever tells it.
+        path, kind = str(row["path"]), row.get("kind", "modify")
+        before = None if kind in {"create", "symlink"} else FileEntry(0o644, 0, "before")
+        after = {"delete": None, "symlink": LinkEntry("x")}.get(kind, FileEntry(0o644, 0, "after"))
+        marks = mark_words(marks_of(FileChange(path, before, after)))
+        return row | {"marks": sorted(marks | set(row.get("marks", ())))}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"a file cannot be read ({error!r})") from None
-    return FileFact.of(change)
 
 
 def _entry(raw: Any) -> Entry | None:
@@ -198,7 +229,10 @@ def _entry(raw: Any) -> Entry | None:
         return None
     match raw["type"]:
         case "file":
-            return FileEntry(int(str(raw.get("mode", "0644")), 8), int(raw.get("size", 0)), str(raw.get("sha256", "")))
+            size = int(raw.get("size", 0))
+            if size < 0:
+                raise ValueError("a size is not negative")
+            return FileEntry(int(str(raw.get("mode", "0644")), 8), size, str(raw.get("sha256", "")))
         case "dir":
             return DirEntry(int(str(raw.get("mode", "0755")), 8))
         case "symlink":

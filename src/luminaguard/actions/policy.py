@@ -5,8 +5,10 @@ that matches decides; none is RED. Rules of a workspace are judged beside them a
 things stricter. Four things hold whatever the rules say:
 
 * A call to a server that the user does not trust is never GREEN: its names and hints are its own claims.
-* A name that hides characters or mixes alphabets is never GREEN.
-* A changeset that touches the workspace's own rules is never GREEN.
+* A name or path that hides characters or mixes alphabets is never GREEN, nor a tool's name of other letters than
+  those of MCP (modelcontextprotocol.io, tool names).
+* A request with headers that can change what it does is never GREEN.
+* A changeset that touches rules of ours is never GREEN.
 * A file of rules that cannot be read stops everything.
 """
 
@@ -16,6 +18,7 @@ import dataclasses
 import datetime as dt
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,6 +31,9 @@ __all__ = ["NO_RULE", "WORKSPACE_FILE", "Judgement", "Layer", "Policy", "Step"]
 
 WORKSPACE_FILE = ".luminaguard.toml"
 NO_RULE = "no rule"
+OWN_FILES = frozenset({WORKSPACE_FILE, ".luminaguardignore"})
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_./-]{1,128}")
+_PLAIN_HEADERS = frozenset({"accept", "accept-encoding", "accept-language", "connection", "host", "user-agent"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +143,24 @@ def _never_green(action: Action, *, trusted: bool) -> str:
     """Why no rule may let this through, whatever it matches; empty if one may."""
     if action.effect == "call" and not trusted:
         return f"server {action.server!a} is not trusted: what it says of its tools is no reason to let them through"
+    if action.effect == "call" and not _PLAIN_NAME.fullmatch(action.tool):
+        return "the tool has a name that is not of plain letters and digits"
     if any(map(is_deceptive, (action.tool, action.server, action.host, action.secret))):
         return "a name hides characters or mixes alphabets"
-    if any(file.path.casefold() == WORKSPACE_FILE for file in action.files):
-        return f"it changes {WORKSPACE_FILE}, which holds rules itself"
+    if deceptive := next((file.path for file in action.files if is_deceptive(file.path)), None):
+        return f"the path {deceptive!a} hides characters or mixes alphabets"
+    if own := next((file.path for file in action.files if OWN_FILES & set(file.path.casefold().split("/"))), None):
+        return f"it changes {own}, by which LuminaGuard judges itself"
+    if action.effect == "request" and (header := _odd_header(action)):
+        return f"it has a header {header!a}"
     return ""
+
+
+def _odd_header(action: Action) -> str:
+    """A header that can change what a request does; empty if there is none."""
+    headers = action.arguments.get("headers") if isinstance(action.arguments, dict) else None
+    names = (str(name).lower() for name in headers) if isinstance(headers, dict) else ()
+    return next((name for name in names if name not in _PLAIN_HEADERS), "")
 
 
 def _ordered(value: Any) -> Any:

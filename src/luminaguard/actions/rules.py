@@ -7,13 +7,23 @@ matches; whether all paths of an effect must match, or one is enough, is in the 
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from luminaguard.actions.model import Action, EffectKind, FileFact, Risk, Severity
-from luminaguard.actions.patterns import is_deceptive, leaves, matches, matches_path, name_words
+from luminaguard.actions.patterns import (
+    host_forms,
+    is_deceptive,
+    leaves,
+    matches,
+    matches_path,
+    name_words,
+    plain,
+    url_hosts,
+)
 from luminaguard.effects.changes import Kind
 from luminaguard.effects.marks import Mark
 
@@ -74,13 +84,14 @@ def _hours(value: Any) -> Any:
 
 
 class When(BaseModel):
-    """The conditions of a rule; none of them is a rule for everything."""
+    """The conditions of a rule; one that names no effect speaks of all that leave the machine."""
 
     model_config = _CONFIG
 
     effect: Annotated[frozenset[EffectKind], BeforeValidator(_listed), Field(min_length=1)] | None = None
     tool: Patterns | None = None
     any_tool_word: Words | None = None
+    any_tool_part: Words | None = None
     server: Patterns | None = None
     trusted: bool | None = None
     read_only: bool | None = None
@@ -105,6 +116,7 @@ class When(BaseModel):
     method: Patterns | None = None
     url_path: Patterns | None = None
     secret: Patterns | None = None
+    command: Patterns | None = None
     workspace: Patterns | None = None
     taint: Patterns | None = None
     untainted: bool | None = None
@@ -147,6 +159,8 @@ class Rule(BaseModel):
             trusted: whether the user trusts what the action's server says.
             now: local time, with its zone.
         """
+        if self.when.effect is None and action.effect == "run":
+            return "it names no effect: it speaks of what leaves the machine"
         matcher = _Matcher(action, wide=self.risk is not Risk.GREEN, trusted=trusted, now=now)
         for name in When.model_fields:
             wanted = getattr(self.when, name)
@@ -166,6 +180,10 @@ class _Matcher:
 
     def tool(self, wanted: tuple[str, ...]) -> str:
         return self._named("the tool", self.action.tool, wanted)
+
+    def any_tool_part(self, wanted: frozenset[str]) -> str:
+        name = "".join(c for c in plain(self.action.tool) if c.isalnum())
+        return "" if any(part in name for part in wanted) else "no part of the tool's name is in its list"
 
     def any_tool_word(self, wanted: frozenset[str]) -> str:
         found = name_words(self.action.tool) & {word.casefold() for word in wanted}
@@ -194,7 +212,7 @@ class _Matcher:
     def arguments(self, wanted: dict[str, tuple[str, ...]]) -> str:
         given = list(leaves(self.action.arguments))
         for name, patterns in wanted.items():
-            values = [value for key, value in given if key == name]
+            values = [value for key, value in given if key == name or (self.wide and _loose(key) == _loose(name))]
             fits = [any(self._value(pattern, value) for pattern in patterns) for value in values]
             if not values:
                 return f"there is no argument {name}"
@@ -205,7 +223,8 @@ class _Matcher:
         return ""
 
     def any_argument(self, wanted: tuple[str, ...]) -> str:
-        found = any(self._value(pattern, value) for _, value in leaves(self.action.arguments) for pattern in wanted)
+        texts = [text for name, value in leaves(self.action.arguments) for text in (value, *name.split("."))]
+        found = any(self._value(pattern, text) for text in texts for pattern in wanted)
         return "" if found else "no argument matches its patterns"
 
     def any_argument_name(self, wanted: tuple[str, ...]) -> str:
@@ -232,10 +251,14 @@ class _Matcher:
         return "" if any(file.kind in wanted for file in self.action.files) else "no change is of such a kind"
 
     def every_kind(self, wanted: frozenset[str]) -> str:
-        other = next((file for file in self.action.files if file.kind not in wanted), None)
         if not self.action.files:
             return "no file is changed"
-        return "" if other is None else f"{other.path} is of kind {other.kind}"
+        for file in self.action.files:
+            if file.kind not in wanted:
+                return f"{file.path} is of kind {file.kind}"
+            if "type" in file.marks and not self.wide:  # what was there is gone, which is more than a change of it
+                return f"{file.path} became another type of entry"
+        return ""
 
     def any_mark(self, wanted: frozenset[str]) -> str:
         return "" if any(wanted & file.marks for file in self.action.files) else "no change has such a mark"
@@ -260,7 +283,14 @@ class _Matcher:
         return wanted.problem(self.action.bytes + sum(file.bytes for file in self.action.files), "bytes are written")
 
     def host(self, wanted: tuple[str, ...]) -> str:
-        return self._named("the host", self.action.host, wanted, lower=True)
+        hosts = {self.action.host} | (url_hosts(self.action.url) if self.wide else frozenset())
+        forms = {form for host in hosts - {""} for form in (host_forms(host) if self.wide else {host.lower()})}
+        if not forms:
+            return "it has no host"
+        if not self.wide and self.action.oddity:
+            return f"its address {self.action.oddity}"
+        found = any(matches(pattern.lower(), form, wide=self.wide) for pattern in wanted for form in forms)
+        return "" if found else f"the host is {self.action.host!a}"
 
     def method(self, wanted: tuple[str, ...]) -> str:
         return self._named("the method", self.action.method, wanted)
@@ -268,12 +298,18 @@ class _Matcher:
     def url_path(self, wanted: tuple[str, ...]) -> str:
         path = self.action.url_path
         found = any(matches_path(pattern, path, wide=self.wide) for pattern in wanted)
-        if found and not self.wide and "%" in path:
-            return "the path of its address is written in percent-encoding"
+        if found and not self.wide and self.action.oddity:
+            return f"its address {self.action.oddity}"
         return "" if found else "the path of its address matches none of its patterns"
 
     def secret(self, wanted: tuple[str, ...]) -> str:
         return self._named("the secret", self.action.secret, wanted)
+
+    def command(self, wanted: tuple[str, ...]) -> str:
+        arguments = self.action.arguments
+        words = arguments.get("command") if isinstance(arguments, dict) else None
+        line = shlex.join(map(str, words)) if isinstance(words, list) else str(words or "")
+        return self._named("the command", line, wanted)
 
     def workspace(self, wanted: tuple[str, ...]) -> str:
         found = any(matches_path(pattern, self.action.workspace, wide=self.wide) for pattern in wanted)
@@ -301,9 +337,7 @@ class _Matcher:
 
     # -- helpers ------------------------------------------------------------------------------------
 
-    def _named(self, what: str, value: str, wanted: tuple[str, ...], *, lower: bool = False) -> str:
-        if lower:
-            value, wanted = value.lower(), tuple(pattern.lower() for pattern in wanted)
+    def _named(self, what: str, value: str, wanted: tuple[str, ...]) -> str:
         if value and any(matches(pattern, value, wide=self.wide) for pattern in wanted):
             return ""
         return f"{what} is {value!a}" if value else f"it has no {what.removeprefix('the ')}"
@@ -324,6 +358,11 @@ class _Matcher:
         if "%" in value and "%" not in pattern:  # it may be decoded into something else
             return False
         return matches_path(pattern, value, wide=False) and not is_deceptive(value)
+
+
+def _loose(name: str) -> str:
+    """The name of an argument wherever its value stands in lists, or in text."""
+    return name.replace("[]", "").replace("!", "").casefold()
 
 
 _CHECKS: dict[str, Callable[[_Matcher, Any], str]] = {name: getattr(_Matcher, name) for name in When.model_fields}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from luminaguard import log
-from luminaguard.cli import signals
+from luminaguard.cli import cliff, signals
+from luminaguard.cli.common import Call, Json, open_runtime
 from luminaguard.errors import LuminaGuardError, WorkspaceError
 
 __all__ = ["app", "run"]
@@ -26,18 +26,19 @@ app = typer.Typer(
     epilog="Exit codes: the command's own; 120 pending, 121 denied, 122 refused, 123 something is missing, "
     "124 timed out, 125 internal error, 126/127 command not executable/not found, 130 interrupted.",
 )
-approvals_app = typer.Typer(help="List, show and decide requests.", no_args_is_help=True, rich_markup_mode=None)
 ledger_app = typer.Typer(help="Verify and export the ledger.", no_args_is_help=True, rich_markup_mode=None)
 image_app = typer.Typer(help="Build and verify guest images.", no_args_is_help=True, rich_markup_mode=None)
 vm_app = typer.Typer(help="Running micro-VMs.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(approvals_app, name="approvals")
+app.add_typer(cliff.approvals_app, name="approvals")
+app.add_typer(cliff.grants_app, name="grants")
+app.add_typer(cliff.approvers_app, name="approvers")
+app.add_typer(cliff.policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(image_app, name="image")
 pool_app = typer.Typer(help="A pool of machines that wait for work.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(vm_app, name="vm")
 app.add_typer(pool_app, name="pool")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="The folder to work on.", readable=False)]
 Publish = Annotated[str | None, typer.Option("--publish", help="ask, never or always.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds until the command is stopped.")]
@@ -48,13 +49,10 @@ Profile = Annotated[
 Watch = Annotated[bool, typer.Option("--watch", help="Again every second, until interrupted.")]
 SHELL_TIMEOUT_S = 7 * 86400
 VmId = Annotated[str, typer.Argument(metavar="ID")]
-RequestId = Annotated[str, typer.Argument(metavar="ID")]
-
-
-class _State:
-    debug = False
-    as_json = False
-    closing = ExitStack()
+Task = Annotated[str, typer.Option("--task", help="The task it belongs to; labels of what it has read stay with it.")]
+Taint = Annotated[
+    list[str] | None, typer.Option("--taint", metavar="LABEL", help="It follows untrusted input of this label.")
+]
 
 
 @app.callback()
@@ -63,19 +61,7 @@ def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     del version  # answered before the command tree is loaded
-    _State.debug = debug
-
-
-def _runtime(**overrides: Any) -> Any:
-    with signals.held():  # imports, and libraries that would swallow an exception in the middle
-        from luminaguard.runtime import Runtime
-        from luminaguard.settings import Folders, load_settings
-
-        folders = Folders.from_environment()
-        log.configure(folders.state / "log", debug=_State.debug)
-        runtime = Runtime(load_settings(folders, overrides), folders)
-        _State.closing.callback(runtime.close)
-        return runtime
+    Call.debug = debug
 
 
 @app.command("exec", context_settings={"allow_interspersed_args": False})
@@ -86,15 +72,17 @@ def exec_(
     timeout: Timeout = None,
     memory: Memory = None,
     profile: Profile = None,
+    task: Task = "",
+    taint: Taint = None,
     as_json: Json = False,
 ) -> None:
     """Run a command on a copy of the folder; show what it did; publish what you approve."""
-    _State.as_json = as_json
     with signals.held() as held:
         from luminaguard.cli.execute import Options, execute
 
-        runtime = _runtime(publish=publish, timeout_s=timeout, memory_mib=memory, profile=profile)
-        options = Options(publish=runtime.settings.publish, as_json=as_json, terminal=True)
+        runtime = open_runtime(as_json=as_json, publish=publish, timeout_s=timeout, memory_mib=memory, profile=profile)
+        options = Options(publish=runtime.settings.publish, as_json=as_json, terminal=True, task=task,
+                          taint=tuple(taint or ()))  # fmt: skip
         sys.exit(execute(runtime, _absolute(workspace), command, options, held))
 
 
@@ -111,7 +99,8 @@ def shell(
         from luminaguard.cli.execute import Options, execute
 
         # A person may think for longer than a command may run.
-        runtime = _runtime(publish=publish, timeout_s=timeout or SHELL_TIMEOUT_S, memory_mib=memory, profile=profile)
+        runtime = open_runtime(publish=publish, timeout_s=timeout or SHELL_TIMEOUT_S, memory_mib=memory,
+                               profile=profile)  # fmt: skip
         options = Options(publish=runtime.settings.publish, as_json=False, terminal=True)
         sys.exit(execute(runtime, _absolute(workspace), ["bash"], options, held))
 
@@ -134,65 +123,12 @@ def _resolved(path: Path) -> Path:
     return absolute.parent.resolve(strict=True) / absolute.name
 
 
-@approvals_app.command("list")
-def approvals_list(
-    everything: Annotated[bool, typer.Option("--all", help="Those that were decided, too.")] = False,
-    as_json: Json = False,
-) -> None:
-    """List the requests that wait for a decision."""
-    from luminaguard.cli import approvals
-
-    _State.as_json = as_json
-    approvals.show_list(_runtime(), everything=everything, as_json=as_json)
-
-
-@approvals_app.command("show")
-def approvals_show(
-    request_id: RequestId,
-    full: Annotated[bool, typer.Option("--full", help="Whole diffs.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Show the diff card of a request."""
-    from luminaguard.cli import approvals
-
-    _State.as_json = as_json
-    approvals.show_one(_runtime(), request_id, full=full, as_json=as_json)
-
-
-@approvals_app.command("approve")
-def approvals_approve(request_id: RequestId, as_json: Json = False) -> None:
-    """Approve a request and publish its changes now."""
-    from luminaguard.cli import approvals
-
-    _State.as_json = as_json
-    approvals.approve(_runtime(), request_id, as_json=as_json)
-
-
-@approvals_app.command("deny")
-def approvals_deny(request_id: RequestId, as_json: Json = False) -> None:
-    """Deny a request; its changes are discarded."""
-    from luminaguard.cli import approvals
-
-    _State.as_json = as_json
-    approvals.deny(_runtime(), request_id, as_json=as_json)
-
-
-@approvals_app.command("close")
-def approvals_close(request_id: RequestId, as_json: Json = False) -> None:
-    """End a request whose outcome is unknown, after you have looked at the folder yourself."""
-    from luminaguard.cli import approvals
-
-    _State.as_json = as_json
-    approvals.close(_runtime(), request_id, as_json=as_json)
-
-
 @ledger_app.command("verify")
 def ledger_verify(as_json: Json = False) -> None:
     """Verify the hash chain, its signatures and its end."""
     from luminaguard.cli.output import print_json
 
-    _State.as_json = as_json
-    count = _runtime().ledger.verify()
+    count = open_runtime(as_json=as_json).ledger.verify()
     if as_json:
         print_json({"status": "verified", "entries": count})
     else:
@@ -202,7 +138,7 @@ def ledger_verify(as_json: Json = False) -> None:
 @ledger_app.command("resume")
 def ledger_resume(reason: Annotated[str, typer.Option("--reason", help="What you found out.")]) -> None:
     """Go on after the ledger was cut off or exchanged; the break is recorded in it."""
-    entry = _runtime().ledger.resume(reason)
+    entry = open_runtime().ledger.resume(reason)
     print(f"the ledger goes on; entry {entry.seq} records the break")
 
 
@@ -212,7 +148,7 @@ def ledger_export() -> None:
     import json
     from dataclasses import asdict
 
-    ledger = _runtime().ledger
+    ledger = open_runtime().ledger
     print(json.dumps({"format": 1, "public_key": ledger.public_key.public_bytes_raw().hex()}))
     for entry in ledger.entries():
         try:
@@ -241,10 +177,9 @@ def image_build(
     """Build the guest image for this machine's distribution, without root."""
     from luminaguard.cli.output import Progress, print_json
 
-    _State.as_json = as_json
     progress = Progress(quiet=as_json)
     try:
-        runtime = _runtime(kernel=kernel)
+        runtime = open_runtime(as_json=as_json, kernel=kernel)
         image = runtime.images.build(progress, kernel=runtime.settings.kernel, container=from_oci, locked=locked,
                                      force=force)  # fmt: skip
     finally:
@@ -261,11 +196,11 @@ def image_list(as_json: Json = False) -> None:
     """List the guest images."""
     from luminaguard.cli.output import print_json
 
-    _State.as_json = as_json
-    store = _runtime().images
+    store = open_runtime(as_json=as_json).images
     images, damaged = store.images(), store.damaged()
     current = store.current_name()
-    rows = [{"id": i.folder.name, "current": i.folder.name == current, "distribution": i.manifest.distribution,
+    rows: list[dict[str, Any]] = [
+            {"id": i.folder.name, "current": i.folder.name == current, "distribution": i.manifest.distribution,
              "kernel": i.manifest.kernel_release, "kernel_kind": i.manifest.kernel,
              "container": i.manifest.container or None, "locked": i.manifest.locked,
              "bytes": sum(p.size for p in i.manifest.parts.values())} for i in images]  # fmt: skip
@@ -286,8 +221,7 @@ def image_use(image_id: Annotated[str, typer.Argument(metavar="ID")], as_json: J
     """Let new machines use an image that was built before; its id, or how it begins."""
     from luminaguard.cli.output import print_json
 
-    _State.as_json = as_json
-    image = _runtime().images.use(image_id)
+    image = open_runtime(as_json=as_json).images.use(image_id)
     if as_json:
         print_json({"status": "current", "id": image.folder.name})
     else:
@@ -299,8 +233,7 @@ def image_verify(as_json: Json = False) -> None:
     """Verify every part of the current image against its manifest."""
     from luminaguard.cli.output import print_json
 
-    _State.as_json = as_json
-    image = _runtime().images.current()
+    image = open_runtime(as_json=as_json).images.current()
     image.verify()
     if as_json:
         print_json({"status": "verified", "id": image.folder.name})
@@ -321,8 +254,7 @@ def image_audit(
     """Inspect the built image: what may not be in it, how its programs were hardened, its bill of materials."""
     from luminaguard.cli.audit import audit
 
-    _State.as_json = as_json
-    raise typer.Exit(audit(_runtime(), rebuild=rebuild, live=live, as_json=as_json))
+    raise typer.Exit(audit(open_runtime(as_json=as_json), rebuild=rebuild, live=live, as_json=as_json))
 
 
 @image_app.command("lock")
@@ -342,8 +274,7 @@ def vm_list(
     """List the machines that run now; end those whose owner is gone."""
     from luminaguard.cli import machines
 
-    _State.as_json = as_json
-    runtime = _runtime()
+    runtime = open_runtime(as_json=as_json)
 
     def draw() -> None:
         machines.show_list(runtime, everything=everything, as_json=as_json)
@@ -356,8 +287,7 @@ def vm_show(vm_id: VmId, as_json: Json = False) -> None:
     """Show all that is known of a machine: its jail, what it uses, how it ended."""
     from luminaguard.cli import machines
 
-    _State.as_json = as_json
-    machines.show(_runtime(), vm_id, as_json=as_json)
+    machines.show(open_runtime(as_json=as_json), vm_id, as_json=as_json)
 
 
 @vm_app.command("kill")
@@ -365,8 +295,7 @@ def vm_kill(vm_id: VmId, as_json: Json = False) -> None:
     """End a machine; nothing of it is published."""
     from luminaguard.cli import machines
 
-    _State.as_json = as_json
-    machines.kill(_runtime(), vm_id, as_json=as_json)
+    machines.kill(open_runtime(as_json=as_json), vm_id, as_json=as_json)
 
 
 @vm_app.command("reap")
@@ -374,8 +303,7 @@ def vm_reap(as_json: Json = False) -> None:
     """End the machines, and remove the cgroups, that killed processes left."""
     from luminaguard.cli import machines
 
-    _State.as_json = as_json
-    machines.reap(_runtime(), as_json=as_json)
+    machines.reap(open_runtime(as_json=as_json), as_json=as_json)
 
 
 @pool_app.command("serve")
@@ -383,7 +311,7 @@ def pool_serve() -> None:
     """Keep machines ready and lend them to every exec of this user, until interrupted."""
     from luminaguard.cli import machines
 
-    machines.serve_pool(_runtime())
+    machines.serve_pool(open_runtime())
 
 
 @pool_app.command("status")
@@ -391,8 +319,7 @@ def pool_status(watch: Watch = False, as_json: Json = False) -> None:
     """Show how many machines wait, hits and misses."""
     from luminaguard.cli import machines
 
-    _State.as_json = as_json
-    runtime = _runtime()
+    runtime = open_runtime(as_json=as_json)
 
     def draw() -> None:
         machines.pool_status(runtime, as_json=as_json)
@@ -401,11 +328,19 @@ def pool_status(watch: Watch = False, as_json: Json = False) -> None:
 
 
 @app.command()
+def approve(as_json: Annotated[bool, typer.Option("--json", hidden=True)] = False) -> None:
+    """Open the inbox of requests that wait: look at them, and decide, in full screen."""
+    from luminaguard.cli.inbox import open_inbox
+
+    open_inbox(open_runtime(as_json=as_json))
+
+
+@app.command()
 def metrics() -> None:
     """Print machines and the pool in the text format of Prometheus."""
     from luminaguard.cli import machines
 
-    machines.metrics(_runtime())
+    machines.metrics(open_runtime())
 
 
 @app.command()
@@ -413,7 +348,7 @@ def doctor(as_json: Json = False) -> None:
     """Check everything that LuminaGuard needs on this machine, by trying it."""
     from luminaguard.cli import doctor as checks
 
-    _State.as_json = as_json
+    Call.as_json = as_json
     sys.exit(checks.run(as_json=as_json))
 
 
@@ -422,7 +357,7 @@ def recover() -> None:
     """Finish or undo what an interrupted publish left (every exec does this too)."""
     from luminaguard.effects.text import visible
 
-    told = _runtime().decisions.recover()
+    told = open_runtime().decisions.recover()
     print("\n".join(map(visible, told)) or "nothing was interrupted")
 
 
@@ -432,18 +367,18 @@ def run() -> None:
 
     open_streams()
     try:
-        with _State.closing:
+        with Call.closing:
             app()
     except LuminaGuardError as error:
-        if _State.debug:
+        if Call.debug:
             raise
-        print_error(error, as_json=_State.as_json)
+        print_error(error, as_json=Call.as_json)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         stop_writing()
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:  # whatever it is, people get a sentence and not a traceback
-        if _State.debug:
+        if Call.debug:
             raise
         log.event("internal_error", error=repr(error), where=_where(error))
         unforeseen = LuminaGuardError(
@@ -451,7 +386,7 @@ def run() -> None:
             hint="Run the command again as 'luminaguard --debug ...' to see where, and report it.",
             kept="Every publish is all or nothing; 'luminaguard recover' ends one that was interrupted.",
         )
-        print_error(unforeseen, as_json=_State.as_json)
+        print_error(unforeseen, as_json=Call.as_json)
         sys.exit(unforeseen.exit_code)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import select
 import sys
-import termios
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from luminaguard.approvals.model import State, Verdict
+from luminaguard.approvals.words import answered, heading, judged_json
 from luminaguard.cli import signals
 from luminaguard.cli.output import Progress, error_fields, print_lines, print_outcome, tell_recovered
+from luminaguard.cli.prompt import ask
 from luminaguard.cli.relay import Relay, terminal_size
 from luminaguard.cli.signals import Held, Interrupted
 from luminaguard.effects.text import visible
@@ -22,8 +24,10 @@ from luminaguard.errors import (
     EXIT_REFUSED,
     EXIT_TIMEOUT,
     LuminaGuardError,
+    PolicyChanged,
 )
 from luminaguard.runtime import Execution, Runtime
+from luminaguard.runtime.decisions import Answer
 
 if TYPE_CHECKING:
     from luminaguard.approvals import Request
@@ -43,8 +47,11 @@ _START_FAILURES = {"not-found": _NOT_FOUND, "not-executable": _NOT_EXECUTABLE}
 class Options:
     """The flags of one call."""
 
-    def __init__(self, *, publish: str, as_json: bool, terminal: bool) -> None:
+    def __init__(
+        self, *, publish: str, as_json: bool, terminal: bool, task: str = "", taint: tuple[str, ...] = ()
+    ) -> None:
         self.publish = publish
+        self.task, self.taint = task, taint
         self.as_json = as_json
         self.terminal = terminal
 
@@ -84,7 +91,7 @@ def _see_through(
     try:
         with held.passing():
             try:
-                execution, number = anyio.run(_run, runtime, workspace, command, capture, progress, held)
+                execution, number = anyio.run(_run, runtime, workspace, command, options, capture, progress, held)
             except LuminaGuardError as error:
                 # A signal to the process group ends what helps us, too, such as mksquashfs.
                 if number := held.take():
@@ -94,7 +101,7 @@ def _see_through(
         if execution is None or number:
             raise Interrupted(number)
         tell_recovered(execution.recovered)
-        if execution.detail and capture is None and not execution.outcome.timed_out:
+        if execution.detail and capture is None and not (execution.outcome.timed_out or execution.refusal):
             sys.stderr.write(f"note: {execution.detail}\n")
         status = _settle(runtime, execution, options, progress, held)
     except Interrupted as interrupted:
@@ -127,8 +134,9 @@ def _tell_interrupted(interrupted: Interrupted, execution: Execution | None, cap
 
 
 async def _run(
-    runtime: Runtime, workspace: Path, command: Command, capture: _Capture | None, progress: Progress, held: Held
-) -> tuple[Execution | None, int]:
+    runtime: Runtime, workspace: Path, command: Command, options: Options, capture: _Capture | None,
+    progress: Progress, held: Held,
+) -> tuple[Execution | None, int]:  # fmt: skip
     """Run it; return what came of it, if anything, and the signal that ended it, or 0."""
     relay = Relay(terminal=command.terminal is not None)
     interrupted = 0
@@ -163,7 +171,8 @@ async def _run(
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch, tasks.cancel_scope)
-            result = await runtime.exec(workspace, command, output=output, feed=relay.feed, progress=progress)
+            result = await runtime.exec(workspace, command, output=output, feed=relay.feed, progress=progress,
+                                        task=options.task, taint=options.taint)  # fmt: skip
             tasks.cancel_scope.cancel()
     except* Exception as group:  # noqa: BLE001  # raised again below, outside the task group's wrapping
         failure = _first(group)
@@ -222,70 +231,71 @@ def _settle(runtime: Runtime, execution: Execution, options: Options, progress: 
     if execution.outcome.out_of_memory and not options.as_json:
         sys.stderr.write("note: the command ran out of memory; try a larger --memory\n")
     if request is None:
+        if execution.refusal is not None:
+            raise execution.refusal
         return execution.outcome.exit_code
     with held.raising():
         if not options.as_json:
             show_card(runtime, request, progress)
-        verdict, means = _verdict(runtime, request, options, progress)
-    # From here on signals wait: what is decided is seen through, and told.
-    if verdict is None:
+        answer = _answer(runtime, request, options, progress)
+    while True:
+        # From here on signals wait: what is decided is seen through, and told.
+        try:
+            return _carry_out(runtime, execution, request, answer, options, progress)
+        except PolicyChanged as changed:
+            if options.as_json or answer is None or answer.means != "terminal":
+                raise
+            sys.stderr.write(f"note: {visible(changed.message)}\n")
+            request = execution.request = runtime.approvals.get(request.id)
+            with held.raising():
+                show_card(runtime, request, progress)
+                answer = _answer(runtime, request, options, progress)
+
+
+def _carry_out(
+    runtime: Runtime, execution: Execution, request: Request, answer: Answer | None, options: Options,
+    progress: Progress,
+) -> int:  # fmt: skip
+    """Do what was answered; return the exit status."""
+
+    def told(text: str) -> None:
         if not options.as_json:
-            sys.stderr.write(
-                f"pending: {request.id}\n  decide with: luminaguard approvals approve {request.id}   (or: deny)\n"
-            )
+            sys.stderr.write(text)
+
+    if answer is None:
+        told(f"pending: {request.id}\n  decide with: luminaguard approvals approve {request.id}   (or: deny)\n")
         return EXIT_PENDING
-    if not verdict:
-        runtime.decisions.deny(request, means=means)
-        execution.status = "denied"
-        if not options.as_json:
-            sys.stderr.write("denied: nothing was published\n")
+    if answer.verdict is not Verdict.APPROVE:
+        runtime.decisions.deny(request, answer)
+        execution.status, execution.detail = "denied", answer.reason
+        told(f"{answered(answer.verdict, answer.reason)}; nothing was published\n")
         return execution.outcome.exit_code if options.publish == "never" else EXIT_DENIED
     with progress.slowly("publishing") as step:
-        runtime.decisions.approve_and_publish(request, means=means, step=step)
+        request = runtime.decisions.approve_and_publish(request, answer, step=step)
+    if request.state is State.PENDING:
+        told(f"pending: {request.id} needs the approval of another person, too\n"
+             f"  decide with: luminaguard approvals approve {request.id} --as NAME\n")  # fmt: skip
+        return EXIT_PENDING
     execution.status = "published"
-    if not options.as_json:
-        sys.stderr.write(f"published {len(execution.changeset)} changes to {visible(request.workspace)}\n")
+    count = len(execution.changeset if answer.part is None else answer.part)
+    by = f" by {visible(answer.means)}" if answer.person in {"rule", "grant"} else ""
+    told(f"published {count} changes to {visible(request.workspace)}{by}\n")
     return execution.outcome.exit_code
 
 
-def _verdict(runtime: Runtime, request: Request, options: Options, progress: Progress) -> tuple[bool | None, str]:
+def _answer(runtime: Runtime, request: Request, options: Options, progress: Progress) -> Answer | None:
+    """The answer: of a flag, of a rule or a grant that a person gave before, or of the person at the terminal."""
     if options.publish == "always":
         note = os.environ.get("LUMINAGUARD_DECISION_NOTE", "")
-        return (
-            True,
-            f"flag --publish always ({ascii(note)[1:-1][:80]})" if note else "flag --publish always",
-        )
+        said = f" ({ascii(note)[1:-1][:80]})" if note else ""
+        return Answer(Verdict.APPROVE, f"flag --publish always{said}")
     if options.publish == "never":
-        return False, "flag --publish never"
+        return Answer(Verdict.DENY, "flag --publish never")
+    if answer := runtime.decisions.without_asking(request):
+        return answer
     if options.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return None, ""
-    return ask(runtime, request, progress), "terminal"
-
-
-def ask(runtime: Runtime, request: Request, progress: Progress) -> bool | None:
-    """Ask on the terminal; None leaves the request pending."""
-    question = f"\nPublish exactly this to {visible(request.workspace)}? [y]es, [n]o, [f]ull diffs, [l]ater: "
-    while True:
-        # Keys typed before the question stood there answer nothing.
-        try:
-            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
-            sys.stderr.write(question)
-            sys.stderr.flush()
-            answer = sys.stdin.readline()
-        except Interrupted:
-            sys.stderr.write("\n")
-            return None
-        match answer.strip().lower():
-            case "y" | "yes":
-                return True
-            case "n" | "no":
-                return False
-            case "f" | "full":
-                show_card(runtime, request, progress, full=True)
-            case "l" | "later" | "q":
-                return None
-            case _ if not answer:
-                return None
+        return None
+    return ask(request, lambda: show_card(runtime, request, progress, full=True), runtime.approvals.changeset)
 
 
 def show_card(runtime: Runtime, request: Request, progress: Progress, *, full: bool = False) -> None:
@@ -296,8 +306,7 @@ def show_card(runtime: Runtime, request: Request, progress: Progress, *, full: b
         card = runtime.decisions.card(request)
     if sys.stderr.isatty():
         sys.stderr.write(_TERMINAL_RESET)
-    sys.stderr.write(f"\n{request.id}   {visible(' '.join(request.command))[:200]}   (exit {request.exit_code})\n")
-    print_lines(render(card, max_diff_lines=None if full else 40))
+    print_lines([("plain", ""), *heading(request), *render(card, max_diff_lines=None if full else 40)])
 
 
 def _not_started(code: str, message: str, name: str, capture: _Capture | None) -> int:
@@ -344,4 +353,5 @@ def _as_json(execution: Execution, capture: _Capture) -> dict[str, Any]:
                "spawn_ms": execution.spawn_ms, "jail": execution.jail},
         "timings_ms": execution.timings_ms,
         "detail": execution.detail,
+        "judged": judged_json(execution.request.judged) if execution.request else None,
     }  # fmt: skip

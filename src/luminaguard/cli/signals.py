@@ -99,7 +99,8 @@ class Held:
 _holder: list[Held] = []
 _deferred: list[int] = []
 _SOON_S = 0.002
-_WITH_VALUE = frozenset({"-w", "--workspace", "--publish", "--timeout", "--memory", "--profile"})
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_WITH_VALUE = frozenset({"-w", "--workspace", "--publish", "--timeout", "--memory", "--profile", "--task", "--taint"})
 
 
 def install() -> None:
@@ -171,7 +172,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         _holder[0].keep(number)
     elif number not in ENDING:
         return
-    elif _imports(frame):
+    elif _not_here(frame):
         # Raised there, it would leave half a module behind, or be lost in the callback of a weak reference.
         _deferred[:] = [number]
         signal.signal(signal.SIGALRM, _on_alarm)
@@ -186,9 +187,16 @@ def _on_alarm(_number: int, frame: FrameType | None) -> None:
         _on_signal(_deferred.pop(), frame)
 
 
-def _imports(frame: FrameType | None) -> bool:
+def _not_here(frame: FrameType | None) -> bool:
+    """Whether a module is being loaded, or the command line still read: of our own code, nothing has begun yet."""
+    begun = False
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        name = frame.f_code.co_filename
+        if name.startswith("<frozen importlib"):
             return True
+        if name.startswith(_PACKAGE):
+            if not begun and (os.path.basename(name), frame.f_code.co_name) == ("app.py", "run"):
+                return True
+            begun = True
         frame = frame.f_back
     return False

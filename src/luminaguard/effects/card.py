@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from luminaguard.effects import diffs
 from luminaguard.effects.changes import Change, Changeset, DirEntry, Entry, FileEntry, LinkEntry
@@ -16,7 +17,7 @@ from luminaguard.effects.marks import LOUD, Mark, marks_of
 from luminaguard.effects.renames import edited_renames
 from luminaguard.effects.text import hides_something, visible, visible_name
 
-__all__ = ["CardItem", "DiffCard", "Summary", "make_card"]
+__all__ = ["CardItem", "DiffCard", "Fact", "Summary", "card_to_json", "make_card"]
 
 MAX_TEXT = 1 << 20
 MAX_CARD = 8 << 20
@@ -62,12 +63,30 @@ class CardItem:
 
 
 @dataclass(frozen=True, slots=True)
+class Fact:
+    """A line at the top of a card: what it is called, what it is (escaped), and whether to look twice."""
+
+    label: str
+    value: str
+    loud: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DiffCard:
-    """A whole card."""
+    """A whole card, of any effect: the one model that terminal, page and JSON render.
+
+    Attributes:
+        title: the effect in a line, escaped.
+        facts: what it is, beside its items.
+        items: one change, argument, header or body each.
+        summary: the counts of a changeset; None of other effects.
+    """
 
     digest: str
-    summary: Summary
+    title: str
     items: tuple[CardItem, ...]
+    facts: tuple[Fact, ...] = ()
+    summary: Summary | None = None
 
     @property
     def loud(self) -> tuple[CardItem, ...]:
@@ -103,7 +122,24 @@ def make_card(changeset: Changeset, before: Contents, after: Contents) -> DiffCa
         links=kinds["symlink"], lines_added=added, lines_removed=removed,
         bytes_written=sum(changeset.blobs().values()),
     )  # fmt: skip
-    return DiffCard(changeset.digest, summary, tuple(items))
+    return DiffCard(changeset.digest, _title(summary), tuple(items), summary=summary)
+
+
+def _title(s: Summary) -> str:
+    parts = [f"{s.created} created", f"{s.edited} edited", f"{s.deleted} deleted"]
+    parts += [f"{s.renamed} renamed"] * bool(s.renamed)
+    parts += [f"{s.links} links"] * bool(s.links) + [f"{s.modes} modes changed"] * bool(s.modes)
+    return f"{', '.join(parts)}   (+{s.lines_added} -{s.lines_removed} lines, {s.bytes_written:,} bytes)"
+
+
+def card_to_json(card: DiffCard) -> dict[str, Any]:
+    """The card for programs: all that the others show, marks by their words."""
+    items = [{"path": item.path, "kind": item.kind, "headline": item.headline, "note": item.note,
+              "marks": [mark.value for mark in item.marks], "diff": list(item.diff)}
+             for item in card.items]  # fmt: skip
+    return {"digest": card.digest, "title": card.title, "items": items,
+            "facts": [{"label": fact.label, "value": fact.value, "loud": fact.loud} for fact in card.facts],
+            "look_twice": [item.path for item in card.loud]}  # fmt: skip
 
 
 class _Moves:

@@ -137,6 +137,48 @@ class Changeset:
                     found[change.path] = candidates.pop(0)
         return found
 
+    def needed_with(self, path: str) -> frozenset[str]:
+        """The other changes without which the one of a path cannot be made: folders made for it, what a folder held.
+
+        Raises:
+            ChangesetRefused: nothing changes at this path.
+        """
+        by_path = self._by_path
+        if path not in by_path:
+            raise _refused(path, "is not one of the changes")
+        change, needed = by_path[path], set()
+        if change.after is not None:
+            parent = path
+            while "/" in parent:
+                parent = parent.rpartition("/")[0]
+                above = by_path.get(parent)
+                if above and isinstance(above.after, DirEntry) and not isinstance(above.before, DirEntry):
+                    needed.add(parent)
+        if isinstance(change.before, DirEntry) and not isinstance(change.after, DirEntry):
+            needed |= {other for other in by_path if other.startswith(f"{path}/")}
+        return frozenset(needed)
+
+    def part(self, paths: Iterable[str]) -> Changeset:
+        """The changes of these paths alone.
+
+        Raises:
+            ChangesetRefused: a path is not changed, or cannot be changed without another one, which is named.
+        """
+        chosen = set(paths)
+        if not chosen:
+            raise ChangesetRefused("A part of nothing was chosen.", hint="Name a path, or deny all of it.")
+        for path in sorted(chosen):
+            if missing := self.needed_with(path) - chosen:
+                raise ChangesetRefused(
+                    f"{path!a} cannot be changed without {min(missing)!a}.",
+                    hint=f"Choose it, too ({len(missing)} such), or leave this one out.",
+                )
+        return Changeset(tuple(change for change in self.changes if change.path in chosen))
+
+    @cached_property
+    def _by_path(self) -> Mapping[str, Change]:
+        return {change.path: change for change in self.changes}
+
     def to_json(self) -> list[dict[str, Any]]:
         """One object a change, for storage and for people's programs."""
         rows = []

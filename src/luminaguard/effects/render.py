@@ -17,7 +17,8 @@ Style = Literal["plain", "title", "loud", "path", "dim", "plus", "minus", "hunk"
 Line = tuple[Style, str]
 _DIFF_STYLES: dict[str, Style] = {"+": "plus", "-": "minus", "@": "hunk"}
 _REPEATED = 10
-_SIGNS = {"create": "+", "modify": "~", "delete": "-", "mode": "m", "symlink": "@"}
+_SIGNS = {"create": "+", "modify": "~", "delete": "-", "mode": "m", "symlink": "@",
+          "argument": "=", "definition": "d", "header": ":", "body": "="}  # fmt: skip
 
 
 def render(card: DiffCard, *, max_diff_lines: int | None = 40) -> Iterator[Line]:
@@ -27,15 +28,10 @@ def render(card: DiffCard, *, max_diff_lines: int | None = 40) -> Iterator[Line]
         card: the card.
         max_diff_lines: how many lines of each diff to show; None for all. A cut says so.
     """
-    s = card.summary
-    parts = [f"{s.created} created", f"{s.edited} edited", f"{s.deleted} deleted"]
-    parts += [f"{s.renamed} renamed"] * bool(s.renamed)
-    parts += [f"{s.links} links"] * bool(s.links) + [f"{s.modes} modes changed"] * bool(s.modes)
-    yield (
-        "title",
-        f"{', '.join(parts)}   (+{s.lines_added} -{s.lines_removed} lines, {s.bytes_written:,} bytes)",
-    )
+    yield "title", card.title
     yield "dim", card.digest
+    for fact in card.facts:
+        yield "loud" if fact.loud else "plain", f"{fact.label}: {fact.value}"
     loud = card.loud
     if loud:
         yield "loud", f"LOOK TWICE at {len(loud)} of {len(card.items)}:"

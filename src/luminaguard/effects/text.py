@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 __all__ = ["hides_something", "mixes_scripts", "visible", "visible_name"]
@@ -12,6 +13,7 @@ _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u17b5")
 _SELECTORS = ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
 """Variation selectors: marks that change nothing to be seen, and can carry a whole message."""
 
+_BETWEEN_WORDS = re.compile(r"[\W_]+")
 _JOINER, _EMOJI_SELECTOR = "\u200d", "\ufe0f"
 _SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 
@@ -44,17 +46,13 @@ def hides_something(text: str) -> bool:
 
 
 def mixes_scripts(text: str) -> bool:
-    """Whether a word mixes alphabets whose letters look alike, as a Cyrillic letter among Latin ones."""
-    if text.isascii():
-        return False
-    scripts = {
-        script
-        for c in text
-        if c.isalpha()
-        for script in _LOOKALIKE_SCRIPTS
-        if unicodedata.name(c, "").startswith(script)
-    }
-    return len(scripts) > 1
+    """Whether one of its words mixes alphabets whose letters look alike, as a Cyrillic letter among Latin ones."""
+    return not text.isascii() and any(len(_scripts(word)) > 1 for word in _BETWEEN_WORDS.split(text))
+
+
+def _scripts(word: str) -> set[str]:
+    names = (unicodedata.name(c, "") for c in word if c.isalpha())
+    return {script for name in names for script in _LOOKALIKE_SCRIPTS if name.startswith(script)}
 
 
 def _is_plain(c: str) -> bool:

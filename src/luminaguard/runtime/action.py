@@ -21,6 +21,7 @@ import anyio.to_thread
 from luminaguard import log
 from luminaguard.errors import (
     ChangesetRefused,
+    Forbidden,
     GuestProtocolError,
     LuminaGuardError,
     WorkspaceChanged,
@@ -28,6 +29,7 @@ from luminaguard.errors import (
 )
 
 if TYPE_CHECKING:
+    from luminaguard.actions.policy import Policy
     from luminaguard.approvals import Request
     from luminaguard.effects import Changeset
     from luminaguard.images.manifest import Image
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from luminaguard.microvm.machine import Command, MicroVM, Outcome
     from luminaguard.microvm.port import SavedMachine
     from luminaguard.runtime.core import Runtime
-    from luminaguard.storage.repositories import Ledger
+    from luminaguard.storage.ledger import Ledger
     from luminaguard.workspaces.state import WorkspaceState
 
 __all__ = ["Execution", "Feed", "Output", "Progress", "Status", "run"]
@@ -54,7 +56,7 @@ class Execution:
 
     ``spawn_ms`` is from the start of the hypervisor process to a woken guest, in milliseconds.
     ``jail`` names each layer around the hypervisor and ``on``, or why it is missing. ``recovered`` says
-    what was found of publishes that a crash had interrupted.
+    what was found of publishes that a crash had interrupted. ``refusal`` is why nobody is asked.
     """
 
     vm_id: str
@@ -69,6 +71,7 @@ class Execution:
     timings_ms: dict[str, float] = field(default_factory=dict)
     jail: dict[str, str] = field(default_factory=dict)
     recovered: list[str] = field(default_factory=list)
+    refusal: LuminaGuardError | None = None
 
 
 async def run(
@@ -79,6 +82,8 @@ async def run(
     output: Output,
     feed: Feed | None = None,
     progress: Progress = lambda _: None,
+    task: str = "",
+    taint: tuple[str, ...] = (),
 ) -> Execution:
     """Run a command on a copy of the workspace and take its effects out; publish nothing.
 
@@ -89,12 +94,16 @@ async def run(
         output: receives standard output (1) and standard error (2) as they come.
         feed: writes standard input and signals.
         progress: told in a few words what is being done, for anything that may take long.
+        task: what the action belongs to; labels of untrusted input stay with it.
+        taint: labels of untrusted input that the command line itself follows.
 
     Returns:
         The execution; its status is ``unchanged``, ``pending`` (there is a request), or
         ``refused`` (timed out, or its effects may not be published).
 
     Raises:
+        Forbidden: a rule forbids to run it; nothing ran.
+        PolicyInvalid: the rules cannot be read; nothing ran.
         CallFailed: the command could not be started in the guest.
         LuminaGuardError: anything else that went wrong; the workspace was not touched.
     """
@@ -117,7 +126,8 @@ async def run(
         await _prepare(runtime, prepared, workspace, progress, template=not pooled)
         if not pooled:
             stack.enter_context(opening)
-        assert prepared.state is not None
+        assert prepared.state is not None and prepared.policy is not None
+        labels = await anyio.to_thread.run_sync(_admit, runtime, prepared, opening, workspace, command, task, taint)
         marks.lap("prepare")
         state, writer, vm_id = prepared.state, None, ""
         try:
@@ -168,8 +178,7 @@ async def run(
         execution.detail = f"the mode of the folder itself became {mode:04o} in the machine; that is not published"
     if len(changeset) and not outcome.timed_out:
         with anyio.CancelScope(shield=True):  # it ran to its end: what it did is kept, whoever wants to leave now
-            execution.request = await anyio.to_thread.run_sync(_request, runtime, execution, state, command)
-        execution.status = "pending"
+            await anyio.to_thread.run_sync(_request, runtime, execution, state, command, task, labels)
     if execution.request is None:
         writer.discard()
     marks.lap("record")
@@ -185,6 +194,7 @@ async def _prepare(
     prepared.image = runtime.images.current()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(anyio.to_thread.run_sync, _prepare_workspace, runtime, workspace, prepared, progress)
+        tasks.start_soon(anyio.to_thread.run_sync, _prepare_policy, runtime, workspace, prepared)
         if template:
             await _prepare_template(runtime, prepared, progress)
     if prepared.failures:
@@ -254,6 +264,48 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: _Prepared, p
         prepared.failures.append(failure)
 
 
+def _prepare_policy(runtime: Runtime, workspace: Path, prepared: _Prepared) -> None:
+    try:
+        prepared.policy = runtime.policy(workspace)
+    except LuminaGuardError as error:
+        prepared.failures.insert(0, error)
+
+
+def _admit(
+    runtime: Runtime, prepared: _Prepared, opening: _Background[Ledger], workspace: Path, command: Command, task: str,
+    taint: tuple[str, ...],
+) -> frozenset[str]:  # fmt: skip
+    """Refuse what may not even be rehearsed; return the labels that the action carries."""
+    from luminaguard.actions.model import Action, Risk
+    from luminaguard.runtime.policy import judge, marked_labels
+
+    assert prepared.policy is not None and prepared.state is not None
+    found = [(label, "given on the command line") for label in taint]
+    found += marked_labels(prepared.policy, prepared.state.entries)
+    labels = frozenset(label for label, _ in found)
+    if task:
+        opening.join()
+        if (why := runtime.tasks.stopped(task)) is not None:
+            raise Forbidden(
+                f"Task {task!a} was stopped by a person{f': {why}' if why else ''}.",
+                hint="Begin another task, if that is what they want.",
+            )
+        labels = runtime.tasks.add_labels(task, found)
+    argv = _shown(command.argv)
+    action = Action.from_json({"effect": "run", "tool": "exec", "arguments": {"command": argv},
+                               "workspace": str(workspace), "task": task, "taint": sorted(labels)})  # fmt: skip
+    judgement, _ = judge(prepared.policy, action)
+    if judgement.risk is not Risk.GREEN:
+        opening.join().append("exec.forbidden", workspace=str(workspace), command=argv, task=task, rule=judgement.rule,
+                              reason=judgement.reason, risk=judgement.risk.value)  # fmt: skip
+        raise Forbidden(
+            f"A rule does not let it run: {judgement.reason} ({judgement.rule}).",
+            hint='A rule for effect "run" lets through what is GREEN alone; change it if it is wrong.',
+            kept="Nothing ran.",
+        )
+    return labels
+
+
 def _once_it_takes_long(progress: Progress, what: str) -> Progress:
     """Tell how far something is, but not of what is over in a moment."""
     start = time.monotonic()
@@ -270,8 +322,10 @@ def _open_ledger(runtime: Runtime, recovered: list[str]) -> Ledger:
     return runtime.ledger
 
 
-def _request(runtime: Runtime, execution: Execution, state: WorkspaceState, command: Command) -> Request:
-    """Store the effects and ask for approval: after this they survive a reboot."""
+def _request(
+    runtime: Runtime, execution: Execution, state: WorkspaceState, command: Command, task: str, labels: frozenset[str]
+) -> None:
+    """Store the effects and ask for approval: after this they survive a reboot. What is forbidden is not kept."""
     from luminaguard.approvals import Request, State
 
     runtime.blobs.persist(execution.vm_id)
@@ -282,13 +336,18 @@ def _request(runtime: Runtime, execution: Execution, state: WorkspaceState, comm
         digest=execution.changeset.digest, command=tuple(_shown(command.argv)),
         exit_code=execution.outcome.exit_code, created_ns=now,
         expires_ns=now + runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING,
+        task=task, taint=tuple(sorted(labels)),
     )  # fmt: skip
     # Contents are kept under the request's name from here on.
     source = runtime.blobs.folder / execution.vm_id
     if source.is_dir():
         source.rename(runtime.blobs.folder / request.id)
-    runtime.approvals.create(request, execution.changeset)
-    return request
+    try:
+        execution.request = runtime.decisions.ask(request, execution.changeset)
+        execution.status = "pending"
+    except Forbidden as error:
+        runtime.blobs.forget(request.id)
+        execution.status, execution.detail, execution.refusal = "refused", error.message, error
 
 
 class _Prepared:
@@ -299,6 +358,7 @@ class _Prepared:
     def __init__(self, stack: AsyncExitStack) -> None:
         self.stack = stack
         self.state: WorkspaceState | None = None
+        self.policy: Policy | None = None
         self.saved: SavedMachine | None = None
         self.root = -1
         self.disks: tuple[int, ...] = ()

@@ -15,6 +15,7 @@ import anyio.to_thread
 from luminaguard.settings import Folders, Settings
 
 if TYPE_CHECKING:
+    from luminaguard.actions.policy import Policy
     from luminaguard.images.build import ImageStore
     from luminaguard.microvm.machine import Command
     from luminaguard.microvm.pool import Pool, PoolLimits, Template
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from luminaguard.microvm.tracker import VMTracker
     from luminaguard.runtime.action import Execution, Feed, Output, Progress
     from luminaguard.runtime.decisions import Decisions
-    from luminaguard.storage.repositories import Approvals, Ledger
+    from luminaguard.storage.approvals import Approvals
+    from luminaguard.storage.approvers import Approvers
+    from luminaguard.storage.grants import Grants, Tasks
+    from luminaguard.storage.ledger import Ledger
     from luminaguard.workspaces.blobs import BlobStore
     from luminaguard.workspaces.publish import Publisher
 
@@ -96,7 +100,7 @@ class Runtime:
         """The ledger; opening it opens the database."""
         from luminaguard.storage.database import Database
         from luminaguard.storage.keys import load_key
-        from luminaguard.storage.repositories import Ledger
+        from luminaguard.storage.ledger import Ledger
 
         self._database = Database.open(self.folders.state / "luminaguard.db")
         self._closing.callback(self._database.close)
@@ -106,10 +110,37 @@ class Runtime:
     @cached_property
     def approvals(self) -> Approvals:
         """Requests and decisions."""
-        from luminaguard.storage.repositories import Approvals
+        from luminaguard.storage.approvals import Approvals
 
         ledger = self.ledger
         return Approvals(self._database, ledger)
+
+    @cached_property
+    def grants(self) -> Grants:
+        """Answers that hold for what comes again."""
+        from luminaguard.storage.grants import Grants
+
+        return Grants(self.approvals)
+
+    @cached_property
+    def tasks(self) -> Tasks:
+        """What tasks have read, and which were stopped."""
+        from luminaguard.storage.grants import Tasks
+
+        return Tasks(self.approvals)
+
+    @cached_property
+    def approvers(self) -> Approvers:
+        """Whose approvals count."""
+        from luminaguard.storage.approvers import Approvers
+
+        return Approvers(self.folders.state / "keys")
+
+    def policy(self, workspace: Path | None) -> Policy:
+        """The rules that hold for a folder now; raises PolicyInvalid."""
+        from luminaguard.runtime.policy import load_policy
+
+        return load_policy(self.folders.config, workspace)
 
     @asynccontextmanager
     async def open_pool(self, limits: PoolLimits | None = None) -> AsyncIterator[Pool]:
@@ -210,8 +241,10 @@ class Runtime:
         output: Output,
         feed: Feed | None = None,
         progress: Progress = lambda _: None,
+        task: str = "",
+        taint: tuple[str, ...] = (),
     ) -> Execution:
         """Run one action; see :func:`luminaguard.runtime.action.run`."""
         from luminaguard.runtime.action import run
 
-        return await run(self, workspace, command, output=output, feed=feed, progress=progress)
+        return await run(self, workspace, command, output=output, feed=feed, progress=progress, task=task, taint=taint)

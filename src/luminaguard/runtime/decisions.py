@@ -1,94 +1,264 @@
-"""What a person decides and what follows: cards, signed decisions, publishing once, recovery after a crash."""
+"""What is decided and what follows: judging, cards, signed decisions, grants, publishing once."""
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from luminaguard import log
-from luminaguard.errors import LuminaGuardError, OutcomeUnknown, RequestNotFound
+from luminaguard.actions.model import Risk, Severity
+from luminaguard.approvals import Decision, Grant, Judged, Limits, Request, Scope, State, Verdict, sign, sign_grant
+from luminaguard.errors import ApprovalError, Forbidden, LuminaGuardError, OutcomeUnknown, PolicyChanged
+from luminaguard.runtime.policy import action_of, judge
+from luminaguard.runtime.recovery import Recovery
 
 if TYPE_CHECKING:
-    from luminaguard.approvals import Request
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from luminaguard.actions.model import Action
+    from luminaguard.actions.policy import Judgement
     from luminaguard.effects.card import DiffCard
+    from luminaguard.effects.changes import Changeset
+    from luminaguard.effects.outside import Outside
     from luminaguard.runtime.core import Runtime
 
-__all__ = ["Decisions"]
+__all__ = ["Again", "Answer", "Decisions"]
 
-_ORPHAN_AGE_S = 3600
 _LOCK_WAIT_S = 10.0
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What somebody answers.
+
+    Attributes:
+        means: how, for the record: ``terminal``, ``flag --publish always``, ``rule NAME``.
+        reason: what the agent gets to read.
+        part: the paths that are approved; None is all.
+        person, key: who else than the owner of this installation, with their unlocked key.
+    """
+
+    verdict: Verdict
+    means: str
+    reason: str = ""
+    part: tuple[str, ...] | None = None
+    person: str = "owner"
+    key: Ed25519PrivateKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The same answer for what comes again: how often, for how many seconds, with what loosened."""
+
+    uses: int
+    seconds: int
+    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 class Decisions:
-    """Decides and publishes for one runtime."""
+    """Judges, decides and publishes for one runtime."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        self._recovery = Recovery(runtime)
+
+    # -- what is asked ------------------------------------------------------------------------------
 
     def card(self, request: Request) -> DiffCard:
         """The diff card of a request, from the stored contents and the base on the host."""
+        return self._card(request, self._runtime.approvals.effect(request.id))
+
+    def _card(self, request: Request, effect: Changeset | Outside) -> DiffCard:
         from luminaguard.effects.card import MAX_TEXT, make_card
+        from luminaguard.effects.changes import Changeset
+        from luminaguard.effects.outside_card import make_outside_card
         from luminaguard.workspaces.base import base_contents
 
-        changeset = self._runtime.approvals.changeset(request.id)
-        with base_contents(Path(request.workspace), changeset, MAX_TEXT) as before:
-            return make_card(changeset, before, lambda sha: self._runtime.blobs.read(request.id, sha, MAX_TEXT))
+        if not isinstance(effect, Changeset):
+            return make_outside_card(effect)
+        with base_contents(Path(request.workspace), effect, MAX_TEXT) as before:
+            return make_card(effect, before, lambda sha: self._runtime.blobs.read(request.id, sha, MAX_TEXT))
 
-    def decide(self, request: Request, *, approve: bool, means: str) -> None:
-        """Sign and store a decision about a request, as the approver of this installation.
+    def ask(self, request: Request, effect: Changeset | Outside) -> Request:
+        """Judge an effect and ask for its approval.
+
+        Returns:
+            The request as it was stored, with what the rules say of it.
 
         Raises:
-            ApprovalError: the request is not pending any more.
+            Forbidden: a rule forbids it; that is recorded, and nobody is asked.
+            PolicyInvalid: the rules cannot be read.
         """
-        from luminaguard.approvals import Decision, Verdict, sign
+        judgement, judged = self.judge(request, effect)
+        if judged.risk is Risk.FORBIDDEN:
+            self._runtime.ledger.append("effect.forbidden", request=request.id, workspace=request.workspace,
+                                        digest=request.digest, effect=request.effect, task=request.task,
+                                        rule=judgement.rule, reason=judgement.reason, policy=judged.policy)  # fmt: skip
+            raise _forbidden(judged)
+        stored = dataclasses.replace(request, judged=judged)
+        self._runtime.approvals.create(stored, effect)
+        return stored
 
-        now = self._runtime.ledger.current_time()
-        verdict = Verdict.APPROVE if approve else Verdict.DENY
-        decision = Decision(
-            request_id=request.id, digest=request.digest, workspace=request.workspace, verdict=verdict,
-            means=means, decided_ns=now, expires_ns=request.expires_ns, nonce=secrets.token_hex(16), approver="",
-        )  # fmt: skip
-        key = self._approver()
-        self._runtime.approvals.decide(sign(decision, key), key.public_key())
-        if not approve:
+    def judge(self, request: Request, effect: Changeset | Outside) -> tuple[Judgement, Judged]:
+        """What the rules say of a request's effect now; raises PolicyInvalid."""
+        policy = self._runtime.policy(Path(request.workspace) if request.workspace else None)
+        files = request.effect == "changeset"
+        card = self._card(request, effect) if files and policy.needs_card else None
+        return judge(policy, action_of(request, effect, card))
+
+    def looked_at(self, request: Request) -> Request:
+        """The request as it is to be shown: judged again, and recorded so, if the rules changed since."""
+        if request.state is not State.PENDING:
+            return request
+        policy = self._runtime.policy(Path(request.workspace) if request.workspace else None)
+        if policy.digest == request.judged.policy:
+            return request
+        _, judged = self.judge(request, self._runtime.approvals.effect(request.id))
+        again = self._runtime.approvals.judge_again(request.id, judged)
+        if again.state is not State.PENDING:
             self._runtime.blobs.forget(request.id)
+        return again
 
-    def approve_and_publish(self, request: Request, *, means: str, step: Progress = lambda _: None) -> None:
+    def action(self, request: Request) -> Action:
+        """The action that a request's effect is."""
+        return action_of(request, self._runtime.approvals.effect(request.id))
+
+    def without_asking(self, request: Request) -> Answer | None:
+        """The answer that a person gave before: by a rule that they wrote, or by a grant. A grant's use counts."""
+        judged = request.judged
+        if judged.risk is Risk.GREEN and judged.people == 1:
+            return Answer(Verdict.APPROVE, f"rule {judged.rule}", person="rule")
+        keys = self._runtime.approvers.public()
+        standing, _ = self._runtime.grants.use(self.action(request), judged, request.id, keys)
+        if standing is None:
+            return None
+        grant = standing.grant
+        return Answer(Verdict.APPROVE, f"grant {grant.id} (use {standing.uses} of {grant.limits.uses})", person="grant")
+
+    # -- what is answered -----------------------------------------------------------------------------
+
+    def decide(self, request: Request, answer: Answer) -> Request:
+        """Sign and store an answer; return the request as it then stands.
+
+        Raises:
+            ApprovalError: the request is not pending any more, or the answer does not fit it.
+            PolicyChanged: other rules hold than when it was shown; nothing was decided.
+        """
+        # Nobody has to look again to let nothing through.
+        again = self.looked_at(request) if answer.verdict is Verdict.APPROVE else request
+        if again.judged.policy != request.judged.policy:
+            if again.state is State.DENIED:
+                raise _forbidden(again.judged)
+            raise PolicyChanged(
+                f"The rules changed since {request.id} was shown: it is {again.judged.severity.value} now "
+                f"({again.judged.reason})",
+                hint="Look at it again, then decide.",
+                kept="Nothing was decided.",
+            )
+        digest = request.digest
+        if answer.part is not None:
+            digest = self._runtime.approvals.changeset(request.id).part(answer.part).digest
+        decision = Decision(
+            request_id=request.id, digest=digest, workspace=request.workspace, verdict=answer.verdict,
+            means=answer.means, decided_ns=self._runtime.ledger.current_time(), expires_ns=request.expires_ns,
+            nonce=secrets.token_hex(16), approver="", reason=answer.reason, part=answer.part,
+            policy=request.judged.policy, person=answer.person,
+        )  # fmt: skip
+        signed = sign(decision, answer.key or self._runtime.approvers.owner())
+        decided = self._runtime.approvals.decide(signed, self._runtime.approvers.public())
+        if decided.state not in {State.PENDING, State.APPROVED}:
+            self._runtime.blobs.forget(request.id)
+        return decided
+
+    def approve_and_publish(
+        self, request: Request, answer: Answer, *, again: Again | None = None, step: Progress = lambda _: None
+    ) -> Request:
         """Approve a request and publish it in one go: no approval is left standing if nobody can publish now.
 
         Args:
             request: what to publish.
-            means: how the person decided, for the record.
+            answer: an approval.
+            again: grant the same for what comes again.
             step: told before each step.
+
+        Returns:
+            The request as it then stands: PENDING if another person must approve it, too.
 
         Raises:
             ApprovalError: the request is not pending any more.
             PublishError: another process publishes into the folder and does not end; nothing was decided.
         """
-        from luminaguard.approvals import State
-
+        grant = self._grant(request, again, answer) if again else None
         with self._runtime.publisher.lock(request.workspace, wait_s=_LOCK_WAIT_S):
             if request.state is not State.APPROVED:  # a crash may have come between deciding and publishing
-                self.decide(request, approve=True, means=means)
+                request = self.decide(request, answer)
+            if grant is not None:
+                self._runtime.grants.create(grant, self._runtime.approvers.public())
+            if request.state is State.PENDING:
+                return request
             self._publish(request.id, step)
+        return self._runtime.approvals.get(request.id)
 
-    def deny(self, request: Request, *, means: str) -> None:
-        """Deny a request, or take back an approval that was not used; its contents are forgotten.
+    def approve_and_hand_over(self, request: Request, answer: Answer, *, again: Again | None = None) -> Request:
+        """Approve an effect that is no changeset; whoever asked for it takes it with :meth:`hand_over`."""
+        grant = self._grant(request, again, answer) if again else None
+        request = self.decide(request, answer)
+        if grant is not None:
+            self._runtime.grants.create(grant, self._runtime.approvers.public())
+        return request
+
+    def hand_over(self, request_id: str) -> Request:
+        """Use up the approval of an effect that its asker carries out: whoever gets this back may do it, once.
+
+        Raises:
+            ApprovalError: there is no valid, unused approval.
+        """
+        effect = self._runtime.approvals.effect(request_id)
+        request = self._runtime.approvals.get(request_id)
+        self._check_rules(request)
+        self._runtime.approvals.claim(request_id, effect.digest, self._runtime.approvers.public())
+        self._runtime.approvals.finish(request_id, State.DONE, "handed over to whoever asked")
+        return self._runtime.approvals.get(request_id)
+
+    def deny(self, request: Request, answer: Answer) -> Request:
+        """Answer with anything but an approval, or take back an approval that was not used.
 
         Raises:
             ApprovalError: it is too late.
         """
-        from luminaguard.approvals import State
-
         if request.state is State.APPROVED:
             self._runtime.approvals.revoke(request.id)
             self._runtime.blobs.forget(request.id)
-        else:
-            self.decide(request, approve=False, means=means)
+            return self._runtime.approvals.get(request.id)
+        return self.decide(request, answer)
+
+    def scope(self, request: Request, patterns: Mapping[str, str] | None = None) -> Scope:
+        """What a grant made from a request would be for; raises ApprovalError if none can be made."""
+        return Scope.of(self.action(request), patterns)
+
+    def _grant(self, request: Request, again: Again, answer: Answer) -> Grant:
+        """A signed grant; refused before anything is decided."""
+        from luminaguard.approvals.grants import LONGEST_S, MOST_USES
+
+        if request.judged.severity is Severity.CRITICAL or request.judged.people > 1:
+            raise ApprovalError("What is critical is asked for each time.", hint="Approve it without a grant.")
+        if answer.part is not None or answer.verdict is not Verdict.APPROVE:
+            raise ApprovalError("A grant is made from the approval of all that was shown.", hint="Leave one out.")
+        if not (0 < again.uses <= MOST_USES and 0 < again.seconds <= LONGEST_S):
+            raise ApprovalError(
+                f"A grant is for at most {MOST_USES} uses and {LONGEST_S // 86400} days.", hint="Choose less."
+            )
+        now = self._runtime.ledger.current_time()
+        grant = Grant(
+            id=f"gr-{secrets.token_hex(6)}", made_from=request.id, scope=self.scope(request, again.patterns),
+            limits=Limits(now + again.seconds * 1_000_000_000, again.uses), created_ns=now,
+            nonce=secrets.token_hex(16), approver="", person=answer.person,
+        )  # fmt: skip
+        return sign_grant(grant, answer.key or self._runtime.approvers.owner())
 
     def close_unknown(self, request_id: str) -> str:
         """End a request whose outcome is unknown, after a person has looked; return what was kept.
@@ -96,11 +266,11 @@ class Decisions:
         Raises:
             ApprovalError: its outcome is known.
         """
-        from luminaguard.approvals import State
-
         self._runtime.approvals.finish(request_id, State.REFUSED, "closed by a person; the outcome stays unknown")
         aside = self._runtime.publisher.set_aside(request_id)
         return f"its journal is kept as {aside}" if aside else "there was no journal any more"
+
+    # -- publishing -------------------------------------------------------------------------------------
 
     def publish(self, request_id: str, step: Progress = lambda _: None) -> None:
         """Publish an approved request, once.
@@ -116,124 +286,48 @@ class Decisions:
 
     def _publish(self, request_id: str, step: Progress) -> None:
         """The caller holds the lock of the workspace."""
-        from luminaguard.approvals import State
         from luminaguard.workspaces.own import refuse_changes
 
         request = self._runtime.approvals.get(request_id)
-        changeset = self._runtime.approvals.changeset(request_id)
+        changeset, outcome = self._runtime.approvals.changeset(request_id), "published"
+        decided = self._runtime.approvals.decisions(request_id)
+        if decided and (part := decided[0].part) is not None:
+            whole, changeset = len(changeset), changeset.part(part)
+            outcome = f"published a part: {len(changeset)} of {whole} changes"
+        self._check_rules(request)
         refuse_changes(changeset, self._runtime.own_paths(Path(request.workspace)))
-        self._recover_workspace(request.workspace)
-        self._runtime.approvals.claim(request_id, changeset.digest, self._approver().public_key())
+        self._recovery.recover_workspace(request.workspace)
+        self._runtime.approvals.claim(request_id, changeset.digest, self._runtime.approvers.public())
         try:
             self._runtime.publisher.publish(request_id, request.workspace, request.inode, changeset, step)
         except OutcomeUnknown as error:
             self._runtime.approvals.finish(request_id, State.UNKNOWN, error.message)
             raise
         except LuminaGuardError as error:
-            self._close(request_id, State.REFUSED, error.message)
+            self._recovery.close(request_id, State.REFUSED, error.message)
             raise
-        self._close(request_id, State.PUBLISHED, "published")
+        self._recovery.close(request_id, State.PUBLISHED, outcome)
 
-    def _close(self, request_id: str, state: Any, outcome: str) -> None:
-        """Record the end first; only then may the journal and the contents go."""
-        self._runtime.approvals.finish(request_id, state, outcome)
-        self._runtime.publisher.close(request_id)
-        self._runtime.blobs.forget(request_id)
-
-    # -- after a crash ------------------------------------------------------------------------------
+    def _check_rules(self, request: Request) -> None:
+        """An approval does not outlive a rule that forbids what it is for."""
+        policy = self._runtime.policy(Path(request.workspace) if request.workspace else None)
+        if policy.digest == request.judged.policy:
+            return
+        _, judged = self.judge(request, self._runtime.approvals.effect(request.id))
+        if judged.risk is Risk.FORBIDDEN:
+            if request.state is State.APPROVED:
+                self._runtime.approvals.revoke(request.id)
+                self._runtime.blobs.forget(request.id)
+            raise _forbidden(judged)
 
     def recover(self) -> list[str]:
         """Undo or finish what crashed processes left; return what was done, in sentences."""
-        from luminaguard.approvals import State
-        from luminaguard.workspaces.journal import Journal
+        return self._recovery.recover()
 
-        told: list[str] = []
-        for path in self._runtime.publisher.interrupted():
-            # One that cannot be recovered blocks its own workspace, not the others.
-            try:
-                workspace = Journal.load(path).workspace
-                with self._if_free(workspace) as free:
-                    if free and path.exists():
-                        told.append(self._recover_one(path))
-            except LuminaGuardError as error:
-                self._mark_unknown(path.stem, error.message)
-                told.append(f"{path.stem}: {error.message} {error.hint}")
-        self._forget_orphans()
-        for sentence in told:
-            log.event("publish.recovered", what=sentence)
-        for request in self._runtime.approvals.list():
-            if (
-                request.state is not State.CLAIMED
-                or (self._runtime.folders.state / "journal" / f"{request.id}.json").exists()
-            ):
-                continue
-            with self._if_free(request.workspace) as free:
-                # Claimed, nobody at it, and no journal: it ended before anything was written.
-                if free and self._runtime.approvals.get(request.id).state is State.CLAIMED:
-                    self._close(request.id, State.REFUSED, "interrupted before anything was written")
-                    told.append(f"{request.id}: interrupted before anything was written")
-        return told
 
-    @contextmanager
-    def _if_free(self, workspace: str) -> Iterator[bool]:
-        from luminaguard.errors import PublishError
-
-        try:
-            lock = self._runtime.publisher.lock(workspace)
-            lock.__enter__()
-        except PublishError:
-            yield False  # its publisher lives: nothing was interrupted
-            return
-        try:
-            yield True
-        finally:
-            lock.__exit__(None, None, None)
-
-    def _recover_workspace(self, workspace: str) -> None:
-        from luminaguard.workspaces.journal import Journal
-
-        for path in self._runtime.publisher.interrupted():
-            try:
-                concerned = Journal.load(path).workspace == workspace
-            except LuminaGuardError as error:
-                self._mark_unknown(path.stem, error.message)
-                concerned = False
-            if concerned:
-                self._recover_one(path)
-
-    def _mark_unknown(self, request_id: str, why: str) -> None:
-        from luminaguard.approvals import State
-
-        try:
-            if self._runtime.approvals.get(request_id).state is State.CLAIMED:
-                self._runtime.approvals.finish(request_id, State.UNKNOWN, why)
-        except RequestNotFound:
-            pass  # the database is newer than the journal: the file alone says that something is open
-
-    def _forget_orphans(self) -> None:
-        """Delete contents that no open request and no running machine needs any more."""
-        kept = {request.id for request in self._runtime.approvals.list()} | {
-            vm.id for vm in self._runtime.tracker.running()
-        }
-        # A request that is being made has its contents for a moment before its row.
-        kept |= {vm_id.replace("vm-", "req-") for vm_id in kept}
-        for owner in self._runtime.blobs.owners():
-            if owner not in kept and self._runtime.blobs.age_s(owner) > _ORPHAN_AGE_S:
-                self._runtime.blobs.forget(owner)
-
-    def _recover_one(self, path: Path) -> str:
-        from luminaguard.approvals import State
-
-        request_id, published = self._runtime.publisher.recover(path)
-        state = State.PUBLISHED if published else State.REFUSED
-        what = "finished after an interruption" if published else "undone after an interruption; nothing was published"
-        if self._runtime.approvals.get(request_id).state in {State.CLAIMED, State.UNKNOWN}:
-            self._runtime.approvals.finish(request_id, state, what)
-        self._runtime.publisher.close(request_id)
-        self._runtime.blobs.forget(request_id)
-        return f"{request_id}: {what}"
-
-    def _approver(self) -> Any:
-        from luminaguard.storage.keys import load_key
-
-        return load_key(self._runtime.folders.state / "keys", "approver")
+def _forbidden(judged: Judged) -> Forbidden:
+    return Forbidden(
+        f"It is forbidden: {judged.reason} ({judged.rule}).",
+        hint="'luminaguard policy explain' shows how the rules came to that; change the rule if it is wrong.",
+        kept="Nothing was published; what the machine changed was discarded.",
+    )

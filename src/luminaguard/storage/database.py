@@ -30,12 +30,13 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.schema import CreateColumn
 
 from luminaguard.errors import LuminaGuardError, StorageError
 
-__all__ = ["Database", "checkpoints", "decisions", "ledger", "requests"]
+__all__ = ["Database", "checkpoints", "decisions", "grants", "labels", "ledger", "requests", "stopped_tasks"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT")
 _metadata = MetaData()
 
@@ -52,13 +53,23 @@ requests = Table(
     Column("created_ns", BigInteger, nullable=False),
     Column("expires_ns", BigInteger, nullable=False),
     Column("state", String(16), nullable=False, index=True),
-    Column("changeset", Text, nullable=False),
+    Column("body", Text, nullable=False),
     Column("outcome", Text, nullable=False, default=""),
+    Column("effect", String(16), nullable=False, server_default="changeset"),
+    Column("task", Text, nullable=False, server_default=""),
+    Column("taint", Text, nullable=False, server_default="[]"),
+    # What the policy said when the request was last shown.
+    Column("risk", String(16), nullable=False, server_default="RED"),
+    Column("severity", String(16), nullable=False, server_default="medium"),
+    Column("reason", Text, nullable=False, server_default=""),
+    Column("rule", Text, nullable=False, server_default=""),
+    Column("policy", String(80), nullable=False, server_default=""),
+    Column("people", Integer, nullable=False, server_default="1"),
 )
 decisions = Table(
     "decisions",
     _metadata,
-    # One decision a request: the primary key makes a second one impossible.
+    # One decision a request and approver: the primary key makes a second one impossible.
     Column("request_id", String(32), ForeignKey("requests.id"), primary_key=True),
     Column("digest", String(80), nullable=False),
     Column("workspace", Text, nullable=False),
@@ -67,8 +78,44 @@ decisions = Table(
     Column("decided_ns", BigInteger, nullable=False),
     Column("expires_ns", BigInteger, nullable=False),
     Column("nonce", String(64), nullable=False, unique=True),
-    Column("approver", String(32), nullable=False),
+    Column("approver", String(32), primary_key=True),
     Column("signature", LargeBinary, nullable=False),
+    Column("reason", Text, nullable=False, server_default=""),
+    Column("part", Text, nullable=False, server_default="null"),
+    Column("policy", String(80), nullable=False, server_default=""),
+    Column("person", Text, nullable=False, server_default=""),
+    Column("format", Integer, nullable=False, server_default="1"),
+)
+grants = Table(
+    "grants",
+    _metadata,
+    Column("id", String(32), primary_key=True),
+    Column("made_from", String(32), ForeignKey("requests.id"), nullable=False),
+    Column("scope", Text, nullable=False),
+    Column("expires_ns", BigInteger, nullable=False),
+    Column("max_uses", Integer, nullable=False),
+    Column("created_ns", BigInteger, nullable=False),
+    Column("nonce", String(64), nullable=False, unique=True),
+    Column("approver", String(32), nullable=False),
+    Column("person", Text, nullable=False),
+    Column("signature", LargeBinary, nullable=False),
+    Column("uses", Integer, nullable=False, server_default="0"),
+    Column("revoked_ns", BigInteger),
+)
+labels = Table(
+    "task_labels",
+    _metadata,
+    Column("task", Text, primary_key=True),
+    Column("label", Text, primary_key=True),
+    Column("origin", Text, nullable=False),
+    Column("since_ns", BigInteger, nullable=False),
+)
+stopped_tasks = Table(
+    "stopped_tasks",
+    _metadata,
+    Column("task", Text, primary_key=True),
+    Column("since_ns", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
 )
 ledger = Table(
     "ledger",
@@ -125,14 +172,16 @@ class Database:
 
     def _check_schema(self) -> None:
         with self.write() as connection:
-            _metadata.create_all(connection)
+            _schema.create(connection, checkfirst=True)
             version = connection.execute(select(_schema.c.version)).scalar()
+            if version == SCHEMA_VERSION:
+                return
             if version is None:
+                _metadata.create_all(connection)
                 connection.execute(insert(_schema).values(version=SCHEMA_VERSION))
-            elif version == 1:
-                connection.exec_driver_sql("ALTER TABLE requests DROP COLUMN device")
-                connection.execute(update(_schema).values(version=SCHEMA_VERSION))
-            elif version != SCHEMA_VERSION:
+            elif version in {1, 2}:
+                _upgrade(connection, version)
+            else:
                 raise StorageError(
                     f"{self.path} has schema version {version}; this LuminaGuard knows {SCHEMA_VERSION}.",
                     hint="Use the newer LuminaGuard that wrote it.",
@@ -180,6 +229,22 @@ class Database:
             hint = "Run the command again; 'luminaguard doctor' checks the database."
         return StorageError(f"The database {self.path} cannot be used: {said}.", hint=hint,
                             kept="The transaction was rolled back; nothing is half written.")  # fmt: skip
+
+
+def _upgrade(connection: Connection, version: int) -> None:
+    """Bring an older database to this version, inside the caller's transaction; what waits goes on waiting."""
+    if version == 1:
+        connection.exec_driver_sql("ALTER TABLE requests DROP COLUMN device")
+    connection.exec_driver_sql("ALTER TABLE requests RENAME COLUMN changeset TO body")
+    for column in ("effect", "task", "taint", "risk", "severity", "reason", "rule", "policy", "people"):
+        definition = str(CreateColumn(requests.c[column]).compile(dialect=connection.dialect))
+        connection.exec_driver_sql(f"ALTER TABLE requests ADD COLUMN {definition}")
+    connection.exec_driver_sql("ALTER TABLE decisions RENAME TO decisions_2")
+    _metadata.create_all(connection)
+    kept = "request_id, digest, workspace, verdict, means, decided_ns, expires_ns, nonce, approver, signature"
+    connection.exec_driver_sql(f"INSERT INTO decisions ({kept}) SELECT {kept} FROM decisions_2")  # noqa: S608
+    connection.exec_driver_sql("DROP TABLE decisions_2")
+    connection.execute(update(_schema).values(version=SCHEMA_VERSION))
 
 
 def _configure(connection: Any, _record: Any) -> None:

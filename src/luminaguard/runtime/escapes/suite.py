@@ -15,7 +15,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from luminaguard.approvals.model import Verdict
 from luminaguard.images.imported import python_of
+from luminaguard.runtime.decisions import Answer
 
 if TYPE_CHECKING:
     from luminaguard.microvm.machine import Outcome
@@ -193,7 +195,7 @@ async def _run(runtime: Runtime, folder: str, argv: tuple[str, ...]) -> tuple[by
 
     execution = await runtime.exec(Path(folder), Command(argv, processes=runtime.settings.processes), output=output)
     if execution.request is not None:
-        runtime.decisions.deny(execution.request, means="escape suite")
+        runtime.decisions.deny(execution.request, Answer(Verdict.DENY, "escape suite"))
     return bytes(said), execution.outcome
 
 

@@ -1,0 +1,69 @@
+"""A request in words, as every front end shows it above its card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luminaguard.actions.model import Severity
+from luminaguard.approvals.model import Judged, Request, State, Verdict
+from luminaguard.effects.render import Line
+from luminaguard.effects.text import visible
+
+__all__ = ["answered", "duration", "heading", "judged_json", "request_json"]
+
+_ENDED = {
+    State.DENIED: "denied", State.RETURNED: "changes were asked for", State.STOPPED: "the task was stopped",
+    State.EXPIRED: "nobody answered in time, which is a denial",
+}  # fmt: skip
+
+
+def heading(request: Request) -> list[Line]:
+    """What asks, how severe it is and why, and what it follows."""
+    judged = request.judged
+    loud = judged.severity in {Severity.HIGH, Severity.CRITICAL}
+    ended = f"   (exit {request.exit_code})" if request.effect == "changeset" else ""
+    lines: list[Line] = [
+        ("path", f"{request.id}   {visible(' '.join(request.command))[:200]}{ended}"),
+        (
+            "loud" if loud else "plain",
+            f"{judged.severity.value.upper()}: {visible(judged.reason)}   [{visible(judged.rule)}]",
+        ),
+    ]
+    if request.task:
+        lines.append(("plain", f"task: {visible(request.task)}"))
+    if request.taint:
+        lines.append(("loud", f"follows untrusted input: {visible(', '.join(request.taint))}"))
+    if judged.people > 1:
+        lines.append(("loud", f"{judged.people} different people must approve it"))
+    return lines
+
+
+def answered(verdict: Verdict, reason: str) -> str:
+    """What became of a request by an answer that let nothing through."""
+    words = _ENDED.get(verdict.state, verdict.state.value)
+    return f"{words}: {visible(reason)}" if reason else words
+
+
+def judged_json(judged: Judged) -> dict[str, Any]:
+    """What the rules said, for programs."""
+    return {"risk": judged.risk.value, "severity": judged.severity.value, "reason": judged.reason,
+            "rule": judged.rule, "policy": judged.policy, "people": judged.people}  # fmt: skip
+
+
+def request_json(request: Request) -> dict[str, Any]:
+    """A request, for programs."""
+    return {
+        "id": request.id, "state": request.state.value, "effect": request.effect, "workspace": request.workspace,
+        "digest": request.digest, "command": list(request.command), "exit_code": request.exit_code,
+        "created_ns": request.created_ns, "expires_ns": request.expires_ns, "task": request.task,
+        "taint": list(request.taint), "judged": judged_json(request.judged),
+    }  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """A span of time in its largest unit: ``3 h``."""
+    whole = max(0, int(seconds))
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if whole >= size:
+            return f"{whole // size} {unit}"
+    return f"{whole} s"

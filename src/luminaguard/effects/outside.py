@@ -1,0 +1,154 @@
+"""Effects that are no files: a call of another server's tool, a request to the network, the use of a secret.
+
+Like a changeset, each has one digest over all that it is. What is secret is never in one: of a secret
+the name, of a body the size, the digest and the beginning that a person may see.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+from luminaguard.errors import ActionInvalid
+
+__all__ = ["NetworkRequest", "Outside", "RemoteCall", "SecretUse", "outside_from_json"]
+
+_MAX_BODY = 4 << 20
+_MAX_PREVIEW = 64 << 10
+
+
+class _Digested(abc.ABC):
+    """A digest over the canonical form, with the kind of effect in it."""
+
+    kind: ClassVar[str]
+
+    @abc.abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """For storage and for people's programs."""
+
+    @cached_property
+    def digest(self) -> str:
+        """``sha256:`` and 64 hex digits."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(f"luminaguard {self.kind} 1\0{text}".encode())
+        return f"sha256:{digest.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class RemoteCall(_Digested):
+    """A call of a tool of another server.
+
+    Attributes:
+        arguments: the JSON object that is sent.
+        definition: the tool's definition as the server gives it now; None when it gave none.
+        pinned: the definition that a person saw last; None on first use.
+    """
+
+    server: str
+    tool: str
+    arguments: dict[str, Any]
+    definition: dict[str, Any] | None = None
+    pinned: dict[str, Any] | None = None
+    kind: ClassVar[str] = "call"
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage and for people's programs."""
+        return {"server": self.server, "tool": self.tool, "arguments": self.arguments,
+                "definition": self.definition, "pinned": self.pinned}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NetworkRequest(_Digested):
+    """A request over HTTP.
+
+    Attributes:
+        url: whole, with its query.
+        headers: name and value, without those that carry a secret.
+        body_size, body_sha256: of the whole body, in bytes and hex.
+        preview: the beginning of the body, bytes that are not UTF-8 as replacement characters.
+    """
+
+    method: str
+    url: str
+    headers: tuple[tuple[str, str], ...] = ()
+    body_size: int = 0
+    body_sha256: str = ""
+    preview: str = ""
+    kind: ClassVar[str] = "request"
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage and for people's programs."""
+        return {"method": self.method, "url": self.url, "headers": [list(header) for header in self.headers],
+                "body_size": self.body_size, "body_sha256": self.body_sha256, "preview": self.preview}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SecretUse(_Digested):
+    """The use of a secret: its name, what for, and where it would go."""
+
+    name: str
+    purpose: str
+    host: str = ""
+    kind: ClassVar[str] = "secret"
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage and for people's programs."""
+        return {"name": self.name, "purpose": self.purpose, "host": self.host}
+
+
+Outside = RemoteCall | NetworkRequest | SecretUse
+
+
+def outside_from_json(kind: str, raw: Any) -> Outside:
+    """Parse an effect of a kind.
+
+    Raises:
+        ActionInvalid: it is none; it says why.
+    """
+    try:
+        if len(json.dumps(raw)) > _MAX_BODY:
+            raise ValueError(f"it is larger than {_MAX_BODY >> 20} MiB")
+        match kind:
+            case "call":
+                arguments = _object(raw.get("arguments") or {})
+                return RemoteCall(_text(raw, "server"), _text(raw, "tool"), arguments,
+                                  _object(raw.get("definition")), _object(raw.get("pinned")))  # fmt: skip
+            case "request":
+                headers = tuple((str(name), str(value)) for name, value in raw.get("headers", ()))
+                _ = urlsplit(_text(raw, "url")).port  # raises for an address that is none
+                preview = str(raw.get("preview", ""))[:_MAX_PREVIEW]
+                return NetworkRequest(_text(raw, "method"), _text(raw, "url"), headers, _size(raw),
+                                      str(raw.get("body_sha256", "")), preview)  # fmt: skip
+            case "secret":
+                return SecretUse(_text(raw, "name"), _text(raw, "purpose"), str(raw.get("host", "")))
+            case other:
+                raise ValueError(f"there is no effect {other!r}")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ActionInvalid(
+            f"This is no effect of kind {kind!a}: {error}.", hint="'luminaguard approvals request --help' shows them."
+        ) from error
+
+
+def _text(raw: Any, name: str) -> str:
+    value = raw[name]
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be text")
+    return value
+
+
+def _object(value: Any) -> Any:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("arguments and definitions are objects")
+    return value
+
+
+def _size(raw: Any) -> int:
+    size = int(raw.get("body_size", 0))
+    if size < 0:
+        raise ValueError("a size is not negative")
+    return size

@@ -1,0 +1,127 @@
+"""The rules that hold here and now: read from their files, and applied to what is asked for.
+
+The user's file lies in the configuration folder, where no agent can write; the workspace's own file
+comes from the host's folder, never from a machine's copy of it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import stat
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luminaguard.actions.files import MAX_FILE, RulesFile, parse_policy
+from luminaguard.actions.model import Action, mark_words
+from luminaguard.actions.patterns import matches_path
+from luminaguard.actions.policy import WORKSPACE_FILE, Judgement, Policy
+from luminaguard.approvals.model import Judged
+from luminaguard.effects.changes import Changeset
+from luminaguard.effects.outside import NetworkRequest, Outside, RemoteCall, SecretUse
+from luminaguard.errors import PolicyInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from luminaguard.approvals.model import Request
+    from luminaguard.effects.card import DiffCard
+
+__all__ = ["BUILT_IN", "action_of", "built_in_rules", "judge", "load_policy", "marked_labels"]
+
+BUILT_IN = "built-in rules"
+
+
+def built_in_rules() -> RulesFile:
+    """The rules that come with LuminaGuard."""
+    return RulesFile(BUILT_IN, (resources.files("luminaguard.actions") / "builtin.toml").read_text(encoding="utf-8"))
+
+
+def load_policy(config: Path, workspace: Path | None) -> Policy:
+    """Read all rules that hold for a folder.
+
+    Args:
+        config: the configuration folder.
+        workspace: the folder that is worked on; None where there is none.
+
+    Raises:
+        PolicyInvalid: a file of rules cannot be read; nothing may run.
+    """
+    user = _read(config / "luminaguard.toml", follow=True)
+    own = _read(workspace / WORKSPACE_FILE, follow=False) if workspace else None
+    return parse_policy(user, built_in_rules(), own)
+
+
+def judge(policy: Policy, action: Action) -> tuple[Judgement, Judged]:
+    """What the rules say of an action now, whole and as a request keeps it."""
+    judgement = policy.judge(action, dt.datetime.now().astimezone())
+    two = policy.two_people_from is not None and not judgement.severity < policy.two_people_from
+    j = judgement
+    return judgement, Judged(j.risk, j.severity, j.reason, j.rule, policy.digest, people=2 if two else 1)
+
+
+def action_of(request: Request, effect: Changeset | Outside, card: DiffCard | None = None) -> Action:
+    """The action that a request's effect is; with its card, lines and what only contents show are known, too."""
+    common = {"workspace": request.workspace, "task": request.task, "taint": frozenset(request.taint)}
+    match effect:
+        case Changeset():
+            seen = {change.path: mark_words(item.marks) for change, item in zip(effect.changes, card.items, strict=True)
+                    } if card else {}  # fmt: skip
+            summary = card.summary if card else None
+            lines = summary.lines_added + summary.lines_removed if summary else None
+            return Action.of_changeset(effect, workspace=request.workspace, command=request.command, task=request.task,
+                                       taint=frozenset(request.taint), lines=lines, seen=seen)  # fmt: skip
+        case RemoteCall(server, tool, arguments, definition):
+            annotations = (definition or {}).get("annotations") or {}
+            hints = {name: annotations[name] for name in ("readOnlyHint", "destructiveHint", "idempotentHint",
+                     "openWorldHint") if isinstance(annotations.get(name), bool)}  # fmt: skip
+            return Action.from_json({"effect": "call", "server": server, "tool": tool, "arguments": arguments,
+                                     "annotations": hints, **common})  # fmt: skip
+        case NetworkRequest(method, url):
+            headers = {name.lower(): value for name, value in effect.headers}
+            return Action.from_json({"effect": "request", "method": method, "url": url, "bytes": effect.body_size,
+                                     "arguments": {"headers": headers} if headers else {}, **common})  # fmt: skip
+        case SecretUse(name, _, host):
+            return Action.from_json({"effect": "secret", "secret": name, "url": f"https://{host}/" if host else "",
+                                     **common})  # fmt: skip
+
+
+def marked_labels(policy: Policy, paths: Iterable[str]) -> list[tuple[str, str]]:
+    """The labels of marked folders that a workspace has, each with the first path that bears it."""
+    waiting = dict(policy.marked_folders)
+    found = []
+    for path in paths if waiting else ():
+        here = [pattern for pattern in waiting if matches_path(pattern, path, wide=True)]
+        found += [(waiting.pop(pattern), path) for pattern in here]
+    return found
+
+
+def _read(path: Path, *, follow: bool) -> RulesFile | None:
+    """A file of rules; None if there is none. What is there and is no file of rules is an error."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    name = path.name
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return None
+        raise _unreadable(name, "it is a link to nothing") from None
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        raise _unreadable(name, str(error.strerror)) from error
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _unreadable(name, "it is not a file")
+        try:
+            return RulesFile(name, file.read(MAX_FILE + 1).decode())
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unreadable(name, str(error)) from error
+
+
+def _unreadable(name: str, why: str) -> PolicyInvalid:
+    return PolicyInvalid(
+        f"{name}, line 1, column 1: it cannot be read: {why}.",
+        hint="Correct or remove it; nothing runs and nothing is published while the rules cannot be read.",
+    )

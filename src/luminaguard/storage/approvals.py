@@ -1,0 +1,398 @@
+"""Requests, decisions and grants: the only code that writes their tables.
+
+Each method is one transaction, and each change of a state is written together with its ledger entry:
+there is no state without its record. What is refused is recorded, too, after the rollback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from luminaguard.actions.model import Risk, Severity
+from luminaguard.approvals.model import Decision, Judged, Request, State, Verdict, may_become
+from luminaguard.approvals.signing import Keys, verify
+from luminaguard.effects.changes import Changeset
+from luminaguard.effects.outside import Outside, outside_from_json
+from luminaguard.effects.text import visible
+from luminaguard.errors import ApprovalError, ChangesetRefused, LuminaGuardError, RequestNotFound, StorageError
+from luminaguard.ledger.chain import Entry
+from luminaguard.storage import database as tables
+from luminaguard.storage.database import Database
+from luminaguard.storage.ledger import Ledger
+
+__all__ = ["Approvals", "Transaction"]
+
+_OPEN = (State.PENDING.value, State.APPROVED.value)
+_WAITING = (*_OPEN, State.CLAIMED.value, State.UNKNOWN.value)
+
+
+class Transaction:
+    """One transaction and what it appends to the ledger."""
+
+    def __init__(self, connection: Connection, ledger: Ledger) -> None:
+        self.connection = connection
+        self.now = ledger.time(connection)
+        self.last: Entry | None = None
+        self._ledger = ledger
+
+    def record(self, kind: str, **body: Any) -> None:
+        """Append an entry."""
+        self.last = self._ledger.append_in(self.connection, kind, body)
+
+
+class Approvals:
+    """Requests and their decisions."""
+
+    def __init__(self, database: Database, ledger: Ledger) -> None:
+        self._database = database
+        self._ledger = ledger
+
+    @contextmanager
+    def transaction(self, refusals_of: str = "") -> Iterator[Transaction]:
+        """A transaction whose records are published at its end; with a request's id, refusals are recorded, too."""
+        try:
+            with self._database.write() as connection:
+                transaction = Transaction(connection, self._ledger)
+                yield transaction
+        except ApprovalError as error:
+            if refusals_of and not isinstance(error, RequestNotFound):
+                self._ledger.append("request.refused", request=refusals_of, why=visible(error.message))
+            raise
+        if transaction.last is not None:
+            self._ledger.publish_head(transaction.last)
+
+    # -- asking and looking ---------------------------------------------------------------------------
+
+    def create(self, request: Request, effect: Changeset | Outside) -> None:
+        """Store a new, pending request with its effect."""
+        judged = request.judged
+        values = {
+            "id": request.id, "workspace": request.workspace, "inode": request.inode, "digest": request.digest,
+            "command": json.dumps(request.command), "exit_code": request.exit_code, "created_ns": request.created_ns,
+            "expires_ns": request.expires_ns, "state": request.state.value, "body": json.dumps(effect.to_json()),
+            "outcome": "", "effect": request.effect, "task": request.task, "taint": json.dumps(request.taint),
+            **_judged_values(judged),
+        }  # fmt: skip
+        with self.transaction() as t:
+            t.connection.execute(insert(tables.requests).values(**values))
+            t.record("request.created", request=request.id, workspace=request.workspace, digest=request.digest,
+                     effect=request.effect, task=request.task, taint=list(request.taint),
+                     changes=len(effect) if isinstance(effect, Changeset) else 1, **_told(judged))  # fmt: skip
+
+    def get(self, request_id: str) -> Request:
+        """One request, expired if its time is over. Raises RequestNotFound."""
+        self._expire()
+        with self._database.read() as connection:
+            return _request(self._row(connection, request_id))
+
+    def list(self, *, everything: bool = False) -> list[Request]:
+        """Requests, newest last: those that wait, or all."""
+        query = select(tables.requests).order_by(tables.requests.c.created_ns)
+        if not everything:
+            query = query.where(tables.requests.c.state.in_(_WAITING))
+        self._expire()
+        with self._database.read() as connection:
+            return [_request(row) for row in connection.execute(query)]
+
+    def outcome(self, request_id: str) -> str:
+        """How a request ended, in words; empty while it has not. Raises RequestNotFound."""
+        with self._database.read() as connection:
+            return str(self._row(connection, request_id).outcome)
+
+    def effect(self, request_id: str) -> Changeset | Outside:
+        """The effect of a request, checked against the digest that the request is bound to.
+
+        Raises:
+            ApprovalError: what is stored is not what was asked for.
+        """
+        with self._database.read() as connection:
+            row = self._row(connection, request_id)
+        try:
+            raw = json.loads(row.body)
+            effect = Changeset.from_json(raw) if row.effect == "changeset" else outside_from_json(row.effect, raw)
+        except (ValueError, ChangesetRefused) as error:
+            raise StorageError(
+                f"The effect of {request_id} in the database cannot be read ({error}).",
+                hint="The database was damaged or edited: restore it from a backup, or deny the request.",
+                kept="Nothing was deleted.",
+            ) from error
+        if effect.digest != row.digest:
+            raise ApprovalError(
+                f"What is stored for {request_id} is not what approval was asked for.",
+                hint="The database was damaged or edited. Run the command again.",
+            )
+        return effect
+
+    def changeset(self, request_id: str) -> Changeset:
+        """The changeset of a request; see :meth:`effect`.
+
+        Raises:
+            ApprovalError: its effect is another one.
+        """
+        effect = self.effect(request_id)
+        if not isinstance(effect, Changeset):
+            raise ApprovalError(
+                f"{request_id} is not about files.", hint="Look at it with 'luminaguard approvals show'."
+            )
+        return effect
+
+    def decisions(self, request_id: str) -> tuple[Decision, ...]:
+        """What was decided about a request, oldest first; not verified."""
+        query = select(tables.decisions).where(tables.decisions.c.request_id == request_id)
+        with self._database.read() as connection:
+            return tuple(map(_decision, connection.execute(query.order_by(tables.decisions.c.decided_ns))))
+
+    def history(self) -> Iterator[tuple[Request, Decision | None]]:
+        """Every request that ended, with its last decision."""
+        ended = [request for request in self.list(everything=True) if request.state.value not in _WAITING]
+        for request in ended:
+            decisions = self.decisions(request.id)
+            yield request, decisions[-1] if decisions else None
+
+    # -- deciding ---------------------------------------------------------------------------------------
+
+    def judge_again(self, request_id: str, judged: Judged) -> Request:
+        """Record what changed rules say of a pending request; FORBIDDEN ends it.
+
+        Raises:
+            ApprovalError: it does not wait any more.
+        """
+        self._expire()
+        with self.transaction(request_id) as t:
+            request = _request(self._row(t.connection, request_id))
+            if request.state is not State.PENDING:
+                raise _not_now(request, State.PENDING)
+            where = tables.requests.c.id == request_id
+            # Decisions that were made under other rules were about another question.
+            t.connection.execute(tables.decisions.delete().where(tables.decisions.c.request_id == request_id))
+            t.connection.execute(update(tables.requests).where(where).values(**_judged_values(judged)))
+            t.record("request.judged", request=request_id, digest=request.digest, **_told(judged))
+            if judged.risk is Risk.FORBIDDEN:
+                self._move(t.connection, request, State.DENIED, f"forbidden: {judged.reason}")
+        return self.get(request_id)
+
+    def decide(self, decision: Decision, keys: Keys) -> Request:
+        """Store a signed decision about a pending request; return the request as it then stands.
+
+        Raises:
+            ApprovalError: it is not validly signed, is about another digest, folder or policy, or the
+                request is not pending any more.
+        """
+        self._expire()
+        expected = self._digest_of(decision)
+        with self.transaction(decision.request_id) as t:
+            verify(decision, keys)
+            request = _request(self._row(t.connection, decision.request_id))
+            if request.state is not State.PENDING:
+                raise _not_now(request, decision.verdict.state)
+            if decision.expires_ns <= t.now:
+                raise ApprovalError(f"The decision about {request.id} has expired.", hint="Look at the request again.")
+            _check_subject(decision, request, expected)
+            try:
+                t.connection.execute(insert(tables.decisions).values(**_decision_values(decision)))
+            except IntegrityError:
+                raise ApprovalError(
+                    f"{request.id} has been decided already by {decision.person or 'this approver'}.",
+                    hint="Look at it with 'luminaguard approvals show'; where two must approve, another person must.",
+                ) from None
+            self._settle(t, request, decision)
+            t.record("request.decided", request=request.id, digest=decision.digest, verdict=decision.verdict.value,
+                     means=decision.means, approver=decision.approver, person=decision.person,
+                     reason=visible(decision.reason), part=decision.part, policy=decision.policy)  # fmt: skip
+        return self.get(decision.request_id)
+
+    def _digest_of(self, decision: Decision) -> str:
+        """The digest that a decision must be about: of the request's effect, or of the part that it names."""
+        if decision.part is None:
+            return self.get(decision.request_id).digest
+        if decision.verdict is not Verdict.APPROVE:
+            raise ApprovalError("Only an approval can be about a part.", hint="Deny all of it.")
+        return self.changeset(decision.request_id).part(decision.part).digest
+
+    def _settle(self, t: Transaction, request: Request, decision: Decision) -> None:
+        """Move the request, unless it waits for another person's approval."""
+        if decision.verdict is Verdict.APPROVE and request.judged.people > 1:
+            query = select(tables.decisions).where(tables.decisions.c.request_id == request.id)
+            approvals = [_decision(row) for row in t.connection.execute(query)]
+            if len({approval.digest for approval in approvals}) > 1:
+                raise ApprovalError(
+                    f"Another person approved another part of {request.id}.",
+                    hint="Both must approve the same: look at it with 'luminaguard approvals show'.",
+                )
+            if len({approval.approver for approval in approvals}) < request.judged.people:
+                return
+        self._move(t.connection, request, decision.verdict.state, decision.reason)
+        if decision.verdict is Verdict.STOP and request.task:
+            self._stop_task(t, request.task, decision.reason)
+
+    def _stop_task(self, t: Transaction, task: str, reason: str) -> None:
+        table = tables.stopped_tasks
+        if t.connection.execute(select(table).where(table.c.task == task)).first() is None:
+            t.connection.execute(insert(table).values(task=task, since_ns=t.now, reason=reason))
+        where = (tables.requests.c.task == task) & (tables.requests.c.state == State.PENDING.value)
+        for row in t.connection.execute(select(tables.requests).where(where)).all():
+            self._move(t.connection, _request(row), State.STOPPED, "its task was stopped")
+            t.record("request.stopped", request=row.id, digest=row.digest, task=task)
+
+    def revoke(self, request_id: str) -> None:
+        """Deny what was approved and has not been published.
+
+        Raises:
+            ApprovalError: it is not approved any more.
+        """
+        self._expire()
+        with self.transaction(request_id) as t:
+            request = _request(self._row(t.connection, request_id))
+            if request.state is not State.APPROVED:
+                raise _not_now(request, State.DENIED)
+            self._move(t.connection, request, State.DENIED)
+            t.record("request.revoked", request=request_id, digest=request.digest)
+
+    def claim(self, request_id: str, digest: str, keys: Keys) -> Request:
+        """Use up the decision, before anything is done.
+
+        Args:
+            request_id: which request.
+            digest: of what is about to be done, computed from its bytes.
+            keys: the approvers' public keys.
+
+        Raises:
+            ApprovalError: there is no matching, unexpired, unused, validly signed approval.
+        """
+        self._expire()
+        with self.transaction(request_id) as t:
+            request = _request(self._row(t.connection, request_id))
+            query = select(tables.decisions).where(tables.decisions.c.request_id == request_id)
+            decisions = [_decision(row) for row in t.connection.execute(query)]
+            if not decisions:
+                raise ApprovalError(
+                    f"{request_id} is {request.state.value}: nobody has approved it.",
+                    hint=f"Decide with 'luminaguard approvals approve {request_id}'.",
+                )
+            for decision in decisions:
+                verify(decision, keys)
+                if decision.verdict is not Verdict.APPROVE or decision.expires_ns <= t.now:
+                    raise ApprovalError(f"The approval of {request_id} does not hold.", hint="Run the command again.")
+                if (decision.digest, decision.workspace) != (digest, request.workspace):
+                    raise ApprovalError(
+                        f"What is about to be published for {request_id} is not what was approved.",
+                        hint="Stored contents were damaged or edited. Run the command again.",
+                    )
+            if len({decision.approver for decision in decisions}) < request.judged.people:
+                raise ApprovalError(
+                    f"{request_id} needs the approval of {request.judged.people} different people.",
+                    hint="Let another person approve it: 'luminaguard approvals approve --as NAME'.",
+                )
+            self._move(t.connection, request, State.CLAIMED)
+            t.record("request.claimed", request=request_id, digest=digest)
+        return dataclasses.replace(request, state=State.CLAIMED)
+
+    def finish(self, request_id: str, state: State, outcome: str) -> None:
+        """Record how a claimed request ended."""
+        with self.transaction(request_id) as t:
+            request = _request(self._row(t.connection, request_id))
+            self._move(t.connection, request, state, outcome)
+            t.record("request.finished", request=request_id, digest=request.digest, state=state.value,
+                     outcome=visible(outcome))  # fmt: skip
+
+    # -- helpers ------------------------------------------------------------------------------------------
+
+    def _move(self, connection: Connection, request: Request, state: State, outcome: str | None = None) -> None:
+        if not may_become(request.state, state):
+            raise _not_now(request, state)
+        values = {"state": state.value} | ({} if outcome is None else {"outcome": outcome})
+        done = connection.execute(
+            update(tables.requests)
+            .where(tables.requests.c.id == request.id, tables.requests.c.state == request.state.value)
+            .values(**values)
+        )
+        if done.rowcount != 1:
+            raise ApprovalError(f"{request.id} was decided elsewhere just now.", hint="Look at it again.")
+
+    def _expire(self) -> None:
+        """End what nobody answered in time, each with its record."""
+        with self.transaction() as t:
+            where = (tables.requests.c.expires_ns <= t.now) & tables.requests.c.state.in_(_OPEN)
+            over = t.connection.execute(select(tables.requests.c.id, tables.requests.c.digest).where(where)).all()
+            for row in over:
+                t.record("request.expired", request=row.id, digest=row.digest)
+            if over:
+                t.connection.execute(update(tables.requests).where(where).values(state=State.EXPIRED.value))
+
+    @staticmethod
+    def _row(connection: Connection, request_id: str) -> Row[Any]:
+        row = connection.execute(select(tables.requests).where(tables.requests.c.id == request_id)).first()
+        if row is None:
+            raise RequestNotFound(
+                f"There is no request '{visible(request_id[:64])}'.",
+                hint="List them with 'luminaguard approvals list --all'.",
+            )
+        return row
+
+
+def _check_subject(decision: Decision, request: Request, expected: str) -> None:
+    if (decision.digest, decision.workspace) != (expected, request.workspace):
+        raise ApprovalError(f"The decision about {request.id} is for other changes.", hint="Look at the request again.")
+    if decision.policy != request.judged.policy:
+        raise ApprovalError(
+            f"The decision about {request.id} was made under other rules.", hint="Look at the request again."
+        )
+
+
+def _not_now(request: Request, state: State) -> ApprovalError:
+    return ApprovalError(
+        f"{request.id} is {request.state.value} and cannot become {state.value}.",
+        hint="Look at it with 'luminaguard approvals show'; run the command again if it is still wanted.",
+    )
+
+
+def _judged_values(judged: Judged) -> dict[str, Any]:
+    return dataclasses.asdict(judged) | {"risk": judged.risk.value, "severity": judged.severity.value}
+
+
+def _told(judged: Judged) -> dict[str, Any]:
+    return {"risk": judged.risk.value, "severity": judged.severity.value, "rule": judged.rule, "policy": judged.policy}
+
+
+def _decision_values(decision: Decision) -> dict[str, Any]:
+    fields = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
+    return fields | {"verdict": decision.verdict.value, "part": json.dumps(decision.part)}
+
+
+def _decision(row: Row[Any]) -> Decision:
+    try:
+        part = json.loads(row.part)
+        fields = dict(row._mapping) | {  # noqa: SLF001  # SQLAlchemy's documented name
+            "verdict": Verdict(row.verdict), "part": None if part is None else tuple(map(str, part)),
+        }  # fmt: skip
+        return Decision(**fields)
+    except (ValueError, TypeError) as error:
+        raise _unreadable(f"A decision about {visible(str(row.request_id)[:64])}", error) from error
+
+
+def _request(row: Row[Any]) -> Request:
+    try:
+        return Request(
+            id=row.id, workspace=row.workspace, inode=row.inode, digest=row.digest,
+            command=tuple(json.loads(row.command)), exit_code=row.exit_code, created_ns=row.created_ns,
+            expires_ns=row.expires_ns, state=State(row.state), effect=row.effect, task=row.task,
+            taint=tuple(map(str, json.loads(row.taint))),
+            judged=Judged(Risk(row.risk), Severity(row.severity), row.reason, row.rule, row.policy, row.people),
+        )  # fmt: skip
+    except (ValueError, TypeError, KeyError) as error:
+        raise _unreadable(f"The request {visible(str(row.id)[:64])}", error) from error
+
+
+def _unreadable(what: str, error: Exception) -> LuminaGuardError:
+    return StorageError(
+        f"{what} in the database cannot be read ({error}).",
+        hint="The database was damaged or edited: restore it from a backup.",
+        kept="Nothing was deleted.",
+    )
