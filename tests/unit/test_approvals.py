@@ -1,6 +1,7 @@
 """Requests, decisions, claims and the ledger, in a real SQLite database."""
 
 import dataclasses
+import json
 import sqlite3
 import threading
 
@@ -13,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from luminaguard.approvals import Decision, Request, State, Verdict, key_id, sign
 from luminaguard.effects import Change, Changeset, FileEntry
 from luminaguard.errors import ApprovalError, LedgerError, RequestNotFound, StorageError
+from luminaguard.storage.approvals import Approvals
 from luminaguard.storage.database import Database
 from luminaguard.storage.keys import load_key
-from luminaguard.storage.approvals import Approvals
 from luminaguard.storage.ledger import Ledger
 
 CHANGES = Changeset.of([Change("a", None, FileEntry(0o644, 1, "a" * 64))])
@@ -73,7 +74,10 @@ def test_an_approval_is_used_up_by_its_claim(desk):
     desk.approvals.finish(request.id, State.PUBLISHED, "")
     with pytest.raises(ApprovalError):
         desk.claim(request)
-    assert desk.ledger.verify() == 4
+    kinds = [entry.kind for entry in desk.ledger.entries()]
+    assert kinds == ["request.created", "request.decided", "request.claimed", "request.refused", "request.finished",
+                     "request.refused"]  # fmt: skip
+    assert desk.ledger.verify() == 6
 
 
 def test_nothing_is_claimed_without_an_approval_for_exactly_it(desk):
@@ -113,7 +117,8 @@ def test_a_row_edited_in_the_database_does_not_approve(desk, tmp_path):
     with sqlite3.connect(tmp_path / "db") as raw:
         raw.execute("UPDATE requests SET state = 'approved'")
         raw.execute(
-            "INSERT INTO decisions VALUES (?, ?, '/w', 'approve', 'x', 1, ?, 'n', 'x', x'00')",
+            "INSERT INTO decisions (request_id, digest, workspace, verdict, means, decided_ns, expires_ns, nonce, "
+            "approver, signature) VALUES (?, ?, '/w', 'approve', 'x', 1, ?, 'n', 'x', x'00')",
             (request.id, request.digest, request.expires_ns),
         )
     raw.close()
@@ -124,9 +129,9 @@ def test_a_row_edited_in_the_database_does_not_approve(desk, tmp_path):
 def test_a_stored_changeset_that_was_edited_is_refused(desk, tmp_path):
     desk.request()
     with sqlite3.connect(tmp_path / "db") as raw:
-        raw.execute("UPDATE requests SET changeset = replace(changeset, '\"a\"', '\"b\"')")
+        raw.execute("UPDATE requests SET body = replace(body, '\"a\"', '\"b\"')")
     raw.close()
-    with pytest.raises(ApprovalError, match="not the ones"):
+    with pytest.raises(ApprovalError, match="not what approval was asked for"):
         desk.approvals.changeset("req-1")
 
 
@@ -139,7 +144,9 @@ def test_time_ends_requests_and_setting_the_clock_back_revives_none(desk):
     with pytest.raises(ApprovalError):
         desk.claim(request)
     assert desk.approvals.get(request.id).state is State.EXPIRED
-    assert desk.ledger.verify() == 3
+    kinds = [entry.kind for entry in desk.ledger.entries()]
+    assert kinds == ["request.created", "request.decided", "something", "request.expired", "request.refused"]
+    assert desk.ledger.verify() == 5
 
 
 def test_of_many_claims_at_once_one_wins(desk):
@@ -277,7 +284,7 @@ def test_an_approval_that_was_not_used_can_be_taken_back(desk):
     assert desk.approvals.get(request.id).state is State.DENIED
 
 
-@pytest.mark.parametrize("column", ["command", "state", "changeset"])
+@pytest.mark.parametrize("column", ["command", "state", "body", "severity", "taint"])
 def test_a_row_that_makes_no_sense_is_an_error_with_a_hint(desk, tmp_path, column):
     desk.request()
     with sqlite3.connect(tmp_path / "db") as raw:
@@ -288,18 +295,60 @@ def test_a_row_that_makes_no_sense_is_an_error_with_a_hint(desk, tmp_path, colum
         desk.approvals.changeset("req-1")
 
 
-def test_a_database_of_the_first_version_is_taken_over(tmp_path):
+OLD_TABLES = """
+CREATE TABLE schema_version (version INTEGER NOT NULL PRIMARY KEY);
+CREATE TABLE requests (id VARCHAR(32) NOT NULL PRIMARY KEY, workspace TEXT NOT NULL, inode BIGINT NOT NULL,
+  digest VARCHAR(80) NOT NULL, command TEXT NOT NULL, exit_code INTEGER NOT NULL, created_ns BIGINT NOT NULL,
+  expires_ns BIGINT NOT NULL, state VARCHAR(16) NOT NULL, changeset TEXT NOT NULL, outcome TEXT NOT NULL{device});
+CREATE INDEX ix_requests_state ON requests (state);
+CREATE TABLE decisions (request_id VARCHAR(32) NOT NULL PRIMARY KEY REFERENCES requests (id),
+  digest VARCHAR(80) NOT NULL, workspace TEXT NOT NULL, verdict VARCHAR(16) NOT NULL, means TEXT NOT NULL,
+  decided_ns BIGINT NOT NULL, expires_ns BIGINT NOT NULL, nonce VARCHAR(64) NOT NULL UNIQUE,
+  approver VARCHAR(32) NOT NULL, signature BLOB NOT NULL);
+CREATE TABLE ledger (seq INTEGER NOT NULL PRIMARY KEY, time_ns BIGINT NOT NULL, kind VARCHAR(64) NOT NULL,
+  body TEXT NOT NULL, previous VARCHAR(64) NOT NULL, hash VARCHAR(64) NOT NULL);
+CREATE TABLE checkpoints (seq INTEGER NOT NULL PRIMARY KEY, hash VARCHAR(64) NOT NULL, signature BLOB NOT NULL);
+"""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_after_an_upgrade_what_was_approved_still_holds_once(tmp_path, version):
     desk = Desk(tmp_path)
-    desk.request()
     desk.database.close()
+    for path in tmp_path.glob("db*"):
+        path.unlink()
+    request = Request("req-1", "/w", 2, CHANGES.digest, ("true",), 0, desk.now, desk.now + HOUR, State.APPROVED)
+    decision = sign(dataclasses.replace(desk.decision(request), format=1), desk.key)
     with sqlite3.connect(tmp_path / "db") as raw:
-        raw.execute("ALTER TABLE requests ADD COLUMN device BIGINT NOT NULL DEFAULT 7")
-        raw.execute("UPDATE schema_version SET version = 1")
+        raw.executescript(OLD_TABLES.replace("{device}", ", device BIGINT NOT NULL DEFAULT 7" if version == 1 else ""))
+        raw.execute("INSERT INTO schema_version VALUES (?)", (version,))
+        row = ("req-1", "/w", 2, CHANGES.digest, '["true"]', 0, desk.now, desk.now + HOUR, "approved",
+               json.dumps(CHANGES.to_json()), "")  # fmt: skip
+        columns = "id, workspace, inode, digest, command, exit_code, created_ns, expires_ns, state, changeset, outcome"
+        raw.execute(f"INSERT INTO requests ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?)", row)
+        raw.execute("INSERT INTO requests SELECT 'req-2', " + columns[4:].replace("state", "'pending'")
+                    + (", device" if version == 1 else "") + " FROM requests")  # fmt: skip
+        raw.execute("INSERT INTO decisions VALUES (?,?,?,?,?,?,?,?,?,?)", (
+            "req-1", decision.digest, "/w", "approve", decision.means, decision.decided_ns, decision.expires_ns,
+            decision.nonce, decision.approver, decision.signature))  # fmt: skip
     raw.close()
     desk.open()
-    assert desk.approvals.get("req-1").state is State.PENDING
-    desk.request("req-2")
+    assert [request.state for request in desk.approvals.list()] == [State.APPROVED, State.PENDING]
+    desk.claim(request)
+    with pytest.raises(ApprovalError):
+        desk.claim(request)
+    waiting = desk.approvals.get("req-2")
+    desk.decide(waiting)
+    desk.claim(waiting)
     desk.database.close()
+
+
+def test_a_decision_of_the_old_format_cannot_carry_what_that_did_not_sign(desk):
+    request = desk.request()
+    old = sign(dataclasses.replace(desk.decision(request), format=1), desk.key)
+    for more in ({"part": ("a",)}, {"reason": "x"}, {"policy": "sha256:x"}, {"person": "someone"}, {"format": 3}):
+        with pytest.raises(ApprovalError, match="not validly signed"):
+            desk.approvals.decide(dataclasses.replace(old, **more), desk.keys)
 
 
 def test_a_removed_head_does_not_verify(desk, tmp_path):

@@ -48,8 +48,8 @@ def load_policy(config: Path, workspace: Path | None) -> Policy:
     Raises:
         PolicyInvalid: a file of rules cannot be read; nothing may run.
     """
-    user = _read(config / "luminaguard.toml", follow=True)
-    own = _read(workspace / WORKSPACE_FILE, follow=False) if workspace else None
+    user = _read(config, "luminaguard.toml", follow=True)
+    own = _read(workspace, WORKSPACE_FILE, follow=False) if workspace else None
     return parse_policy(user, built_in_rules(), own)
 
 
@@ -97,20 +97,23 @@ def marked_labels(policy: Policy, paths: Iterable[str]) -> list[tuple[str, str]]
     return found
 
 
-def _read(path: Path, *, follow: bool) -> RulesFile | None:
-    """A file of rules; None if there is none. What is there and is no file of rules is an error."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-    name = path.name
+def _read(folder: Path, name: str, *, follow: bool) -> RulesFile | None:
+    """A file of rules; None if there is none, or no folder. What is there and is no file of rules is an error."""
     try:
-        fd = os.open(path, flags)
+        folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None  # whoever uses the folder says what is wrong with it
+    try:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+        fd = os.open(name, flags, dir_fd=folder_fd)
     except FileNotFoundError:
-        if not path.is_symlink():
+        if not (folder / name).is_symlink():
             return None
         raise _unreadable(name, "it is a link to nothing") from None
-    except NotADirectoryError:
-        return None
     except OSError as error:
         raise _unreadable(name, str(error.strerror)) from error
+    finally:
+        os.close(folder_fd)
     with os.fdopen(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise _unreadable(name, "it is not a file")
