@@ -98,6 +98,8 @@ class Settings(BaseSettings):
     pool_maximum: int = Field(default=8, ge=0, le=256)
     pool_max_age_s: float = Field(default=600, gt=0)
     pool_memory_mib: int = Field(default=2048, ge=0)
+    interface: Literal["full", "plain"] = "full"
+    theme: Literal["dark", "light", "contrast", "blue-orange"] = "dark"
     debug: bool = False
 
     @classmethod

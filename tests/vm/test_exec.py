@@ -79,7 +79,7 @@ def test_a_pending_request_is_published_by_another_process(home, workspace):
     assert home.run("ledger", "verify").code == 0
     kinds = [json.loads(line)["kind"] for line in home.run("ledger", "export").out.splitlines()[1:]]
     assert kinds == ["exec.started", "exec.finished", "request.created", "request.decided", "request.claimed",
-                     "request.finished"]  # fmt: skip
+                     "request.finished", "request.refused"]  # fmt: skip
 
 
 def test_denied_and_never_leave_the_folder_alone(home, workspace):
@@ -284,7 +284,7 @@ def test_a_shell_on_a_terminal_asks_and_publishes(home, workspace):
         os.write(fd, b"stty size; tty; echo typed > t\n")
         read_until(fd, b"/dev/pts/")
         os.write(fd, b"exit\n")
-        asked = read_until(fd, b"[l]ater: ")
+        asked = read_until(fd, b"behind them): ")
         assert b"+typed" in asked
         assert not (workspace / "t").exists()
         os.write(fd, b"y\n")
@@ -309,7 +309,7 @@ def test_a_command_leaves_no_terminal_state_under_the_card(home, workspace):
     spoil = r"printf '\033[?1049h\033[5;6r\033]4;1;rgb:00/00/00\007\033[8m\033[?25l'; echo x > n"
     pid, fd = on_a_terminal(home, "exec", "-w", str(workspace), "--", "sh", "-c", spoil)
     try:
-        shown = read_until(fd, b"[l]ater: ")
+        shown = read_until(fd, b"behind them): ")
         card = shown[: shown.index(b"1 created")]
         spoiled = card.rindex(b"\x1b[8m")
         for reset in (b"\x1b[?1049l", b"\x1b[r", b"\x1b]104", b"\x1b[0m", b"\x1b[?25h"):
@@ -324,12 +324,12 @@ def test_a_command_leaves_no_terminal_state_under_the_card(home, workspace):
 
 ASK = """
 import os, time
-from types import SimpleNamespace
-from luminaguard.cli.execute import ask
-from luminaguard.cli.output import Progress
+from luminaguard.approvals import Request, State
+from luminaguard.cli.prompt import ask
 os.write(2, b"ready")
 time.sleep(1)  # the keys arrive now
-print("answer", ask(None, SimpleNamespace(workspace="/w"), Progress()), flush=True)
+request = Request("req-1", "/w", 2, "sha256:x", ("true",), 0, 1, 2, State.PENDING)
+print("answer", ask(request, print, None).verdict.value, flush=True)
 """
 
 
@@ -341,9 +341,9 @@ def test_keys_typed_before_the_question_answer_nothing():
     try:
         read_until(fd, b"ready")
         os.write(fd, b"y\n")
-        read_until(fd, b"[l]ater: ")
+        read_until(fd, b"behind them): ")
         os.write(fd, b"n\n")
-        read_until(fd, b"answer False")
+        read_until(fd, b"answer deny")
     finally:
         os.close(fd)
         os.waitpid(pid, 0)
@@ -493,6 +493,7 @@ def test_two_processes_that_approve_at_once_publish_once(home, workspace):
 
 
 def test_a_busy_folder_leaves_no_approval_standing(home, workspace, monkeypatch):
+    from luminaguard.approvals import Verdict
     from luminaguard.errors import PublishError
     from luminaguard.runtime import Runtime, decisions
     from luminaguard.settings import Folders, load_settings
@@ -504,7 +505,7 @@ def test_a_busy_folder_leaves_no_approval_standing(home, workspace, monkeypatch)
     runtime = Runtime(load_settings(folders), folders)
     request = runtime.approvals.get(request_id)
     with runtime.publisher.lock(request.workspace), pytest.raises(PublishError, match="Another process"):
-        runtime.decisions.approve_and_publish(request, means="test")
+        runtime.decisions.approve_and_publish(request, decisions.Answer(Verdict.APPROVE, "test"))
     assert runtime.approvals.get(request_id).state.value == "pending"
     runtime.close()
     assert home.run("approvals", "deny", request_id).code == 0

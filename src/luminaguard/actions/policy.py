@@ -110,7 +110,7 @@ class Policy:
 
     def _first(self, layers: tuple[Layer, ...], action: Action, now: dt.datetime) -> Judgement:
         """What the first rule that matches says."""
-        trusted = not action.server or action.server in self.trusted_servers
+        trusted = action.effect != "call" or action.server in self.trusted_servers
         steps = []
         for layer in layers:
             for rule, line in zip(layer.rules, layer.lines, strict=True):

@@ -13,6 +13,7 @@ import anyio
 from luminaguard.approvals.model import State, Verdict
 from luminaguard.approvals.words import answered, heading, judged_json
 from luminaguard.cli import signals
+from luminaguard.cli.inbox import can_open, review
 from luminaguard.cli.output import Progress, error_fields, print_lines, print_outcome, tell_recovered
 from luminaguard.cli.prompt import ask
 from luminaguard.cli.relay import Relay, terminal_size
@@ -234,10 +235,11 @@ def _settle(runtime: Runtime, execution: Execution, options: Options, progress: 
         if execution.refusal is not None:
             raise execution.refusal
         return execution.outcome.exit_code
+    full = not options.as_json and can_open(runtime)
     with held.raising():
-        if not options.as_json:
+        if not options.as_json and not full:
             show_card(runtime, request, progress)
-        answer = _answer(runtime, request, options, progress)
+        answer = _answer(runtime, request, options, progress, full=full)
     while True:
         # From here on signals wait: what is decided is seen through, and told.
         try:
@@ -248,8 +250,9 @@ def _settle(runtime: Runtime, execution: Execution, options: Options, progress: 
             sys.stderr.write(f"note: {visible(changed.message)}\n")
             request = execution.request = runtime.approvals.get(request.id)
             with held.raising():
-                show_card(runtime, request, progress)
-                answer = _answer(runtime, request, options, progress)
+                if not full:
+                    show_card(runtime, request, progress)
+                answer = _answer(runtime, request, options, progress, full=full)
 
 
 def _carry_out(
@@ -283,7 +286,7 @@ def _carry_out(
     return execution.outcome.exit_code
 
 
-def _answer(runtime: Runtime, request: Request, options: Options, progress: Progress) -> Answer | None:
+def _answer(runtime: Runtime, request: Request, options: Options, progress: Progress, *, full: bool) -> Answer | None:
     """The answer: of a flag, of a rule or a grant that a person gave before, or of the person at the terminal."""
     if options.publish == "always":
         note = os.environ.get("LUMINAGUARD_DECISION_NOTE", "")
@@ -295,6 +298,8 @@ def _answer(runtime: Runtime, request: Request, options: Options, progress: Prog
         return answer
     if options.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
+    if full:
+        return review(runtime, request)
     return ask(request, lambda: show_card(runtime, request, progress, full=True), runtime.approvals.changeset)
 
 

@@ -17,6 +17,7 @@ from luminaguard.runtime.decisions import Answer
 __all__ = ["ask"]
 
 _CONFIRM = "publish"
+_NO = {"n": Verdict.DENY, "a": Verdict.RETURN, "s": Verdict.STOP}
 
 
 def ask(request: Request, show_all: Callable[[], None], changeset: Callable[[str], Changeset]) -> Answer | None:
@@ -29,22 +30,18 @@ def ask(request: Request, show_all: Callable[[], None], changeset: Callable[[str
     """
     question = (
         f"\nPublish exactly this to {visible(request.workspace)}?\n"
-        "[y]es, [n]o, [p]art of it, [a]sk for changes, [s]top the task, [f]ull diffs, [l]ater: "
+        "[y]es, [n]o, [p]art of it, [a]sk for changes, [s]top the task, [f]ull diffs, [l]ater\n"
+        "(n, a and s take a text for the agent behind them): "
     )
     try:
         while True:
-            match _read(question).lower():
+            word, _, text = _read(question).partition(" ")
+            match word.lower():
                 case "y" | "yes":
                     if _confirmed(request):
                         return Answer(Verdict.APPROVE, "terminal")
-                case "n" | "no":
-                    return Answer(
-                        Verdict.DENY, "terminal", reason=_line("Why not? (the agent reads it; may be empty) ")
-                    )
-                case "a" | "ask":
-                    return Answer(Verdict.RETURN, "terminal", reason=_line("What should be different? "))
-                case "s" | "stop":
-                    return Answer(Verdict.STOP, "terminal", reason=_line("Why? (may be empty) "))
+                case "n" | "no" | "a" | "ask" | "s" | "stop" as no:
+                    return Answer(_NO[no[0]], "terminal", reason=text.strip())
                 case "p" | "part":
                     chosen = _part(changeset(request.id))
                     if chosen and _confirmed(request):
@@ -89,10 +86,6 @@ def _part(changeset: Changeset) -> tuple[str, ...]:
 def _read(question: str) -> str:
     """One answer; keys typed before the question stood there answer nothing. Raises EOFError at the end of input."""
     termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
-    return _line(question)
-
-
-def _line(question: str) -> str:
     sys.stderr.write(question)
     sys.stderr.flush()
     answer = sys.stdin.readline()

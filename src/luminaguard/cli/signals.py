@@ -53,6 +53,10 @@ class Held:
             self._wakes.recv(4096)
         return self._kept.popleft()
 
+    def waits(self) -> bool:
+        """Whether one that asks to end was kept and not taken yet."""
+        return any(number in ENDING for number in self._kept)
+
     def take(self) -> int:
         """Take the first that asks to end; 0 if there is none."""
         kept, self._kept = self._kept, deque()

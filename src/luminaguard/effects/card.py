@@ -17,7 +17,7 @@ from luminaguard.effects.marks import LOUD, Mark, marks_of
 from luminaguard.effects.renames import edited_renames
 from luminaguard.effects.text import hides_something, visible, visible_name
 
-__all__ = ["CardItem", "DiffCard", "Fact", "Summary", "card_to_json", "make_card"]
+__all__ = ["CardItem", "ChangesetCard", "DiffCard", "Fact", "Summary", "card_title", "card_to_json", "make_card"]
 
 MAX_TEXT = 1 << 20
 MAX_CARD = 8 << 20
@@ -94,38 +94,64 @@ class DiffCard:
         return tuple(item for item in self.items if LOUD & set(item.marks))
 
 
-def make_card(changeset: Changeset, before: Contents, after: Contents) -> DiffCard:
-    """Build the card of a changeset.
+class ChangesetCard:
+    """The card of a changeset, item by item: what is not looked at is not compared.
 
     Args:
         changeset: what is to be decided.
         before: contents of the base, by SHA-256.
         after: contents that the machine left, by SHA-256.
     """
+
+    def __init__(self, changeset: Changeset, before: Contents, after: Contents) -> None:
+        self.changeset = changeset
+        self._before, self._after = before, after
+        edited = edited_renames(changeset, before, after)
+        bases = {change.path: change.before for change in changeset.changes}
+        self._moves = _Moves({**changeset.renames, **edited}, {new: bases[old] for new, old in edited.items()})
+
+    def __len__(self) -> int:
+        return len(self.changeset)
+
+    def outline(self, index: int) -> CardItem:
+        """One change without its contents."""
+        change = self.changeset.changes[index]
+        base = self._moves.bases.get(change.path, change.before)
+        return CardItem(visible_name(change.path), change.kind, _headline(change, base, self._moves), marks_of(change))
+
+    def item(self, index: int, *, compared: bool = True) -> tuple[CardItem, int, int]:
+        """One change, and how many lines it adds and removes; not compared, it says so."""
+        before, after = (self._before, self._after) if compared else (None, None)
+        return _item(self.changeset.changes[index], self._moves, before, after)
+
+    def summary(self, lines_added: int = 0, lines_removed: int = 0) -> Summary:
+        """The counts; those of lines are the caller's."""
+        kinds, moved = Counter(change.kind for change in self.changeset.changes), len(self._moves.sources)
+        return Summary(
+            created=kinds["create"] - moved, edited=kinds["modify"], deleted=kinds["delete"] - moved, renamed=moved,
+            modes=kinds["mode"], links=kinds["symlink"], lines_added=lines_added, lines_removed=lines_removed,
+            bytes_written=sum(self.changeset.blobs().values()),
+        )  # fmt: skip
+
+
+def make_card(changeset: Changeset, before: Contents, after: Contents) -> DiffCard:
+    """Build the whole card of a changeset; see :class:`ChangesetCard`."""
+    card = ChangesetCard(changeset, before, after)
     items = []
     added = removed = 0
     budget = MAX_CARD
-    edited = edited_renames(changeset, before, after)
-    bases = {change.path: change.before for change in changeset.changes}
-    moves = _Moves({**changeset.renames, **edited}, {new: bases[old] for new, old in edited.items()})
-    for change in changeset.changes:
+    for index, change in enumerate(changeset.changes):
         sizes = [e.size for e in (change.before, change.after) if isinstance(e, FileEntry)]
         budget -= sum(size for size in sizes if size <= MAX_TEXT)
-        within = budget >= 0
-        item, plus, minus = _item(change, moves, before if within else None, after if within else None)
+        item, plus, minus = card.item(index, compared=budget >= 0)
         items.append(item)
         added, removed = added + plus, removed + minus
-    kinds = Counter(change.kind for change in changeset.changes)
-    summary = Summary(
-        created=kinds["create"] - len(moves.sources), edited=kinds["modify"],
-        deleted=kinds["delete"] - len(moves.sources), renamed=len(moves.sources), modes=kinds["mode"],
-        links=kinds["symlink"], lines_added=added, lines_removed=removed,
-        bytes_written=sum(changeset.blobs().values()),
-    )  # fmt: skip
-    return DiffCard(changeset.digest, _title(summary), tuple(items), summary=summary)
+    summary = card.summary(added, removed)
+    return DiffCard(changeset.digest, card_title(summary), tuple(items), summary=summary)
 
 
-def _title(s: Summary) -> str:
+def card_title(s: Summary) -> str:
+    """The counts in words."""
     parts = [f"{s.created} created", f"{s.edited} edited", f"{s.deleted} deleted"]
     parts += [f"{s.renamed} renamed"] * bool(s.renamed)
     parts += [f"{s.links} links"] * bool(s.links) + [f"{s.modes} modes changed"] * bool(s.modes)

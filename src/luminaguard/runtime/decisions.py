@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["Again", "Answer", "Decisions"]
 
 _LOCK_WAIT_S = 10.0
+_STORY = ("command", "exit_code", "changes", "label", "verdict", "person", "reason", "state", "outcome", "why", "rule")
+_MOST_WORDS = 120
+Contents = Callable[[str], bytes | None]
 Progress = Callable[[str], None]
 
 
@@ -73,15 +78,34 @@ class Decisions:
         return self._card(request, self._runtime.approvals.effect(request.id))
 
     def _card(self, request: Request, effect: Changeset | Outside) -> DiffCard:
-        from luminaguard.effects.card import MAX_TEXT, make_card
+        from luminaguard.effects.card import make_card
         from luminaguard.effects.changes import Changeset
         from luminaguard.effects.outside_card import make_outside_card
-        from luminaguard.workspaces.base import base_contents
 
         if not isinstance(effect, Changeset):
             return make_outside_card(effect)
-        with base_contents(Path(request.workspace), effect, MAX_TEXT) as before:
-            return make_card(effect, before, lambda sha: self._runtime.blobs.read(request.id, sha, MAX_TEXT))
+        with self.contents(request, effect) as (before, after):
+            return make_card(effect, before, after)
+
+    @contextmanager
+    def contents(self, request: Request, changeset: Changeset) -> Iterator[tuple[Contents, Contents]]:
+        """What gives the contents before and after of a changeset, by SHA-256, while this context lasts."""
+        from luminaguard.effects.card import MAX_TEXT
+        from luminaguard.workspaces.base import base_contents
+
+        with base_contents(Path(request.workspace), changeset, MAX_TEXT) as before:
+            yield before, lambda sha: self._runtime.blobs.read(request.id, sha, MAX_TEXT)
+
+    def story(self, request: Request) -> list[tuple[int, str]]:
+        """What the ledger says of a request, its machine and its task: nanoseconds since the epoch, and words."""
+        names = {request.id, request.id.replace("req-", "vm-")}
+        told = []
+        for entry in self._runtime.ledger.entries():
+            body = json.loads(entry.body)
+            if names & {body.get("request"), body.get("vm")} or (request.task and body.get("task") == request.task):
+                words = ", ".join(f"{key} {_short(body[key])}" for key in _STORY if body.get(key, "") != "")
+                told.append((entry.time_ns, f"{entry.kind}: {words}" if words else entry.kind))
+        return told
 
     def ask(self, request: Request, effect: Changeset | Outside) -> Request:
         """Judge an effect and ask for its approval.
@@ -323,6 +347,11 @@ class Decisions:
     def recover(self) -> list[str]:
         """Undo or finish what crashed processes left; return what was done, in sentences."""
         return self._recovery.recover()
+
+
+def _short(value: object) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= _MOST_WORDS else f"{text[:_MOST_WORDS]} …"
 
 
 def _forbidden(judged: Judged) -> Forbidden:

@@ -59,7 +59,7 @@ class Home:
     @property
     def environment(self) -> dict[str, str]:
         """The environment in which commands use this home."""
-        return os.environ | {"LUMINAGUARD_HOME": str(self.folder), "NO_COLOR": "1"}
+        return os.environ | {"LUMINAGUARD_HOME": str(self.folder), "NO_COLOR": "1", "LUMINAGUARD_INTERFACE": "plain"}
 
     def argv(self, *arguments: str) -> list[str]:
         """The command line of the real program."""

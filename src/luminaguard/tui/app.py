@@ -1,0 +1,505 @@
+"""The application: an inbox of what waits, and a screen for one request, its card and its answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import ClassVar, cast
+
+from textual import work
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.screen import Screen
+from textual.widgets import DataTable, Footer, Input, Label, Static
+from textual.worker import get_current_worker
+
+from luminaguard.actions.model import Severity
+from luminaguard.approvals.model import Request, State, Verdict
+from luminaguard.approvals.words import duration, heading
+from luminaguard.effects.marks import LOUD
+from luminaguard.effects.text import visible
+from luminaguard.errors import LuminaGuardError, PolicyChanged
+from luminaguard.runtime.decisions import Again, Answer
+from luminaguard.tui.desk import Desk, OpenCard
+from luminaguard.tui.dialogs import AskText, ShowText
+from luminaguard.tui.rows import unified
+from luminaguard.tui.themes import THEMES
+from luminaguard.tui.views import ChangeTree, ChangeView
+
+__all__ = ["CliffApp"]
+
+_POLL_S = 0.5
+_CONFIRM = "publish"
+_HOUR_S = 3600
+_MOST_LOUD = 5000
+
+
+class CliffApp(App[Answer | None]):
+    """The Approval Cliff in full screen; its result is the answer to the one request that it was opened for."""
+
+    TITLE = "LuminaGuard"
+    ENABLE_COMMAND_PALETTE = False
+    CSS_PATH = "cliff.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("t", "next_theme", " Theme", show=False),
+        Binding("ctrl+c,ctrl+q", "leave", " Quit", show=False, priority=True),
+    ]
+
+    def __init__(self, desk: Desk, theme: str = "") -> None:
+        super().__init__()
+        self.desk = desk
+        self._started_by = os.getppid()
+        for one in THEMES:
+            self.register_theme(one)
+        names = [one.name for one in THEMES]
+        self.theme = f"luminaguard-{theme}" if f"luminaguard-{theme}" in names else names[0]
+
+    def see_through(self) -> Answer | None:
+        """Run it; an error inside is raised here, after the terminal was put back, and not drawn over it."""
+        answer = self.run()
+        if self._exception is not None:  # textual has no public name for it
+            raise self._exception
+        return answer
+
+    def _print_error_renderables(self) -> None:
+        """Textual would print a traceback with all values in it."""
+
+    def on_mount(self) -> None:
+        """The first screen, and a look at signals now and then."""
+        self.set_interval(0.1, self._watch)
+        self.push_screen(Review(self.desk.only) if self.desk.only else Inbox())
+
+    def _watch(self) -> None:
+        # Whoever started this is gone, or a signal asks to end: the terminal is put back on the way out.
+        if self.desk.ended() or os.getppid() != self._started_by:
+            self.exit(None)
+
+    def action_next_theme(self) -> None:
+        """The next theme."""
+        names = [one.name for one in THEMES]
+        self.theme = names[(names.index(self.theme) + 1) % len(names)]
+        self.notify(self.theme.removeprefix("luminaguard-"), timeout=1.5)
+
+    def action_leave(self) -> None:
+        """Leave; what waits goes on waiting."""
+        self.exit(None)
+
+
+class _CliffScreen(Screen[None]):
+    """A screen of this application."""
+
+    @property
+    def cliff(self) -> CliffApp:
+        """The application, by its own type."""
+        return cast("CliffApp", self.app)
+
+    @property
+    def desk(self) -> Desk:
+        """What it works on."""
+        return self.cliff.desk
+
+
+class Inbox(_CliffScreen):
+    """All requests that wait, the most severe first; other processes' come and go by themselves."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "open", " Open", priority=True), Binding("q,escape", "app.leave", " Quit"),
+        Binding("t", "app.next_theme", " Theme"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._requests: dict[str, Request] = {}
+
+    def compose(self) -> ComposeResult:
+        """A table over the list of keys."""
+        yield Label("Approval Cliff", id="title", markup=False)
+        yield DataTable(cursor_type="row", zebra_stripes=False, id="inbox")
+        yield Static("", id="empty", markup=False)
+        yield Footer(show_command_palette=False, compact=True)
+
+    def on_mount(self) -> None:
+        """Fill the table, and keep it so."""
+        table = self.query_one(DataTable)
+        for name, width in (("severity", 10), ("age", 7), ("left", 7), ("effect", 9), ("what", 44), ("where", 60)):
+            table.add_column(name, width=width, key=name)
+        table.focus()
+        self._load()
+        self.set_interval(_POLL_S, self._load)
+
+    def on_screen_resume(self) -> None:
+        """Back from a request."""
+        self._load()
+
+    @work(thread=True, exclusive=True, group="inbox")
+    def _load(self) -> None:
+        try:
+            found, now = self.desk.waiting(), self.desk.now_ns()
+        except LuminaGuardError as error:
+            self.app.call_from_thread(self._trouble, error)
+            return
+        if not get_current_worker().is_cancelled:
+            self.app.call_from_thread(self._fill, found, now)
+
+    def _trouble(self, error: LuminaGuardError) -> None:
+        self.query_one("#empty", Static).update(visible(f"{error.message} {error.hint}"))
+
+    def _fill(self, found: list[Request], now_ns: int) -> None:
+        table = self.query_one(DataTable)
+        rows = {request.id: _row(request, now_ns) for request in found}
+        if list(rows) != list(self._requests):
+            at = self._at()
+            table.clear()
+            for key, row in rows.items():
+                table.add_row(*row, key=key)
+            if at in rows:
+                table.move_cursor(row=list(rows).index(at))
+        else:
+            for key, row in rows.items():
+                for name, value in zip(("age", "left"), row[1:3], strict=True):
+                    table.update_cell(key, name, value)
+        self._requests = {request.id: request for request in found}
+        words = "" if found else "Nothing waits for a decision. What comes appears here by itself."
+        self.query_one("#empty", Static).update(words)
+        self.query_one("#title", Label).update(f"Approval Cliff: {len(found)} waiting")
+
+    def _at(self) -> str:
+        keys = list(self._requests)
+        row = self.query_one(DataTable).cursor_row
+        return keys[row] if 0 <= row < len(keys) else ""
+
+    def on_data_table_row_selected(self, _: DataTable.RowSelected) -> None:
+        """The mouse, or Enter."""
+        self.action_open()
+
+    def action_open(self) -> None:
+        """Open the request under the cursor."""
+        if request := self._requests.get(self._at()):
+            self.app.push_screen(Review(request))
+
+
+def _row(request: Request, now_ns: int) -> tuple[str, ...]:
+    sign = {Severity.CRITICAL: "!!", Severity.HIGH: "!"}.get(request.judged.severity, "")
+    return (
+        f"{sign}{request.judged.severity.value}", duration((now_ns - request.created_ns) / 1e9),
+        duration((request.expires_ns - now_ns) / 1e9), request.effect, visible(" ".join(request.command))[:200],
+        visible(request.workspace)[:200],
+    )  # fmt: skip
+
+
+class Review(_CliffScreen):
+    """One request: why it is asked, what it would do, and the answer."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("a", "approve", " Approve"), Binding("d", "deny", " Deny"), Binding("c", "changes", " Change"),
+        Binding("s", "stop", " Stop"), Binding("g", "grant", " Again"), Binding("v", "columns", " Cols"),
+        Binding("slash", "search", " Find", key_display="/"), Binding("n", "next_match", "Next", show=False),
+        Binding("N", "previous_match", "Previous", show=False), Binding("i", "why", " Why"),
+        Binding("tab", "app.focus_next", "Side", show=False),
+        Binding("q,escape", "back", " Back"),
+    ]  # fmt: skip
+
+    def __init__(self, request: Request) -> None:
+        super().__init__()
+        self._request = request
+        self._card: OpenCard | None = None
+        self._busy = False
+
+    # -- what is shown --------------------------------------------------------------------------------
+
+    def compose(self) -> ComposeResult:
+        """The reasons above, the card below."""
+        yield Label("", id="what", markup=False)
+        yield Static("", id="heading", markup=False)
+        yield Static("", id="loud", markup=False)
+        yield Horizontal(id="card")
+        with Vertical(id="search-line", classes="hidden"):
+            yield Input(placeholder="search in this change, then in the following ones", id="search")
+        yield Footer(show_command_palette=False, compact=True)
+
+    def on_mount(self) -> None:
+        """Show the reasons at once, the card when it is open."""
+        self._show_heading()
+        self._open()
+        self.set_interval(_POLL_S, self._check)
+
+    def on_unmount(self) -> None:
+        """Let go of the contents."""
+        if self._card is not None:
+            self._card.close()
+
+    def _show_heading(self) -> None:
+        what, *lines = [text for _, text in heading(self._request)]
+        self.query_one("#what", Label).update(what)
+        if self._card is not None:
+            lines.append(f"{self._card.title}   {self._card.digest[:26]}…")
+            lines += [f"{'! ' if fact.loud else ''}{fact.label}: {fact.value}" for fact in self._card.facts]
+        self.query_one("#heading", Static).update("\n".join(lines))
+        severe = self._request.judged.severity in {Severity.HIGH, Severity.CRITICAL}
+        self.query_one("#heading").set_class(severe, "severe")
+
+    @work(thread=True, exclusive=True, group="open")
+    def _open(self) -> None:
+        try:
+            card = self.desk.open(self._request)
+        except LuminaGuardError as error:
+            self.app.call_from_thread(self._refused, error)
+            return
+        self.app.call_from_thread(self._opened, card)
+
+    def _opened(self, card: OpenCard) -> None:
+        if not self.is_mounted:
+            card.close()
+            return
+        self._card = card
+        self._show_heading()
+        tree = ChangeTree(card)
+        self.query_one("#card").mount(ChangeView())
+        self.query_one("#card").mount(tree, before=0)
+        tree.focus()
+        self._look_twice(card)
+
+    @work(thread=True, exclusive=True, group="loud")
+    def _look_twice(self, card: OpenCard) -> None:
+        """What needs a second look, told above the card; of very many changes, of the first ones."""
+        loud = []
+        for index in range(min(len(card), _MOST_LOUD)):
+            if get_current_worker().is_cancelled:
+                return
+            item = card.outline(index)
+            if LOUD & set(item.marks):
+                loud.append(f"! {item.path}   [{', '.join(mark.value for mark in item.marks if mark in LOUD)}]")
+        more = len(card) - _MOST_LOUD
+        words = [f"LOOK TWICE at {len(loud)} of {len(card)}:", *loud[:4]] if loud else []
+        words += [f"  and {len(loud) - 4} more, marked with ! on the left"] if len(loud) > 4 else []
+        words += [f"{more:,} more changes were not searched for what is loud"] if more > 0 else []
+        self.app.call_from_thread(self.query_one("#loud", Static).update, "\n".join(words))
+
+    def on_change_tree_chosen(self, event: ChangeTree.Chosen) -> None:
+        """Show the change that the tree is at."""
+        self._show_change(event.index)
+
+    @work(thread=True, exclusive=True, group="change")
+    def _show_change(self, index: int, then: Callable[[], None] | None = None) -> None:
+        card = self._card
+        if card is None:
+            return
+        item = card.item(index)
+        raw = card.raw(index) if item.note and not item.diff else None
+        rows = unified(item)
+        if not get_current_worker().is_cancelled:
+            self.app.call_from_thread(self._shown, card.paths[index], rows, raw, then)
+
+    def _shown(self, name: str, rows: list[object], raw: object, then: Callable[[], None] | None) -> None:
+        if views := self.query(ChangeView):
+            views.first().show(name, rows, raw)  # type: ignore[arg-type]  # as they were made just now
+        if then is not None:
+            then()
+
+    def on_change_tree_toggled(self, event: ChangeTree.Toggled) -> None:
+        """Leave a change out of the approval, or take it in again, with what goes along."""
+        tree, card = self.query_one(ChangeTree), self._card
+        if card is None or card.changeset is None:
+            self.notify("Only a changeset has parts.", severity="warning")
+            return
+        if event.index in tree.left_out:
+            tree.left_out -= card.with_needed(event.index)
+        else:
+            tree.left_out |= card.with_dependent(event.index)
+        tree.refresh()
+        kept = len(card) - len(tree.left_out)
+        self.notify(f"{kept} of {len(card)} changes would be approved", timeout=1.5)
+
+    # -- other processes --------------------------------------------------------------------------------
+
+    @work(thread=True, exclusive=True, group="check")
+    def _check(self) -> None:
+        """Another process may have decided."""
+        if self._busy:
+            return
+        try:
+            now = self.desk.state(self._request)
+        except LuminaGuardError:
+            return
+        if now.state is not State.PENDING and not self._busy:
+            self.app.call_from_thread(self._gone, now)
+
+    def _gone(self, now: Request) -> None:
+        if not self._busy and self.is_current:
+            self.notify(f"{now.id} is {now.state.value}: it was answered elsewhere, or its time was over.", timeout=6)
+            self._leave(None)
+
+    # -- answers ----------------------------------------------------------------------------------------
+
+    def action_back(self) -> None:
+        """Leave it waiting."""
+        self._leave(None)
+
+    @work
+    async def action_approve(self) -> None:
+        """Approve all, or the part that is ticked."""
+        await self._approve(None)
+
+    @work
+    async def action_grant(self) -> None:
+        """Approve, and grant the same for what comes again."""
+        try:
+            lines = self.desk.scope(self._request)
+        except LuminaGuardError as error:
+            self._refused(error)
+            return
+        text = "Without asking, within exactly this:\n\n" + "\n".join(lines)
+        given = await self.app.push_screen_wait(
+            AskText("Grant: how often, during how many hours?", text, initial="10 8")
+        )
+        if given is None:
+            return
+        try:
+            uses, hours = (int(word) for word in given.split())
+        except ValueError:
+            self.notify("Two numbers: how often, and for how many hours.", severity="warning")
+            return
+        await self._approve(Again(uses, hours * _HOUR_S))
+
+    async def _approve(self, again: Again | None) -> None:
+        if self._card is None:
+            self.notify("Not opened yet.", severity="warning")
+            return
+        if self._request.judged.severity is Severity.CRITICAL:
+            reason = f"CRITICAL: {self._request.judged.reason}\nType '{_CONFIRM}' to go on."
+            if await self.app.push_screen_wait(AskText("A second step", visible(reason), must_be=_CONFIRM)) is None:
+                return
+        part = None
+        if left_out := self.query_one(ChangeTree).left_out:
+            part = tuple(path for index, path in enumerate(self._card.paths) if index not in left_out)
+        self._answer(Answer(Verdict.APPROVE, "terminal", part=part), again)
+
+    @work
+    async def action_deny(self) -> None:
+        """Deny, with a reason for the agent."""
+        await self._say_no(Verdict.DENY, "Deny: why? (the agent reads it; may be empty)")
+
+    @work
+    async def action_changes(self) -> None:
+        """Ask for changes."""
+        await self._say_no(Verdict.RETURN, "What should be different? (the agent reads it)")
+
+    @work
+    async def action_stop(self) -> None:
+        """Stop the task."""
+        await self._say_no(Verdict.STOP, "Stop the task: why? (may be empty)")
+
+    async def _say_no(self, verdict: Verdict, question: str) -> None:
+        reason = await self.app.push_screen_wait(AskText(question))
+        if reason is not None:
+            self._answer(Answer(verdict, "terminal", reason=reason), None)
+
+    def _answer(self, answer: Answer, again: Again | None) -> None:
+        if self._busy:
+            return
+        if self.desk.only is not None and again is None:
+            self._leave(answer)  # whoever asked carries it out
+            return
+        self._busy = True
+        self._carry_out(answer, again)
+
+    @work(thread=True, group="answer")
+    def _carry_out(self, answer: Answer, again: Again | None) -> None:
+        try:
+            words = self.desk.carry_out(self._request, answer, again)
+        except LuminaGuardError as error:
+            self.app.call_from_thread(self._refused, error)
+            return
+        self.app.call_from_thread(self._done, words)
+
+    def _done(self, words: str) -> None:
+        self.notify(words, timeout=5, markup=False)
+        self._leave(None)
+
+    def _refused(self, error: LuminaGuardError) -> None:
+        self._busy = False
+        self.notify(visible(f"{error.message} {error.hint}"), severity="error", timeout=10, markup=False)
+        if isinstance(error, PolicyChanged):  # what it says now is shown, and asked again
+            self._request = self.desk.state(self._request)
+            self._show_heading()
+
+    def _leave(self, answer: Answer | None) -> None:
+        if self.desk.only is not None:
+            self.app.exit(answer)
+        elif self.is_current:
+            self.app.pop_screen()
+
+    # -- looking ------------------------------------------------------------------------------------------
+
+    def action_columns(self) -> None:
+        """One column, or two."""
+        for view in self.query(ChangeView):
+            view.toggle_columns()
+
+    @work(thread=True, group="story")
+    def action_why(self) -> None:
+        """What happened so far, and which rules were looked at."""
+        try:
+            now, told, steps = self.desk.now_ns(), self.desk.story(self._request), self.desk.steps(self._request)
+        except LuminaGuardError as error:
+            self.app.call_from_thread(self._refused, error)
+            return
+        lines = ["What happened so far", ""]
+        lines += [f"{duration((now - time_ns) / 1e9):>7} ago  {visible(words)}" for time_ns, words in told]
+        lines += ["", "The rules that were looked at, in their order", ""]
+        lines += [visible(f"{' ' if s.why else '='} {s.rule}: {s.why or 'matches'}   ({s.origin})") for s in steps]
+        text = "\n".join(lines)
+        self.app.call_from_thread(self.app.push_screen, ShowText(f"Why {self._request.id} is asked", text))
+
+    def action_search(self) -> None:
+        """Ask for a text."""
+        self.query_one("#search-line").remove_class("hidden")
+        self.query_one("#search", Input).focus()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Search for it."""
+        self.query_one("#search-line").add_class("hidden")
+        self.query_one(ChangeView).wanted = event.value
+        self.query_one(ChangeView).focus()
+        if event.value:
+            self._jump(0 if not self.query_one(ChangeView).scroll_offset.y else -1, backwards=False)
+
+    def action_next_match(self) -> None:
+        """The next row that has it."""
+        self._jump(0, backwards=False)
+
+    def action_previous_match(self) -> None:
+        """The one before."""
+        self._jump(0, backwards=True)
+
+    def _jump(self, offset: int, *, backwards: bool) -> None:
+        view = self.query_one(ChangeView)
+        if not view.wanted:
+            return
+        found = view.find(view.wanted, view.scroll_offset.y + offset, backwards=backwards)
+        if found is not None:
+            view.scroll_to(y=found, animate=False)
+            view.refresh()
+        else:
+            self._search_on(view.wanted, self.query_one(ChangeTree).index, backwards)
+
+    @work(thread=True, exclusive=True, group="search")
+    def _search_on(self, text: str, index: int, backwards: bool) -> None:
+        """Search in the other changes, one by one, as they are compared."""
+        card, wanted = self._card, text.casefold()
+        if card is None:
+            return
+        for other in range(index - 1, -1, -1) if backwards else range(index + 1, len(card)):
+            if get_current_worker().is_cancelled:
+                return
+            if wanted in card.paths[other].casefold() or any(
+                wanted in line.casefold() for line in card.item(other).diff
+            ):
+                self.app.call_from_thread(self._found, other)
+                return
+        self.app.call_from_thread(self.notify, f"no more {text!a}", timeout=2, markup=False)
+
+    def _found(self, index: int) -> None:
+        self.query_one(ChangeTree).go_to(index)
+        self._show_change(index, lambda: self._jump(-1, backwards=False) if self.query(ChangeView) else None)
