@@ -213,7 +213,7 @@ def test_a_changeset_is_judged_by_what_was_observed():
         (rule(name="Bad Name"), 2, 1, "name"),
         (rule() + rule(), 7, 1, "second rule"),
         ("[policy]\nbuild_in = false\n", 2, 1, "build_in"),
-        ('[[policy.rules]]\nname = "a"\nrisk = "RED"\nreason = """\n[[a]]\n"""\nwhen.files.at_most = -1\n', 7, 1, "great"),
+        ('[[policy.rules]]\nname = "a"\nrisk = "RED"\nreason = """\n[[a]]\n"""\nwhen.files.at_most = -1\n', 7, 1, "g"),
         ('[[policy.rules]]\nrisk = "RED"\n', 1, 1, "name"),
     ],
 )  # fmt: skip

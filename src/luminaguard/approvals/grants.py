@@ -9,6 +9,7 @@ what is critical or forbidden.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ __all__ = ["LONGEST_S", "MOST_USES", "Grant", "Limits", "Scope"]
 
 MOST_USES = 1000
 LONGEST_S = 30 * 86400
-_EVERYTHING = frozenset("*?/[]!^")
+_BROAD, _LEAST = re.compile(r"\[[^\]]*\]|[*?/]"), 3
+"""What in a pattern matches many texts; and how many characters of another kind it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ class Scope:
                 raise _too_wide(f"nothing is called {name!a}; there is {', '.join(sorted(shown))}")
             if not _fits(pattern, shown[name]):
                 raise _too_wide(f"the pattern {pattern!a} does not match what was shown, {shown[name][:80]!a}")
-            if not set(pattern) - _EVERYTHING:
-                raise _too_wide(f"the pattern {pattern!a} would match everything")
+            if len(_BROAD.sub("", pattern)) < min(_LEAST, len(shown[name])):
+                raise _too_wide(f"the pattern {pattern!a} would match nearly everything")
             chosen[name] = pattern
         files = tuple((file.path, file.kind, tuple(sorted(file.marks))) for file in action.files)
         sized = action.bytes if action.effect in {"call", "request"} else None

@@ -115,7 +115,7 @@ def outside_from_json(kind: str, raw: Any) -> Outside:
             raise ValueError(f"it is larger than {_MAX_BODY >> 20} MiB")
         match kind:
             case "call":
-                arguments = _object(raw.get("arguments") or {})
+                arguments = _object(raw.get("arguments", {}))
                 return RemoteCall(_text(raw, "server"), _text(raw, "tool"), arguments,
                                   _object(raw.get("definition")), _object(raw.get("pinned")))  # fmt: skip
             case "request":

@@ -51,7 +51,7 @@ def _load(folder: Path, path: Path, name: str) -> bytes:
         return _read(path)
     except FileNotFoundError:
         pass
-    temporary = folder / f".{name}-{os.getpid()}"
+    temporary = folder / f".{name}-{secrets.token_hex(8)}"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
