@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import ClassVar, cast
 
+from rich.text import Text
 from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
@@ -21,9 +21,9 @@ from luminaguard.effects.marks import LOUD
 from luminaguard.effects.text import visible
 from luminaguard.errors import LuminaGuardError, PolicyChanged
 from luminaguard.runtime.decisions import Again, Answer
-from luminaguard.tui.desk import Desk, OpenCard
+from luminaguard.tui.desk import Desk, OpenCard, Raw
 from luminaguard.tui.dialogs import AskText, ShowText
-from luminaguard.tui.rows import unified
+from luminaguard.tui.rows import Row, unified
 from luminaguard.tui.themes import THEMES
 from luminaguard.tui.views import ChangeTree, ChangeView
 
@@ -179,13 +179,14 @@ class Inbox(_CliffScreen):
             self.app.push_screen(Review(request))
 
 
-def _row(request: Request, now_ns: int) -> tuple[str, ...]:
+def _row(request: Request, now_ns: int) -> tuple[Text, ...]:
     sign = {Severity.CRITICAL: "!!", Severity.HIGH: "!"}.get(request.judged.severity, "")
-    return (
+    words = (
         f"{sign}{request.judged.severity.value}", duration((now_ns - request.created_ns) / 1e9),
         duration((request.expires_ns - now_ns) / 1e9), request.effect, visible(" ".join(request.command))[:200],
         visible(request.workspace)[:200],
     )  # fmt: skip
+    return tuple(map(Text, words))  # a string would be read as markup
 
 
 class Review(_CliffScreen):
@@ -205,6 +206,8 @@ class Review(_CliffScreen):
         self._request = request
         self._card: OpenCard | None = None
         self._busy = False
+        self._searching: bool | None = None
+        """Backwards or not, while a change is opened for what was searched for."""
 
     # -- what is shown --------------------------------------------------------------------------------
 
@@ -281,7 +284,7 @@ class Review(_CliffScreen):
         self._show_change(event.index)
 
     @work(thread=True, exclusive=True, group="change")
-    def _show_change(self, index: int, then: Callable[[], None] | None = None) -> None:
+    def _show_change(self, index: int) -> None:
         card = self._card
         if card is None:
             return
@@ -289,13 +292,14 @@ class Review(_CliffScreen):
         raw = card.raw(index) if item.note and not item.diff else None
         rows = unified(item)
         if not get_current_worker().is_cancelled:
-            self.app.call_from_thread(self._shown, card.paths[index], rows, raw, then)
+            self.app.call_from_thread(self._shown, card.paths[index], rows, raw)
 
-    def _shown(self, name: str, rows: list[object], raw: object, then: Callable[[], None] | None) -> None:
-        if views := self.query(ChangeView):
-            views.first().show(name, rows, raw)  # type: ignore[arg-type]  # as they were made just now
-        if then is not None:
-            then()
+    def _shown(self, name: str, rows: list[Row], raw: Raw | None) -> None:
+        for view in self.query(ChangeView):
+            view.show(name, rows, raw)
+            if self._searching is not None:  # it is shown for what was searched for
+                view.find_next(backwards=self._searching)
+                self._searching = None
 
     def on_change_tree_toggled(self, event: ChangeTree.Toggled) -> None:
         """Leave a change out of the approval, or take it in again, with what goes along."""
@@ -462,26 +466,21 @@ class Review(_CliffScreen):
         self.query_one("#search-line").add_class("hidden")
         self.query_one(ChangeView).wanted = event.value
         self.query_one(ChangeView).focus()
+        self.query_one(ChangeView).at = -1
         if event.value:
-            self._jump(0 if not self.query_one(ChangeView).scroll_offset.y else -1, backwards=False)
+            self._jump(backwards=False)
 
     def action_next_match(self) -> None:
         """The next row that has it."""
-        self._jump(0, backwards=False)
+        self._jump(backwards=False)
 
     def action_previous_match(self) -> None:
         """The one before."""
-        self._jump(0, backwards=True)
+        self._jump(backwards=True)
 
-    def _jump(self, offset: int, *, backwards: bool) -> None:
+    def _jump(self, *, backwards: bool) -> None:
         view = self.query_one(ChangeView)
-        if not view.wanted:
-            return
-        found = view.find(view.wanted, view.scroll_offset.y + offset, backwards=backwards)
-        if found is not None:
-            view.scroll_to(y=found, animate=False)
-            view.refresh()
-        else:
+        if view.wanted and not view.find_next(backwards=backwards):
             self._search_on(view.wanted, self.query_one(ChangeTree).index, backwards)
 
     @work(thread=True, exclusive=True, group="search")
@@ -496,10 +495,10 @@ class Review(_CliffScreen):
             if wanted in card.paths[other].casefold() or any(
                 wanted in line.casefold() for line in card.item(other).diff
             ):
-                self.app.call_from_thread(self._found, other)
+                self.app.call_from_thread(self._found, other, backwards)
                 return
         self.app.call_from_thread(self.notify, f"no more {text!a}", timeout=2, markup=False)
 
-    def _found(self, index: int) -> None:
+    def _found(self, index: int, backwards: bool) -> None:
+        self._searching = backwards
         self.query_one(ChangeTree).go_to(index)
-        self._show_change(index, lambda: self._jump(-1, backwards=False) if self.query(ChangeView) else None)

@@ -131,9 +131,9 @@ class ChangeTree(_Rows):
             return
         self.current = number
         if number < self.scroll_offset.y:
-            self.scroll_to(y=number, animate=False)
+            self.scroll_to(y=number, animate=False, force=True)
         elif number >= self.scroll_offset.y + self.size.height:
-            self.scroll_to(y=number - self.size.height + 1, animate=False)
+            self.scroll_to(y=number - self.size.height + 1, animate=False, force=True)
         self.refresh()
         self._tell()
 
@@ -185,12 +185,14 @@ class ChangeView(_Rows):
         self._name = ""
         self.two_columns = False
         self.wanted = ""
+        self.at = -1
+        """The row of the last match."""
 
     def show(self, name: str, rows: list[Row], raw: Raw | None) -> None:
         """Show a change; with ``raw`` its bytes under the rows."""
-        self._name, self._unified, self._raw = name, rows, raw
+        self._name, self._unified, self._raw, self.at = name, rows, raw, -1
         self._lay_out()
-        self.scroll_to(0, 0, animate=False)
+        self.scroll_to(0, 0, animate=False, force=True)
 
     def toggle_columns(self) -> None:
         """One column, or two."""
@@ -204,15 +206,18 @@ class ChangeView(_Rows):
         self.virtual_size = Size(1 if self.two_columns else max(widest + _TAB, 80 if self._raw else 1), count)
         self.refresh()
 
-    def find(self, text: str, start: int, *, backwards: bool = False) -> int | None:
-        """The next row that has a text, without case; None if there is none."""
-        wanted = text.casefold()
-        numbers = range(start - 1, -1, -1) if backwards else range(start + 1, len(self._rows))
-        for number in numbers:
+    def find_next(self, *, backwards: bool = False) -> bool:
+        """Go to the next row that has the wanted text, without case; whether there is one."""
+        wanted = self.wanted.casefold()
+        start = self.at if self.at >= 0 or not backwards else len(self._rows)
+        for number in range(start - 1, -1, -1) if backwards else range(start + 1, len(self._rows)):
             row = self._rows[number]
             if wanted in row.text.casefold() or (row.other is not None and wanted in row.other.casefold()):
-                return number
-        return None
+                self.at = number
+                self.scroll_to(y=number, animate=False, force=True)
+                self.refresh()
+                return True
+        return False
 
     def render_line(self, y: int) -> Strip:
         """One row."""
