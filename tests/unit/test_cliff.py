@@ -305,7 +305,7 @@ def test_one_person_is_not_two_and_one_no_is_enough(runtime, workspace):
     assert runtime.decisions.without_asking(request) is None  # a rule is nobody
     runtime.decisions.decide(request, YES)
     with runtime._database.write() as connection:
-        connection.exec_driver_sql("UPDATE requests SET state = 'approved'")
+        connection.exec_driver_sql("UPDATE requests SET state = 'approved', people = 1")
     with pytest.raises(ApprovalError, match="different people"):
         runtime.decisions.publish(request.id)
     with runtime._database.write() as connection:

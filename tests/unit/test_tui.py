@@ -440,12 +440,12 @@ def example(runtime):
     return first
 
 
-@pytest.mark.parametrize("size", [(80, 24), (200, 50)], ids=["80x24", "200x50"])
-@pytest.mark.parametrize("theme", [theme.name.removeprefix("luminaguard-") for theme in THEMES])
+LOOKS = [(theme.name.removeprefix("luminaguard-"), (80, 24)) for theme in THEMES]
+
+
+@pytest.mark.parametrize(("theme", "size"), [*LOOKS, ("dark", (200, 50))])
 @pytest.mark.parametrize("screen", ["inbox", "review", "columns", "deny", "why"])
 def test_every_screen_in_every_theme(runtime, monkeypatch, screen, theme, size):
-    if size != (80, 24) and theme != "dark":
-        pytest.skip("colours do not depend on the size")
     first = example(runtime)
     monkeypatch.setattr(Desk, "now_ns", lambda self: first.created_ns + 90 * 10**9)
     monkeypatch.setattr(Desk, "story", lambda self, request: [(first.created_ns, "request.created: changes 4")])

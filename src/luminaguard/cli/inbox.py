@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 
@@ -20,12 +19,11 @@ _SMALLEST = (60, 15)
 
 def can_open(runtime: Runtime) -> bool:
     """Whether there is a terminal for a full-screen interface, and it is wanted."""
-    columns, lines = shutil.get_terminal_size()
-    return (
-        runtime.settings.interface == "full" and sys.stdin.isatty() and sys.stderr.isatty()
-        and os.environ.get("TERM", "dumb") not in {"dumb", "unknown", ""}
-        and columns >= _SMALLEST[0] and lines >= _SMALLEST[1]
-    )  # fmt: skip
+    if runtime.settings.interface != "full" or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    size = os.get_terminal_size(sys.stderr.fileno())
+    capable = os.environ.get("TERM", "dumb") not in {"dumb", "unknown", ""}
+    return capable and size.columns >= _SMALLEST[0] and size.lines >= _SMALLEST[1]
 
 
 def review(runtime: Runtime, request: Request) -> Answer | None:

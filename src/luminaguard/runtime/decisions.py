@@ -243,8 +243,8 @@ class Decisions:
         """
         effect = self._runtime.approvals.effect(request_id)
         request = self._runtime.approvals.get(request_id)
-        self._check_rules(request)
-        self._runtime.approvals.claim(request_id, effect.digest, self._runtime.approvers.public())
+        people = self._people(request)
+        self._runtime.approvals.claim(request_id, effect.digest, self._runtime.approvers.public(), people=people)
         self._runtime.approvals.finish(request_id, State.DONE, "handed over to whoever asked")
         return self._runtime.approvals.get(request_id)
 
@@ -318,10 +318,10 @@ class Decisions:
         if decided and (part := decided[0].part) is not None:
             whole, changeset = len(changeset), changeset.part(part)
             outcome = f"published a part: {len(changeset)} of {whole} changes"
-        self._check_rules(request)
+        people = self._people(request)
         refuse_changes(changeset, self._runtime.own_paths(Path(request.workspace)))
         self._recovery.recover_workspace(request.workspace)
-        self._runtime.approvals.claim(request_id, changeset.digest, self._runtime.approvers.public())
+        self._runtime.approvals.claim(request_id, changeset.digest, self._runtime.approvers.public(), people=people)
         try:
             self._runtime.publisher.publish(request_id, request.workspace, request.inode, changeset, step)
         except OutcomeUnknown as error:
@@ -332,17 +332,19 @@ class Decisions:
             raise
         self._recovery.close(request_id, State.PUBLISHED, outcome)
 
-    def _check_rules(self, request: Request) -> None:
-        """An approval does not outlive a rule that forbids what it is for."""
-        policy = self._runtime.policy(Path(request.workspace) if request.workspace else None)
-        if policy.digest == request.judged.policy:
-            return
+    def _people(self, request: Request) -> int:
+        """How many people must have approved, by the rules that hold now: what the database says is not taken.
+
+        Raises:
+            Forbidden: an approval does not outlive a rule that forbids what it is for.
+        """
         _, judged = self.judge(request, self._runtime.approvals.effect(request.id))
         if judged.risk is Risk.FORBIDDEN:
             if request.state is State.APPROVED:
                 self._runtime.approvals.revoke(request.id)
                 self._runtime.blobs.forget(request.id)
             raise _forbidden(judged)
+        return judged.people
 
     def recover(self) -> list[str]:
         """Undo or finish what crashed processes left; return what was done, in sentences."""

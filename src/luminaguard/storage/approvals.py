@@ -255,13 +255,14 @@ class Approvals:
             self._move(t.connection, request, State.DENIED)
             t.record("request.revoked", request=request_id, digest=request.digest)
 
-    def claim(self, request_id: str, digest: str, keys: Keys) -> Request:
+    def claim(self, request_id: str, digest: str, keys: Keys, *, people: int = 1) -> Request:
         """Use up the decision, before anything is done.
 
         Args:
             request_id: which request.
             digest: of what is about to be done, computed from its bytes.
             keys: the approvers' public keys.
+            people: how many must have approved by the rules that hold now, whatever is stored.
 
         Raises:
             ApprovalError: there is no matching, unexpired, unused, validly signed approval.
@@ -285,9 +286,10 @@ class Approvals:
                         f"What is about to be published for {request_id} is not what was approved.",
                         hint="Stored contents were damaged or edited. Run the command again.",
                     )
-            if len({decision.approver for decision in decisions}) < request.judged.people:
+            people = max(people, request.judged.people)
+            if len({decision.approver for decision in decisions}) < people:
                 raise ApprovalError(
-                    f"{request_id} needs the approval of {request.judged.people} different people.",
+                    f"{request_id} needs the approval of {people} different people.",
                     hint="Let another person approve it: 'luminaguard approvals approve --as NAME'.",
                 )
             self._move(t.connection, request, State.CLAIMED)
