@@ -333,6 +333,8 @@ def test_after_an_upgrade_what_was_approved_still_holds_once(tmp_path, version):
             decision.nonce, decision.approver, decision.signature))  # fmt: skip
     raw.close()
     desk.open()
+    for name in ("req-1", "req-2"):
+        desk.ledger.append("request.created", request=name, workspace="/w", digest=CHANGES.digest)
     assert [request.state for request in desk.approvals.list()] == [State.APPROVED, State.PENDING]
     desk.claim(request)
     with pytest.raises(ApprovalError):

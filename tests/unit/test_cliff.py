@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from luminaguard.actions.model import Action
-from luminaguard.approvals import Scope, State, Verdict
+from luminaguard.approvals import Judged, Scope, State, Verdict
 from luminaguard.effects.outside import NetworkRequest, RemoteCall, SecretUse, outside_from_json
 from luminaguard.effects.outside_card import make_outside_card
 from luminaguard.effects.render import render
@@ -273,11 +273,11 @@ def test_a_grant_that_was_edited_in_the_database_is_not_used(runtime, workspace)
 
 def test_values_of_a_list_are_values_of_their_own():
     action = Action.from_json({"effect": "call", "server": "s", "tool": "t", "arguments": {"to": ["a", "b"]}})
-    scope = Scope.of(action)
-    assert scope.problem(action) == ""
+    scope = Scope.of(action, Judged())
+    assert scope.problem(action, Judged()) == ""
     for other in (["a"], ["a", "c"], ["a", "b", "c"], "a", {"0": "a"}):
         wider = Action.from_json({"effect": "call", "server": "s", "tool": "t", "arguments": {"to": other}})
-        assert scope.problem(wider), other
+        assert scope.problem(wider, Judged()), other
     assert Scope.from_json(json.loads(json.dumps(scope.to_json()))) == scope
 
 

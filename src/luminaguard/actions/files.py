@@ -25,13 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luminaguard.actions.model import Risk, Severity
 from luminaguard.actions.policy import Layer, Policy
-from luminaguard.actions.positions import places
-from luminaguard.actions.rules import Rule
+from luminaguard.actions.positions import Place, places
+from luminaguard.actions.rules import Pattern, Rule
 from luminaguard.errors import PolicyInvalid
 
 __all__ = ["MAX_FILE", "RulesFile", "parse_policy"]
 
-MAX_FILE = 1 << 20
+MAX_FILE = 1 << 18
+_MOST_DOTS = 32
 _MAX_RULES = 1000
 
 
@@ -55,7 +56,7 @@ T = TypeVar("T", bound=_Table)
 
 class _UserTable(_Table):
     trusted_servers: frozenset[str] = frozenset()
-    marked_folders: dict[str, str] = Field(default_factory=dict)
+    marked_folders: dict[Pattern, str] = Field(default_factory=dict)
     two_people_from: Severity | None = None
     built_in: bool = True
 
@@ -90,15 +91,20 @@ def parse_policy(user: RulesFile | None, built_in: RulesFile, workspace: RulesFi
 
 def _layer(file: RulesFile, rules: Sequence[Rule]) -> Layer:
     found = places(file.text)
-    return Layer(file.name, tuple(rules), tuple(found["policy", "rules", index].line for index in range(len(rules))))
+    nowhere = Place(1, 1)  # a key that is written with escapes
+    lines = tuple(found.get(("policy", "rules", index), nowhere).line for index in range(len(rules)))
+    return Layer(file.name, tuple(rules), lines)
 
 
 def _table(file: RulesFile, model: type[T], *, alone: bool = True) -> T:
     if len(file.text) > MAX_FILE:
-        raise PolicyInvalid(f"{file.name} is larger than {MAX_FILE >> 20} MiB.", hint="Shorten it.")
+        raise PolicyInvalid(f"{file.name} is larger than {MAX_FILE >> 10} KiB.", hint="Shorten it.")
+    for number, line in enumerate(file.text.split("\n"), 1):
+        if line.partition("=")[0].count(".") > _MOST_DOTS:  # a parser's time grows with their square
+            raise _told(file, number, 1, "a key has too many parts")
     try:
         data = tomllib.loads(file.text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _syntax(file, str(error)) from error
     if alone and (others := data.keys() - {"policy"}):
         raise _invalid(file, (min(others),), f"it may have a [policy] table only, and has {min(others)!a}")

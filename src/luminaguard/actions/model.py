@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
-from luminaguard.actions.patterns import climbs, is_deceptive
+from luminaguard.actions.patterns import climbs, is_deceptive, leaves
 from luminaguard.effects.changes import Change as FileChange
 from luminaguard.effects.changes import Changeset, DirEntry, Entry, FileEntry, Kind, LinkEntry
 from luminaguard.effects.marks import Mark, marks_of
@@ -64,7 +64,7 @@ def mark_words(marks: tuple[Mark, ...]) -> frozenset[str]:
 class FileFact(BaseModel):
     """One changed path: relative to the workspace, what became of it, and what a person must not miss.
 
-    ``bytes`` is the size of what is written; a deletion writes nothing.
+    ``bytes`` is the size of what is written; a deletion writes nothing. ``target`` is where a link points.
     """
 
     model_config = _FROZEN
@@ -72,6 +72,7 @@ class FileFact(BaseModel):
     path: str = Field(min_length=1, max_length=_MAX_NAME)
     kind: Kind = "modify"
     marks: frozenset[str] = frozenset()
+    target: str = Field(default="", max_length=_MAX_NAME)
     bytes: int = Field(default=0, ge=0)
 
     @field_validator("marks")
@@ -86,8 +87,9 @@ class FileFact(BaseModel):
         """The fact that a change is; ``more`` are marks that only its contents show."""
         size = change.after.size if isinstance(change.after, FileEntry) else 0
         return cls.model_construct(
-            path=change.path, kind=change.kind, marks=mark_words(marks_of(change)) | more, bytes=size
-        )
+            path=change.path, kind=change.kind, marks=mark_words(marks_of(change)) | more, bytes=size,
+            target=change.after.target if isinstance(change.after, LinkEntry) else "",
+        )  # fmt: skip
 
 
 class Hints(BaseModel):
@@ -112,6 +114,7 @@ class Action(BaseModel):
         method, url, bytes: of a request; ``bytes`` are those of its body.
         secret: the name of a secret, never its value.
         workspace: absolute path of the folder.
+        exact: what else it is, by name, such as the digest of a body: for grants, which take it as it is.
         taint: labels of untrusted input that the task has read.
     """
 
@@ -129,6 +132,7 @@ class Action(BaseModel):
     bytes: int = Field(default=0, ge=0)
     secret: str = Field(default="", max_length=_MAX_NAME)
     workspace: str = Field(default="", max_length=_MAX_NAME)
+    exact: tuple[tuple[str, str], ...] = ()
     task: str = Field(default="", max_length=200)
     taint: frozenset[str] = frozenset()
 
@@ -149,7 +153,7 @@ class Action(BaseModel):
         """
         try:
             return cls.model_validate(raw)
-        except (ValidationError, RecursionError) as error:
+        except (ValidationError, RecursionError, OverflowError) as error:
             issues = error.errors() if isinstance(error, ValidationError) else []
             first = f"{'.'.join(map(str, issues[0]['loc']))}: {issues[0]['msg']}" if issues else "nested too deeply"
             raise ActionInvalid(
@@ -170,6 +174,11 @@ class Action(BaseModel):
             effect="changeset", tool="exec", arguments={"command": list(command)}, files=files, lines=lines,
             workspace=workspace, task=task, taint=taint,
         )  # fmt: skip
+
+    @cached_property
+    def leaves(self) -> list[tuple[str, str]]:
+        """Every value in the arguments with its name; raises TooLarge."""
+        return leaves(self.arguments)
 
     @cached_property
     def host(self) -> str:
@@ -220,7 +229,7 @@ def _from_row(row: dict[str, Any]) -> Any:
         after = {"delete": None, "symlink": LinkEntry("x")}.get(kind, FileEntry(0o644, 0, "after"))
         marks = mark_words(marks_of(FileChange(path, before, after)))
         return row | {"marks": sorted(marks | set(row.get("marks", ())))}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"a file cannot be read ({error!r})") from None
 
 

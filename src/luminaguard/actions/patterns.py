@@ -16,25 +16,16 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from luminaguard.effects.text import hides_something, mixes_scripts
 
-__all__ = [
-    "climbs",
-    "host_forms",
-    "is_deceptive",
-    "leaves",
-    "literal",
-    "matches",
-    "matches_path",
-    "name_words",
-    "plain",
-    "url_hosts",
-]
+__all__ = ["TooLarge", "check_pattern", "climbs", "host_forms", "is_deceptive", "leaves", "literal", "matches",
+           "matches_path", "name_words", "plain", "plain_characters", "url_parts"]  # fmt: skip
 
-_MAX_PATH, _MAX_DEPTH, _MAX_HIDDEN, _DECODINGS = 4096, 64, 1000, 10
+_MAX_PATH, _MAX_DEPTH, _DECODINGS = 4096, 64, 10
+_MOST_LEAVES, _MOST_TEXT = 2000, 1 << 19
 _BLANKS = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 _DOTS = str.maketrans("\u3002\uff61\uff0e", "...")
@@ -43,54 +34,64 @@ _NUMBER = re.compile(r"0x[0-9a-f]{1,16}|\d{1,20}", re.ASCII)
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+|\d+")
 
 
-@lru_cache(maxsize=4096)
-def _path_glob(pattern: str) -> re.Pattern[str]:
-    """``*`` and ``?`` stay within a component, ``**`` does not; ``[...]`` is one of these characters."""
-    out, i = "", 0
-    while i < len(pattern):
-        if pattern.startswith("**/", i) and (i == 0 or pattern[i - 1] == "/"):
-            out, i = out + "(?:[^/]+/)*", i + 3
-        elif pattern[i] == "*":
-            end = i
-            while pattern[end : end + 1] == "*":
-                end += 1
-            out, i = out + (".*" if end - i > 1 else "[^/]*"), end
-        else:
-            one, i = _one(pattern, i, any_one="[^/]")
-            out += one
-    return re.compile(out, re.DOTALL)
+class _Pieces(NamedTuple):
+    """The pieces between the stars of a glob, in whose order a text must have them; how long the last one is."""
+
+    pieces: tuple[re.Pattern[str], ...]
+    last: int
 
 
 @lru_cache(maxsize=4096)
-def _text_glob(pattern: str) -> tuple[re.Pattern[str], ...]:
-    """The pieces between the stars of a glob, in whose order a text must have them."""
-    pieces, i = [""], 0
+def _compiled(pattern: str) -> _Pieces:
+    """``*`` is any text, ``?`` any character, ``[...]`` one of these; raises ValueError for what is no pattern."""
+    pieces, lengths, i = [""], [0], 0
     while i < len(pattern):
         if pattern[i] == "*":
             pieces.append("")
+            lengths.append(0)
             i += 1
         else:
-            one, i = _one(pattern, i, any_one=".")
+            one, i = _one(pattern, i)
             pieces[-1] += one
-    return tuple(re.compile(piece, re.DOTALL) for piece in pieces)
+            lengths[-1] += 1
+    try:
+        return _Pieces(tuple(re.compile(piece, re.DOTALL) for piece in pieces), lengths[-1])
+    except re.error as error:
+        raise ValueError(f"{pattern!a} is not a pattern ({error})") from None
 
 
-def _one(pattern: str, i: int, *, any_one: str) -> tuple[str, int]:
+def _one(pattern: str, i: int) -> tuple[str, int]:
     """What matches one character, and where the pattern goes on."""
     end = pattern.find("]", i + 2) if pattern[i] == "[" else -1
     if end < 0:
-        return (any_one if pattern[i] == "?" else re.escape(pattern[i])), i + 1
+        return ("." if pattern[i] == "?" else re.escape(pattern[i])), i + 1
     inside = pattern[i + 1 : end]
-    negated = inside[0] in "!^"
+    negated = inside[0] in "!^" and len(inside) > 1
     body = re.sub(r"([\\\[\]^&~|])", r"\\\1", inside[negated:])
-    if negated:
-        return f"[^{'/' if any_one != '.' else ''}{body}]", end + 1
-    return f"[{body}]", end + 1
+    return f"[{'^' * negated}{body}]", end + 1
+
+
+def check_pattern(pattern: str) -> str:
+    """The pattern itself; raises ValueError if it is none."""
+    for component in (pattern, *pattern.split("/")):
+        _compiled(component)
+        _compiled(component.casefold())
+    return pattern
+
+
+def plain_characters(pattern: str) -> int:
+    """How many letters and digits a pattern asks for by name: what else is in it matches many texts."""
+    count = i = 0
+    while i < len(pattern):
+        _, end = _one(pattern, i)
+        count += end == i + 1 and pattern[i].isalnum()
+        i = end
+    return count
 
 
 def _glob(pattern: str, text: str) -> bool:
     """Match a whole text in time that grows with its length alone, whatever it is."""
-    first, *rest = _text_glob(pattern)
+    (first, *rest), last = _compiled(pattern)
     if not rest:
         return first.fullmatch(text) is not None
     at = first.match(text)
@@ -102,9 +103,23 @@ def _glob(pattern: str, text: str) -> bool:
         if found is None:
             return False
         position = found.end()
-    last = rest[-1]
-    width = len(pattern.rpartition("*")[2])  # an upper bound: a class is longer than what it matches
-    return any(last.fullmatch(text, start) for start in range(max(position, len(text) - width), len(text) + 1))
+    return len(text) - last >= position and rest[-1].fullmatch(text, len(text) - last) is not None
+
+
+def _path_glob(pattern: str, path: str) -> bool:
+    """Match a path component by component; ``**`` is any number of them, at the end at least one."""
+    wanted, found = pattern.split("/"), path.split("/")
+    reached = {0}  # how many components of the path the pattern so far can take
+    for number, one in enumerate(wanted):
+        if one == "**":
+            least = 1 if number == len(wanted) - 1 else 0
+            first = min(reached) + least
+            reached = set(range(first, len(found) + 1))
+        else:
+            reached = {at + 1 for at in reached if at < len(found) and _glob(one, found[at])}
+        if not reached:
+            return False
+    return len(found) in reached
 
 
 def plain(text: str) -> str:
@@ -126,17 +141,32 @@ def climbs(path: str) -> bool:
 
 def matches(pattern: str, text: str, *, wide: bool) -> bool:
     """Whether a pattern matches a whole text; ``*`` is anything."""
-    return _glob(pattern, text) or (wide and any(_glob(pattern.casefold(), form) for form in _forms(text)))
+    return _glob(pattern, text) or (wide and any(_glob(pattern.casefold(), form) for form in forms(text)))
 
 
-def _forms(text: str) -> Iterator[str]:
+@lru_cache(maxsize=8192)
+def forms(text: str) -> tuple[str, ...]:
     """What others may make of a text: a path in normal form, a statement without comments and spare blanks."""
     folded = plain(text)
-    yield folded
-    if "/" in folded or "\\" in folded or "." in folded:
-        yield "/" + re.sub(r"/(?:\./|/)*", "/", folded.replace("\\", "/")).removeprefix("/")
-    if " " in folded or "\n" in folded or "/*" in folded:
-        yield " ".join(re.sub(r"--[^\n]*", " ", _without_comments(folded)).split())
+    found = [folded]
+    if set("/\\.;") & set(folded):
+        found.append(_normal_path(folded))
+    if set(" \t\n/-") & set(folded):
+        found.append(" ".join(re.sub(r"--[^\n]*", " ", _without_comments(folded)).split()))
+        found.append(" ".join(folded.split()))
+    return tuple(dict.fromkeys(found))
+
+
+def _normal_path(path: str) -> str:
+    """A path from a root, as servers read it: no backslashes, empty parts, parameters, ``.`` and ``..``."""
+    parts: list[str] = []
+    for raw in path.replace("\\", "/").split("/"):
+        part = raw.partition(";")[0] if raw.strip(".; ") else raw.replace(";", "").strip()
+        if part == "..":
+            del parts[-1:]
+        elif part not in {"", "."}:
+            parts.append(part)
+    return "/" + "/".join(parts)
 
 
 def _without_comments(text: str) -> str:
@@ -149,16 +179,17 @@ def _without_comments(text: str) -> str:
 
 def matches_path(pattern: str, path: str, *, wide: bool) -> bool:
     """Whether a glob matches a path: ``docs/**`` is all that is in ``docs``, ``**/x`` an ``x`` anywhere."""
-    if len(path) > _MAX_PATH:  # no file's name
-        return False
-    if _path_glob(pattern).fullmatch(path):
+    if len(path) > _MAX_PATH:
+        return wide  # no file has such a name: what stops, stops
+    if _path_glob(pattern, path):
         return wide or not climbs(path)  # what climbs could be another file than it seems to be
     if not wide:
         return False
-    folded = plain(path)
-    if _path_glob(pattern.casefold()).fullmatch(folded):
+    folded = pattern.casefold()
+    normal = _normal_path(plain(path))
+    if any(_path_glob(folded, form) for form in (plain(path), normal if folded.startswith("/") else normal[1:])):
         return True
-    return pattern.endswith("/**") and matches_path(pattern[:-3], path, wide=True)  # the folder itself
+    return folded.endswith("/**") and matches_path(pattern[:-3], path, wide=True)  # the folder itself
 
 
 def literal(text: str) -> str:
@@ -208,16 +239,17 @@ def _addresses(host: str) -> Iterator[ipaddress.IPv4Address | ipaddress.IPv6Addr
             yield ipaddress.IPv4Address(value)
 
 
-def url_hosts(url: str) -> frozenset[str]:
-    """Every host that some client may take an address to name: slashes of either kind, or none, after the scheme."""
+def url_parts(url: str) -> frozenset[tuple[str, str]]:
+    """Every host and path that some client may take an address to name: slashes of either kind, or none."""
     rest = re.sub(r"^[a-z][a-z0-9+.-]*:", "", "".join(c for c in url if c > " "), flags=re.IGNORECASE).lstrip("/\\")
     found = set()
     for ends in (r"[/?#]", r"[/\\?#]"):
         authority = re.split(ends, rest, maxsplit=1)[0]
+        path = re.split(r"[?#]", rest[len(authority) :], maxsplit=1)[0]
         host = authority.rpartition("@")[2]
         bracketed = re.match(r"\[([^\]]*)\]", host)
-        found.add(bracketed[1] if bracketed else host.partition(":")[0])
-    return frozenset(host for host in found if host)
+        found.add((bracketed[1] if bracketed else host.partition(":")[0], path or "/"))
+    return frozenset(found)
 
 
 def is_deceptive(name: str) -> bool:
@@ -225,33 +257,51 @@ def is_deceptive(name: str) -> bool:
     return hides_something(name) or mixes_scripts(name)
 
 
-def leaves(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+class TooLarge(ValueError):
+    """Arguments that nobody could look through."""
+
+
+def leaves(value: Any) -> list[tuple[str, str]]:
     r"""Every value in arguments with its name, JSON that is hidden in a string included.
 
     A name is ``outer.inner`` in objects, ``name[]`` in lists, and ``name!`` for what was inside of a
-    string; a dot within a key is written ``\.``, so that no two places have the same name. What is
-    nested deeper than any honest argument comes out as one value of all its text.
+    string; a dot within a key is written ``\.``, so that no two places have the same name.
+
+    Raises:
+        TooLarge: there are more, longer or deeper ones than any honest call has.
     """
-    if depth > _MAX_DEPTH:
-        yield name, json.dumps(value)
-    elif isinstance(value, dict) and value:
-        for key, inner in value.items():
-            told = re.sub(r"([.\\!\[])", r"\\\1", str(key)) or '""'
-            yield from leaves(inner, f"{name}.{told}" if name else told, depth + 1)
-    elif isinstance(value, list) and value:
-        for inner in value:
-            yield from leaves(inner, f"{name}[]", depth + 1)
-    elif isinstance(value, str):
-        yield name, value
-        for inner in _hidden(value):
-            yield from leaves(inner, f"{name}!", depth + 1)
-    elif depth or value:  # no arguments at all are no argument
-        yield name, json.dumps(value)
+    found: list[tuple[str, str]] = []
+    room = _MOST_TEXT
+    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    while waiting:
+        name, inner, depth = waiting.pop()
+        room -= len(name)
+        if depth > _MAX_DEPTH or room < 0 or len(found) + len(waiting) > _MOST_LEAVES:
+            raise TooLarge("there are too many arguments to look at")
+        if isinstance(inner, dict) and inner:
+            if len(inner) > _MOST_LEAVES:
+                raise TooLarge("an object has too many keys to look at")
+            told = [(re.sub(r"([.\\!\[])", r"\\\1", str(key)) or '""', entry) for key, entry in inner.items()]
+            waiting += [(f"{name}.{key}" if name else key, entry, depth + 1) for key, entry in reversed(told)]
+        elif isinstance(inner, list) and inner:
+            if len(inner) > _MOST_LEAVES:
+                raise TooLarge("a list has too many entries to look at")
+            waiting += [(f"{name}[]", entry, depth + 1) for entry in reversed(inner)]
+        elif isinstance(inner, str):
+            room -= len(inner)
+            found.append((name, inner))
+            waiting += [(f"{name}!", entry, depth + 1) for entry in reversed(_hidden(inner))]
+        elif depth or inner:  # no arguments at all are no argument
+            found.append((name, json.dumps(inner)))
+    if room < 0:
+        raise TooLarge("there is too much text in the arguments to look at")
+    return found
 
 
 def _hidden(text: str) -> list[Any]:
     """The JSON values that a string holds, one after the other; none if it is any other text."""
-    found, at = [], 0
+    found: list[Any] = []
+    at = 0
     if text.lstrip()[:1] not in {"{", "[", '"'}:
         return []
     while (start := _BLANKS.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it matches nothing, too
@@ -260,6 +310,6 @@ def _hidden(text: str) -> list[Any]:
         except (ValueError, RecursionError):
             return []
         found.append(value)
-        if len(found) > _MAX_HIDDEN:
-            return [text]
+        if len(found) > _MOST_LEAVES:
+            raise TooLarge("a text holds too many values to look at")
     return found

@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any
 
 from luminaguard.actions.model import Action, Risk, Severity
-from luminaguard.actions.patterns import is_deceptive
+from luminaguard.actions.patterns import TooLarge, is_deceptive
 from luminaguard.actions.rules import Rule
 
 __all__ = ["NO_RULE", "WORKSPACE_FILE", "Judgement", "Layer", "Policy", "Step"]
@@ -69,10 +69,9 @@ class Judgement:
 
     def stricter(self, other: Judgement) -> Judgement:
         """The one of two that lets less through; its own on a tie."""
-        ours, theirs = (self.risk, self.severity), (other.risk, other.severity)
-        steps = (*self.steps, *other.steps)
-        chosen = other if ours < theirs else self
-        return Judgement(chosen.risk, chosen.severity, chosen.reason, chosen.rule, steps)
+        chosen = other if (self.risk, self.severity) < (other.risk, other.severity) else self
+        severity = max(self.severity, other.severity)  # by which it is decided how many people must approve
+        return Judgement(chosen.risk, severity, chosen.reason, chosen.rule, (*self.steps, *other.steps))
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,10 @@ class Policy:
             action: what the agent wants, or what it did.
             now: local time with its zone.
         """
+        try:
+            _ = action.leaves
+        except TooLarge as error:
+            return Judgement(Risk.RED, Severity.CRITICAL, f"It cannot be judged: {error}.", "no rule")
         judgement = self._first(self.layers, action, now)
         strict = self._first(self.stricter, action, now) if self.stricter else None
         if strict is None:

@@ -11,24 +11,25 @@ import shlex
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from luminaguard.actions.model import Action, EffectKind, FileFact, Risk, Severity
 from luminaguard.actions.patterns import (
+    check_pattern,
     host_forms,
     is_deceptive,
-    leaves,
     matches,
     matches_path,
     name_words,
     plain,
-    url_hosts,
+    url_parts,
 )
 from luminaguard.effects.changes import Kind
 from luminaguard.effects.marks import Mark
 
 __all__ = ["Range", "Rule", "When"]
 
+_MOST = 10**15
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _SEEN_ONLY = frozenset({"binary", "unseen", "control"})
 """Marks that only the contents show: to judge by them, the card must be made first."""
@@ -38,7 +39,8 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Patterns = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...], BeforeValidator(_listed),
+Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(check_pattern)]
+Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(_listed),
                      Field(min_length=1, max_length=1000)]  # fmt: skip
 Words = Annotated[frozenset[str], BeforeValidator(_listed), Field(min_length=1)]
 _CONFIG = ConfigDict(extra="forbid", frozen=True)
@@ -49,8 +51,8 @@ class Range(BaseModel):
 
     model_config = _CONFIG
 
-    at_least: int | None = Field(default=None, ge=0)
-    at_most: int | None = Field(default=None, ge=0)
+    at_least: int | None = Field(default=None, ge=0, le=_MOST)
+    at_most: int | None = Field(default=None, ge=0, le=_MOST)
 
     def problem(self, count: int, what: str) -> str:
         """Why a count is outside of it; empty if it is not."""
@@ -68,6 +70,13 @@ class Hours(BaseModel):
 
     start: dt.time
     end: dt.time
+
+    @field_validator("start", "end")
+    @classmethod
+    def _local(cls, value: dt.time) -> dt.time:
+        if value.tzinfo is not None:
+            raise ValueError("hours are local time, without a zone")
+        return value
 
     def holds(self, at: dt.time) -> bool:
         """Whether a time of the day is in it."""
@@ -210,7 +219,7 @@ class _Matcher:
         return "" if found is wanted else f"names are {'' if found else 'not '}deceptive"
 
     def arguments(self, wanted: dict[str, tuple[str, ...]]) -> str:
-        given = list(leaves(self.action.arguments))
+        given = self.action.leaves
         for name, patterns in wanted.items():
             values = [value for key, value in given if key == name or (self.wide and _loose(key) == _loose(name))]
             fits = [any(self._value(pattern, value) for pattern in patterns) for value in values]
@@ -223,12 +232,12 @@ class _Matcher:
         return ""
 
     def any_argument(self, wanted: tuple[str, ...]) -> str:
-        texts = [text for name, value in leaves(self.action.arguments) for text in (value, *name.split("."))]
+        texts = [text for name, value in self.action.leaves for text in (value, *name.split("."))]
         found = any(self._value(pattern, text) for text in texts for pattern in wanted)
         return "" if found else "no argument matches its patterns"
 
     def any_argument_name(self, wanted: tuple[str, ...]) -> str:
-        names = {part for name, _ in leaves(self.action.arguments) for part in name.split(".")}
+        names = {part for name, _ in self.action.leaves for part in name.split(".")}
         found = any(matches(pattern, name, wide=self.wide) for name in names for pattern in wanted)
         return "" if found else "no argument has such a name"
 
@@ -283,7 +292,7 @@ class _Matcher:
         return wanted.problem(self.action.bytes + sum(file.bytes for file in self.action.files), "bytes are written")
 
     def host(self, wanted: tuple[str, ...]) -> str:
-        hosts = {self.action.host} | (url_hosts(self.action.url) if self.wide else frozenset())
+        hosts = {self.action.host} | ({host for host, _ in url_parts(self.action.url)} if self.wide else set())
         forms = {form for host in hosts - {""} for form in (host_forms(host) if self.wide else {host.lower()})}
         if not forms:
             return "it has no host"
@@ -296,8 +305,8 @@ class _Matcher:
         return self._named("the method", self.action.method, wanted)
 
     def url_path(self, wanted: tuple[str, ...]) -> str:
-        path = self.action.url_path
-        found = any(matches_path(pattern, path, wide=self.wide) for pattern in wanted)
+        paths = {self.action.url_path} | ({path for _, path in url_parts(self.action.url)} if self.wide else set())
+        found = any(matches_path(pattern, path, wide=self.wide) for pattern in wanted for path in paths)
         if found and not self.wide and self.action.oddity:
             return f"its address {self.action.oddity}"
         return "" if found else "the path of its address matches none of its patterns"

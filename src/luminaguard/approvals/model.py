@@ -3,7 +3,7 @@
     PENDING ──approve──> APPROVED ──claim──> CLAIMED ──> PUBLISHED or DONE
        │                  │    │                ├──────> REFUSED   (nothing was written)
        ├──deny──> DENIED <┘    └──expire──┐     └──────> UNKNOWN ──closed by a person──> REFUSED
-       ├──ask for changes──> RETURNED     │
+       ├──ask for changes──> RETURNED     │     (also from APPROVED: an approval that was not used can be taken back)
        ├──stop the task────> STOPPED      │
        └──expire─────────────────────> EXPIRED
 
@@ -55,7 +55,7 @@ class Verdict(Enum):
 
 _NEXT = {
     State.PENDING: {State.APPROVED, State.DENIED, State.RETURNED, State.STOPPED, State.EXPIRED},
-    State.APPROVED: {State.CLAIMED, State.EXPIRED, State.DENIED},
+    State.APPROVED: {State.CLAIMED, State.EXPIRED, State.DENIED, State.RETURNED, State.STOPPED},
     State.CLAIMED: {State.PUBLISHED, State.DONE, State.REFUSED, State.UNKNOWN},
     State.UNKNOWN: {State.PUBLISHED, State.DONE, State.REFUSED},
 }

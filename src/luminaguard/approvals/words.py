@@ -12,7 +12,7 @@ from luminaguard.effects.text import visible
 __all__ = ["answered", "duration", "heading", "judged_json", "request_json"]
 
 _ENDED = {
-    State.DENIED: "denied", State.RETURNED: "changes were asked for", State.STOPPED: "the task was stopped",
+    State.DENIED: "denied", State.RETURNED: "changes were asked for", State.STOPPED: "stopped",
     State.EXPIRED: "nobody answered in time, which is a denial",
 }  # fmt: skip
 

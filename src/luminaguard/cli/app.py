@@ -81,7 +81,7 @@ def exec_(
         from luminaguard.cli.execute import Options, execute
 
         runtime = open_runtime(as_json=as_json, publish=publish, timeout_s=timeout, memory_mib=memory, profile=profile)
-        options = Options(publish=runtime.settings.publish, as_json=as_json, terminal=True, task=task,
+        options = Options(publish=runtime.settings.publish, as_json=as_json, terminal=True, task=ascii(task)[1:-1],
                           taint=tuple(taint or ()))  # fmt: skip
         sys.exit(execute(runtime, _absolute(workspace), command, options, held))
 
@@ -366,6 +366,9 @@ def run() -> None:
     from luminaguard.cli.output import open_streams, print_error, stop_writing
 
     open_streams()
+    if sys.argv[1:2] not in (["exec"], ["shell"]):  # bytes that are no text mean nothing to any other command
+        sys.argv[1:] = [word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                        for word in sys.argv[1:]]  # fmt: skip
     try:
         with Call.closing:
             app()

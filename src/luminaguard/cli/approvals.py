@@ -111,7 +111,7 @@ def approve(runtime: Runtime, request_id: str, options: Approval, *, as_json: bo
         if request.effect == "changeset":
             with Progress(quiet=as_json).slowly("publishing") as step:
                 request = runtime.decisions.approve_and_publish(request, given, again=again, step=step)
-            words = f"{runtime.approvals.outcome(request_id)}: {request_id} to {request.workspace}"
+            words = f"{runtime.approvals.outcome(request_id)}: {request_id} to {visible(request.workspace)}"
         else:
             request = runtime.decisions.approve_and_hand_over(request, given, again=again)
             words = f"approved {request_id}: whoever asked may do it once"
@@ -182,7 +182,7 @@ def take(runtime: Runtime, request_id: str, wait_s: float, *, as_json: bool) -> 
         return 0
     decisions = runtime.approvals.decisions(request_id)
     words = answered(decisions[-1].verdict, decisions[-1].reason) if decisions else asked.state.value
-    _tell(runtime, request_id, as_json, words)
+    _tell(runtime, request_id, as_json, visible(words))
     return EXIT_DENIED
 
 
@@ -211,7 +211,7 @@ def show_grants(runtime: Runtime, *, as_json: bool) -> None:
 def _scope_lines(scope: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {value}" for name, value in scope["values"].items()]
     return lines + [
-        f"{kind} {path}" + (f" [{', '.join(marks)}]" if marks else "") for path, kind, marks in scope["files"]
+        f"{kind} {path}" + (f" [{', '.join(marks)}]" if marks else "") for path, kind, marks, _ in scope["files"]
     ]
 
 
@@ -279,7 +279,11 @@ def _answered_by(runtime: Runtime, given: Answer, person: str) -> Answer:
     """The answer as another person's, whose passphrase is asked for."""
     if not person:
         return given
-    key = runtime.approvers.unlock(person, _passphrase(f"Passphrase of {person}: "))
+    try:
+        key = runtime.approvers.unlock(person, _passphrase(f"Passphrase of {person}: "))
+    except ApprovalError as error:
+        runtime.ledger.append("approver.refused", name=visible(person)[:64], why=visible(error.message))
+        raise
     return Answer(given.verdict, given.means, given.reason, given.part, person, key)
 
 
@@ -310,6 +314,6 @@ def _tell(runtime: Runtime, request_id: str, as_json: bool, text: str) -> None:
         print_outcome(request_json(runtime.approvals.get(request_id)) | {"reason": reason})
         return
     try:
-        print("\n".join(visible(line) for line in text.split("\n")), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         stop_writing()

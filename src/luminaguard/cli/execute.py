@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,6 +266,8 @@ def _carry_out(
         if not options.as_json:
             sys.stderr.write(text)
 
+    if answer is None and (request := runtime.approvals.get(request.id)).state is not State.PENDING:
+        return _answered_there(runtime, execution, request, told)
     if answer is None:
         told(f"pending: {request.id}\n  decide with: luminaguard approvals approve {request.id}   (or: deny)\n")
         return EXIT_PENDING
@@ -284,6 +287,18 @@ def _carry_out(
     by = f" by {visible(answer.means)}" if answer.person in {"rule", "grant"} else ""
     told(f"published {count} changes to {visible(request.workspace)}{by}\n")
     return execution.outcome.exit_code
+
+
+def _answered_there(runtime: Runtime, execution: Execution, request: Request, told: Callable[[str], None]) -> int:
+    """It was answered in the interface itself, or by another process meanwhile; return the exit status."""
+    outcome = visible(runtime.approvals.outcome(request.id) or request.state.value)
+    if request.state is State.PUBLISHED:
+        execution.status = "published"
+        told(f"{outcome}: {visible(request.workspace)}\n")
+        return execution.outcome.exit_code
+    execution.status, execution.detail = "denied", outcome
+    told(f"{request.state.value}: {outcome}; nothing was published\n")
+    return EXIT_REFUSED if request.state in {State.REFUSED, State.UNKNOWN} else EXIT_DENIED
 
 
 def _answer(runtime: Runtime, request: Request, options: Options, progress: Progress, *, full: bool) -> Answer | None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from luminaguard.actions.model import Action, Risk
+from luminaguard.actions.model import Action, Risk, Severity
 from luminaguard.approvals.words import judged_json
 from luminaguard.cli.approvals import read_json
 from luminaguard.cli.output import print_json
@@ -72,7 +72,7 @@ def test(runtime: Runtime, corpus: Path, workspace: Path | None, *, as_json: boo
         expected = [row["risk"], row.get("severity", judged.severity.value)]
         got = [judged.risk.value, judged.severity.value]
         if expected != got:
-            wrong.append({"line": number, "name": row.get("name", ""), "expected": expected, "got": got,
+            wrong.append({"line": number, "name": row["name"], "expected": expected, "got": got,
                           "rule": judged.rule})  # fmt: skip
     if as_json:
         print_json({"actions": count, "wrong": wrong})
@@ -93,7 +93,8 @@ def _lines(corpus: Path) -> list[tuple[int, dict[str, Any]]]:
             if line.strip():
                 row = json.loads(line)
                 Risk(row["risk"])
-                rows.append((number, {"action": row["action"], **row}))
+                Severity(row.get("severity", "low"))
+                rows.append((number, row | {"action": row["action"], "name": str(row.get("name", ""))}))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         where = f", line {len(rows) + 1}," if rows else ""
         raise ActionInvalid(

@@ -24,6 +24,7 @@ MAX_CARD = 8 << 20
 """Bytes of text that one card compares; changes after that are listed without their diffs, and say so."""
 _MAX_LINE = 500
 _BINARY = "binary"
+CRLF_NOTE = "lines end with CR LF"
 Contents = Callable[[str], bytes | None]
 """Gives a file's content by SHA-256, or None when it is not at hand."""
 
@@ -87,6 +88,11 @@ class DiffCard:
     items: tuple[CardItem, ...]
     facts: tuple[Fact, ...] = ()
     summary: Summary | None = None
+
+    @property
+    def compared(self) -> bool:
+        """Whether every content was compared, so that the counts of lines are all there are."""
+        return all(item.note in {"", CRLF_NOTE} for item in self.items)
 
     @property
     def loud(self) -> tuple[CardItem, ...]:
@@ -197,7 +203,7 @@ def _item(change: Change, moves: _Moves, before: Contents | None, after: Content
     assert old is not None and new is not None
     if _ends_with_return(new) and (not old or _ends_with_return(old)):
         # As programs on Windows write them; alone at some lines, they are control characters like others.
-        old, new, note = _without_returns(old), _without_returns(new), "lines end with CR LF"
+        old, new, note = _without_returns(old), _without_returns(new), CRLF_NOTE
     if new and Mark.CONTROL not in marks and any(hides_something(line.replace("\t", "")) for line in new):
         marks.append(Mark.CONTROL)
     lines = list(diffs.unified(old, new))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ __all__ = ["NetworkRequest", "Outside", "RemoteCall", "SecretUse", "outside_from
 
 _MAX_BODY = 4 << 20
 _MAX_PREVIEW = 64 << 10
+_HOST = re.compile(r"[\w.-]{1,253}|[0-9a-fA-F:]{2,45}")
 
 
 class _Digested(abc.ABC):
@@ -111,11 +113,13 @@ def outside_from_json(kind: str, raw: Any) -> Outside:
         ActionInvalid: it is none; it says why.
     """
     try:
-        if len(json.dumps(raw)) > _MAX_BODY:
+        if len(json.dumps(raw, ensure_ascii=False).encode()) > _MAX_BODY:  # raises for what is no text, too
             raise ValueError(f"it is larger than {_MAX_BODY >> 20} MiB")
         match kind:
             case "call":
                 arguments = _object(raw.get("arguments", {}))
+                if arguments is None:
+                    raise ValueError("arguments are an object")
                 return RemoteCall(_text(raw, "server"), _text(raw, "tool"), arguments,
                                   _object(raw.get("definition")), _object(raw.get("pinned")))  # fmt: skip
             case "request":
@@ -125,10 +129,13 @@ def outside_from_json(kind: str, raw: Any) -> Outside:
                 return NetworkRequest(_text(raw, "method"), _text(raw, "url"), headers, _size(raw),
                                       str(raw.get("body_sha256", "")), preview)  # fmt: skip
             case "secret":
-                return SecretUse(_text(raw, "name"), _text(raw, "purpose"), str(raw.get("host", "")))
+                host = str(raw.get("host", ""))
+                if host and not _HOST.fullmatch(host):
+                    raise ValueError("host is the name of one, and nothing beside it")
+                return SecretUse(_text(raw, "name"), _text(raw, "purpose"), host)
             case other:
                 raise ValueError(f"there is no effect {other!r}")
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ActionInvalid(
             f"This is no effect of kind {kind!a}: {error}.", hint="'luminaguard approvals request --help' shows them."
         ) from error

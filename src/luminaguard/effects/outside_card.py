@@ -64,7 +64,7 @@ def _request(request: NetworkRequest) -> DiffCard:
     items = [_value("header", name, "(kept secret)" if name.lower() in _SECRET_HEADERS else value)
              for name, value in request.headers]  # fmt: skip
     if request.preview:
-        rest = request.body_size - len(request.preview.encode())
+        rest = request.body_size - len(request.preview.encode(errors="replace"))
         note = f"the other {rest:,} bytes are not shown" if rest > 0 else ""
         lines = [f" {line}" for line in request.preview.split("\n")]
         items.append(_item("body", "body", f"{request.body_size:,} bytes", lines, note))

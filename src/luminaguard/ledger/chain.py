@@ -28,6 +28,7 @@ __all__ = [
     "sign_checkpoint",
     "verify_chain",
     "verify_checkpoint",
+    "verify_entry",
 ]
 
 GENESIS = "0" * 64
@@ -61,6 +62,12 @@ def next_entry(last: Entry | None, time_ns: int, kind: str, body: dict[str, Any]
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     seq, previous = (last.seq + 1, last.hash) if last else (1, GENESIS)
     return Entry(seq, time_ns, kind, text, previous, _hash(seq, time_ns, kind, text, previous))
+
+
+def verify_entry(entry: Entry) -> None:
+    """Check that an entry is as it was written; that it stands in the chain is not checked. Raises LedgerError."""
+    if entry.hash != _hash(entry.seq, entry.time_ns, entry.kind, entry.body, entry.previous):
+        raise _broken(f"entry {entry.seq} was changed after it was written")
 
 
 def sign_checkpoint(entry: Entry, key: Ed25519PrivateKey) -> Checkpoint:
@@ -98,8 +105,7 @@ def verify_chain(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint], ke
             raise _broken(f"entry {count} is missing (the next one is {entry.seq})")
         if entry.previous != previous:
             raise _broken(f"entry {entry.seq} does not follow the one before it")
-        if entry.hash != _hash(entry.seq, entry.time_ns, entry.kind, entry.body, entry.previous):
-            raise _broken(f"entry {entry.seq} was changed after it was written")
+        verify_entry(entry)
         for checkpoint in wanted.pop(entry.seq, []):
             if checkpoint.hash != entry.hash:
                 raise _broken(f"entry {entry.seq} is not the one that a checkpoint was signed for")

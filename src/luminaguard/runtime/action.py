@@ -6,14 +6,16 @@ before there is anything to decide, and what there is to decide survives a reboo
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -48,6 +50,7 @@ Output = Callable[[int, bytes], Awaitable[None]]
 Feed = Callable[["Call"], Awaitable[None]]
 Progress = Callable[[str], None]
 _LONG_S = 1.5
+_MOST_COMMAND = 64 << 10
 
 
 @dataclass(slots=True)
@@ -292,7 +295,7 @@ def _admit(
             )
         labels = runtime.tasks.add_labels(task, found)
     argv = _shown(command.argv)
-    action = Action.from_json({"effect": "run", "tool": "exec", "arguments": {"command": argv},
+    action = Action.from_json({"effect": "run", "tool": "exec", "arguments": {"command": _text(command.argv)},
                                "workspace": str(workspace), "task": task, "taint": sorted(labels)})  # fmt: skip
     judgement, _ = judge(prepared.policy, action)
     if judgement.risk is not Risk.GREEN:
@@ -333,7 +336,7 @@ def _request(
     now = runtime.ledger.current_time()
     request = Request(
         id=execution.vm_id.replace("vm-", "req-"), workspace=str(state.path), inode=state.inode,
-        digest=execution.changeset.digest, command=tuple(_shown(command.argv)),
+        digest=execution.changeset.digest, command=_kept(command.argv),
         exit_code=execution.outcome.exit_code, created_ns=now,
         expires_ns=now + runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING,
         task=task, taint=tuple(sorted(labels)),
@@ -425,6 +428,19 @@ class _Stopwatch:
         return self.laps[name]
 
 
-def _shown(argv: Any) -> list[str]:
+def _text(argv: Sequence[str]) -> list[str]:
+    """The whole command line, bytes that are no text as escapes."""
+    return [word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for word in argv]
+
+
+def _kept(argv: Sequence[str]) -> tuple[str, ...]:
+    """The command line of a request: all of it, or its beginning and the digest of all, for no two are the same."""
+    whole = _text(argv)
+    if sum(map(len, whole)) <= _MOST_COMMAND:
+        return tuple(whole)
+    return (*_shown(argv), f"sha256:{hashlib.sha256(json.dumps(whole).encode()).hexdigest()}")
+
+
+def _shown(argv: Sequence[str]) -> list[str]:
     """The command line for records: bounded, and without bytes that are not text."""
     return [ascii(word)[1:-1][:500] if not word.isprintable() else word[:500] for word in argv][:100]

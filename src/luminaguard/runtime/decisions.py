@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from luminaguard.actions.model import Action
-    from luminaguard.actions.policy import Judgement
+    from luminaguard.actions.policy import Judgement, Policy
     from luminaguard.effects.card import DiffCard
     from luminaguard.effects.changes import Changeset
     from luminaguard.effects.outside import Outside
@@ -117,6 +117,13 @@ class Decisions:
             Forbidden: a rule forbids it; that is recorded, and nobody is asked.
             PolicyInvalid: the rules cannot be read.
         """
+        if request.task and (why := self._runtime.tasks.stopped(request.task)) is not None:
+            self._runtime.ledger.append("effect.forbidden", request=request.id, task=request.task, reason=why)
+            raise Forbidden(
+                f"Task {request.task!a} was stopped by a person{f': {why}' if why else ''}.",
+                hint="Begin another task, if that is what they want.",
+                kept="Nothing was published; what the machine changed was discarded.",
+            )
         judgement, judged = self.judge(request, effect)
         if judged.risk is Risk.FORBIDDEN:
             self._runtime.ledger.append("effect.forbidden", request=request.id, workspace=request.workspace,
@@ -128,28 +135,37 @@ class Decisions:
         return stored
 
     def judge(self, request: Request, effect: Changeset | Outside) -> tuple[Judgement, Judged]:
-        """What the rules say of a request's effect now; raises PolicyInvalid."""
-        policy = self._runtime.policy(Path(request.workspace) if request.workspace else None)
-        files = request.effect == "changeset"
-        card = self._card(request, effect) if files and policy.needs_card else None
-        return judge(policy, action_of(request, effect, card))
+        """What the rules say of a request's effect now, and of all that its task has read; raises PolicyInvalid."""
+        policy = self._policy(request)
+        return judge(policy, self._action(request, effect, contents=policy.needs_card))
+
+    def _policy(self, request: Request) -> Policy:
+        return self._runtime.policy(Path(request.workspace) if request.workspace else None)
+
+    def _action(self, request: Request, effect: Changeset | Outside, *, contents: bool) -> Action:
+        card = self._card(request, effect) if contents and request.effect == "changeset" else None
+        labels = self._runtime.tasks.labels(request.task) if request.task else frozenset()
+        return action_of(request, effect, card, labels)
 
     def looked_at(self, request: Request) -> Request:
         """The request as it is to be shown: judged again, and recorded so, if the rules changed since."""
-        if request.state is not State.PENDING:
+        if request.state is not State.PENDING or self._policy(request).digest == request.judged.policy:
             return request
-        policy = self._runtime.policy(Path(request.workspace) if request.workspace else None)
-        if policy.digest == request.judged.policy:
-            return request
+        return self._judged_again(request)
+
+    def _judged_again(self, request: Request) -> Request:
+        """The request with what the rules say of it now; one that is forbidden by now has ended."""
         _, judged = self.judge(request, self._runtime.approvals.effect(request.id))
+        if judged == request.judged:
+            return request
         again = self._runtime.approvals.judge_again(request.id, judged)
         if again.state is not State.PENDING:
             self._runtime.blobs.forget(request.id)
         return again
 
     def action(self, request: Request) -> Action:
-        """The action that a request's effect is."""
-        return action_of(request, self._runtime.approvals.effect(request.id))
+        """The action that a request's effect is, with all that its contents show."""
+        return self._action(request, self._runtime.approvals.effect(request.id), contents=True)
 
     def without_asking(self, request: Request) -> Answer | None:
         """The answer that a person gave before: by a rule that they wrote, or by a grant. A grant's use counts."""
@@ -172,9 +188,9 @@ class Decisions:
             ApprovalError: the request is not pending any more, or the answer does not fit it.
             PolicyChanged: other rules hold than when it was shown; nothing was decided.
         """
-        # Nobody has to look again to let nothing through.
-        again = self.looked_at(request) if answer.verdict is Verdict.APPROVE else request
-        if again.judged.policy != request.judged.policy:
+        # Nobody has to look again to let nothing through. Time and taint change what rules say, too.
+        again = self._judged_again(request) if answer.verdict is Verdict.APPROVE else request
+        if again.judged != request.judged:
             if again.state is State.DENIED:
                 raise _forbidden(again.judged)
             raise PolicyChanged(
@@ -218,14 +234,25 @@ class Decisions:
         """
         grant = self._grant(request, again, answer) if again else None
         with self._runtime.publisher.lock(request.workspace, wait_s=_LOCK_WAIT_S):
-            if request.state is not State.APPROVED:  # a crash may have come between deciding and publishing
+            if request.state is State.APPROVED:  # a crash may have come between deciding and publishing
+                self._check_as_before(request, answer)
+            else:
                 request = self.decide(request, answer)
-            if grant is not None:
-                self._runtime.grants.create(grant, self._runtime.approvers.public())
             if request.state is State.PENDING:
                 return request
             self._publish(request.id, step)
+            if grant is not None:
+                self._runtime.grants.create(grant, self._runtime.approvers.public())
         return self._runtime.approvals.get(request.id)
+
+    def _check_as_before(self, request: Request, answer: Answer) -> None:
+        """What was approved before is published as it was approved, not as somebody says now."""
+        standing = self._runtime.approvals.decisions(request.id)
+        if answer.part != standing[0].part or answer.key is not None:
+            raise ApprovalError(
+                f"{request.id} was approved before in another way.",
+                hint="'luminaguard approvals approve ID' alone publishes it as it was; 'deny' takes it back.",
+            )
 
     def approve_and_hand_over(self, request: Request, answer: Answer, *, again: Again | None = None) -> Request:
         """Approve an effect that is no changeset; whoever asked for it takes it with :meth:`hand_over`."""
@@ -255,14 +282,14 @@ class Decisions:
             ApprovalError: it is too late.
         """
         if request.state is State.APPROVED:
-            self._runtime.approvals.revoke(request.id)
+            self._runtime.approvals.revoke(request.id, answer.verdict, answer.reason)
             self._runtime.blobs.forget(request.id)
             return self._runtime.approvals.get(request.id)
         return self.decide(request, answer)
 
     def scope(self, request: Request, patterns: Mapping[str, str] | None = None) -> Scope:
         """What a grant made from a request would be for; raises ApprovalError if none can be made."""
-        return Scope.of(self.action(request), patterns)
+        return Scope.of(self.action(request), request.judged, patterns)
 
     def _grant(self, request: Request, again: Again, answer: Answer) -> Grant:
         """A signed grant; refused before anything is decided."""

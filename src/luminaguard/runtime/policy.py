@@ -7,11 +7,13 @@ comes from the host's folder, never from a machine's copy of it.
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
+import json
 import os
 import stat
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luminaguard.actions.files import MAX_FILE, RulesFile, parse_policy
 from luminaguard.actions.model import Action, mark_words
@@ -61,30 +63,52 @@ def judge(policy: Policy, action: Action) -> tuple[Judgement, Judged]:
     return judgement, Judged(j.risk, j.severity, j.reason, j.rule, policy.digest, people=2 if two else 1)
 
 
-def action_of(request: Request, effect: Changeset | Outside, card: DiffCard | None = None) -> Action:
-    """The action that a request's effect is; with its card, lines and what only contents show are known, too."""
-    common = {"workspace": request.workspace, "task": request.task, "taint": frozenset(request.taint)}
+def action_of(
+    request: Request, effect: Changeset | Outside, card: DiffCard | None = None, labels: frozenset[str] = frozenset()
+) -> Action:
+    """The action that a request's effect is.
+
+    Args:
+        request: what asks.
+        effect: its effect.
+        card: of a changeset; with it, lines and what only contents show are known, too.
+        labels: what its task carries by now, beside what it carried when it asked.
+    """
+    taint = frozenset(request.taint) | labels
+    common: dict[str, Any] = {"workspace": request.workspace, "task": request.task, "taint": taint}
     match effect:
         case Changeset():
-            seen = {change.path: mark_words(item.marks) for change, item in zip(effect.changes, card.items, strict=True)
-                    } if card else {}  # fmt: skip
-            summary = card.summary if card else None
-            lines = summary.lines_added + summary.lines_removed if summary else None
+            seen: dict[str, frozenset[str]] = {}
+            lines = None
+            if card is not None and card.summary is not None:
+                seen = {c.path: mark_words(item.marks) for c, item in zip(effect.changes, card.items, strict=True)}
+                if card.compared:  # what was not compared has no number of lines, and none is not zero
+                    lines = card.summary.lines_added + card.summary.lines_removed
             return Action.of_changeset(effect, workspace=request.workspace, command=request.command, task=request.task,
-                                       taint=frozenset(request.taint), lines=lines, seen=seen)  # fmt: skip
+                                       taint=taint, lines=lines, seen=seen)  # fmt: skip
         case RemoteCall(server, tool, arguments, definition):
-            annotations = (definition or {}).get("annotations") or {}
-            hints = {name: annotations[name] for name in ("readOnlyHint", "destructiveHint", "idempotentHint",
-                     "openWorldHint") if isinstance(annotations.get(name), bool)}  # fmt: skip
             return Action.from_json({"effect": "call", "server": server, "tool": tool, "arguments": arguments,
-                                     "annotations": hints, **common})  # fmt: skip
+                                     "annotations": _hints(definition),
+                                     "exact": (("definition", _digest(definition)),), **common})  # fmt: skip
         case NetworkRequest(method, url):
             headers = {name.lower(): value for name, value in effect.headers}
             return Action.from_json({"effect": "request", "method": method, "url": url, "bytes": effect.body_size,
-                                     "arguments": {"headers": headers} if headers else {}, **common})  # fmt: skip
-        case SecretUse(name, _, host):
+                                     "arguments": {"headers": headers} if headers else {},
+                                     "exact": (("body", effect.body_sha256),), **common})  # fmt: skip
+        case SecretUse(name, purpose, host):
             return Action.from_json({"effect": "secret", "secret": name, "url": f"https://{host}/" if host else "",
-                                     **common})  # fmt: skip
+                                     "exact": (("purpose", purpose),), **common})  # fmt: skip
+
+
+def _hints(definition: dict[str, Any] | None) -> dict[str, bool]:
+    """The annotations of a tool's definition that say yes or no; all else that stands there says nothing."""
+    said = (definition or {}).get("annotations")
+    names = ("readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint")
+    return {name: said[name] for name in names if isinstance(said.get(name), bool)} if isinstance(said, dict) else {}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def marked_labels(policy: Policy, paths: Iterable[str]) -> list[tuple[str, str]]:

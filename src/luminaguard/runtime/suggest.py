@@ -80,10 +80,15 @@ def suggestions(runtime: Runtime, at_least: int) -> list[Suggestion]:
         except LuminaGuardError:
             found.otherwise = True  # what cannot be read any more proves nothing
     good = [(key, found) for key, found in seen.items()
-            if found.approved >= at_least and not found.otherwise and len(found.paths) <= _MOST_PATHS
-            and found.severity is not Severity.CRITICAL]  # fmt: skip
+            if found.approved >= max(1, at_least) and not found.otherwise and len(found.paths) <= _MOST_PATHS
+            and found.severity is not Severity.CRITICAL and _is_text(key[0], *key[1], *found.paths)]  # fmt: skip
     good.sort(key=lambda item: -item[1].approved)
     return [_suggestion(workspace, command, found) for (workspace, command), found in good]
+
+
+def _is_text(*words: str) -> bool:
+    """Whether a file of rules can name them: bytes that are no text have no spelling there."""
+    return all(word.encode("utf-8", "replace").decode() == word for word in words)
 
 
 def _suggestion(workspace: str, command: tuple[str, ...], seen: _Seen) -> Suggestion:
@@ -110,4 +115,4 @@ def _toml(value: object) -> str:
     """A value as TOML writes it; its strings are those of JSON, less the escapes that TOML has not got."""
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value, ensure_ascii=True).replace("\\/", "/")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -21,7 +21,15 @@ from luminaguard.approvals.signing import Keys, verify
 from luminaguard.effects.changes import Changeset
 from luminaguard.effects.outside import Outside, outside_from_json
 from luminaguard.effects.text import visible
-from luminaguard.errors import ApprovalError, ChangesetRefused, LuminaGuardError, RequestNotFound, StorageError
+from luminaguard.errors import (
+    ActionInvalid,
+    ApprovalError,
+    ChangesetRefused,
+    LedgerError,
+    LuminaGuardError,
+    RequestNotFound,
+    StorageError,
+)
 from luminaguard.ledger.chain import Entry
 from luminaguard.storage import database as tables
 from luminaguard.storage.database import Database
@@ -29,6 +37,7 @@ from luminaguard.storage.ledger import Ledger
 
 __all__ = ["Approvals", "Transaction"]
 
+T = TypeVar("T")
 _OPEN = (State.PENDING.value, State.APPROVED.value)
 _WAITING = (*_OPEN, State.CLAIMED.value, State.UNKNOWN.value)
 
@@ -46,6 +55,22 @@ class Transaction:
         """Append an entry."""
         self.last = self._ledger.append_in(self.connection, kind, body)
 
+    def recorded(self, kind: str) -> Iterator[dict[str, Any]]:
+        """What the ledger has of a kind, oldest first."""
+        return (body for _, body in self._ledger.bodies_in(self.connection, kind))
+
+    def stopped(self, task: str) -> str | None:
+        """Why a person stopped a task; None if nobody did."""
+        return next((body["reason"] for body in self.recorded("task.stopped") if body["task"] == task), None)
+
+    def refuse_stopped(self, task: str) -> None:
+        """Raise ApprovalError if a person stopped the task."""
+        if task and (why := self.stopped(task)) is not None:
+            raise ApprovalError(
+                f"Task {task!a} was stopped by a person{f': {visible(why)}' if why else ''}.",
+                hint="Begin another task, if that is what they want.",
+            )
+
 
 class Approvals:
     """Requests and their decisions."""
@@ -61,12 +86,16 @@ class Approvals:
             with self._database.write() as connection:
                 transaction = Transaction(connection, self._ledger)
                 yield transaction
-        except ApprovalError as error:
-            if refusals_of and not isinstance(error, RequestNotFound):
-                self._ledger.append("request.refused", request=refusals_of, why=visible(error.message))
+        except LuminaGuardError as error:
+            self.refused(refusals_of, error)
             raise
         if transaction.last is not None:
             self._ledger.publish_head(transaction.last)
+
+    def refused(self, request_id: str, error: LuminaGuardError) -> None:
+        """Record that something was refused about a request; nothing of what there is no request for."""
+        if request_id and not isinstance(error, RequestNotFound | LedgerError):
+            self._ledger.append("request.refused", request=request_id, why=visible(error.message))
 
     # -- asking and looking ---------------------------------------------------------------------------
 
@@ -81,6 +110,7 @@ class Approvals:
             **_judged_values(judged),
         }  # fmt: skip
         with self.transaction() as t:
+            t.refuse_stopped(request.task)
             t.connection.execute(insert(tables.requests).values(**values))
             t.record("request.created", request=request.id, workspace=request.workspace, digest=request.digest,
                      effect=request.effect, task=request.task, taint=list(request.taint),
@@ -117,7 +147,7 @@ class Approvals:
         try:
             raw = json.loads(row.body)
             effect = Changeset.from_json(raw) if row.effect == "changeset" else outside_from_json(row.effect, raw)
-        except (ValueError, ChangesetRefused) as error:
+        except (ValueError, TypeError, RecursionError, ChangesetRefused, ActionInvalid) as error:
             raise StorageError(
                 f"The effect of {request_id} in the database cannot be read ({error}).",
                 hint="The database was damaged or edited: restore it from a backup, or deny the request.",
@@ -186,12 +216,19 @@ class Approvals:
                 request is not pending any more.
         """
         self._expire()
-        expected = self._digest_of(decision)
+        try:
+            expected = self._digest_of(decision)
+        except LuminaGuardError as error:
+            self.refused(decision.request_id, error)
+            raise
         with self.transaction(decision.request_id) as t:
             verify(decision, keys)
             request = _request(self._row(t.connection, decision.request_id))
             if request.state is not State.PENDING:
                 raise _not_now(request, decision.verdict.state)
+            if decision.verdict is Verdict.APPROVE:
+                t.refuse_stopped(request.task)
+                _check_asked(t, request)
             if decision.expires_ns <= t.now:
                 raise ApprovalError(f"The decision about {request.id} has expired.", hint="Look at the request again.")
             _check_subject(decision, request, expected)
@@ -202,7 +239,7 @@ class Approvals:
                     f"{request.id} has been decided already by {decision.person or 'this approver'}.",
                     hint="Look at it with 'luminaguard approvals show'; where two must approve, another person must.",
                 ) from None
-            self._settle(t, request, decision)
+            self._settle(t, request, decision, keys)
             t.record("request.decided", request=request.id, digest=decision.digest, verdict=decision.verdict.value,
                      means=decision.means, approver=decision.approver, person=decision.person,
                      reason=visible(decision.reason), part=decision.part, policy=decision.policy)  # fmt: skip
@@ -216,7 +253,7 @@ class Approvals:
             raise ApprovalError("Only an approval can be about a part.", hint="Deny all of it.")
         return self.changeset(decision.request_id).part(decision.part).digest
 
-    def _settle(self, t: Transaction, request: Request, decision: Decision) -> None:
+    def _settle(self, t: Transaction, request: Request, decision: Decision, keys: Keys) -> None:
         """Move the request, unless it waits for another person's approval."""
         if decision.verdict is Verdict.APPROVE and request.judged.people > 1:
             query = select(tables.decisions).where(tables.decisions.c.request_id == request.id)
@@ -226,23 +263,22 @@ class Approvals:
                     f"Another person approved another part of {request.id}.",
                     hint="Both must approve the same: look at it with 'luminaguard approvals show'.",
                 )
-            if len({approval.approver for approval in approvals}) < request.judged.people:
+            if len({approval.approver for approval in approvals} & keys.keys()) < request.judged.people:
                 return
         self._move(t.connection, request, decision.verdict.state, decision.reason)
         if decision.verdict is Verdict.STOP and request.task:
             self._stop_task(t, request.task, decision.reason)
 
     def _stop_task(self, t: Transaction, task: str, reason: str) -> None:
-        table = tables.stopped_tasks
-        if t.connection.execute(select(table).where(table.c.task == task)).first() is None:
-            t.connection.execute(insert(table).values(task=task, since_ns=t.now, reason=reason))
-        where = (tables.requests.c.task == task) & (tables.requests.c.state == State.PENDING.value)
+        if t.stopped(task) is None:
+            t.record("task.stopped", task=task, reason=visible(reason))
+        where = (tables.requests.c.task == task) & tables.requests.c.state.in_(_OPEN)
         for row in t.connection.execute(select(tables.requests).where(where)).all():
             self._move(t.connection, _request(row), State.STOPPED, "its task was stopped")
             t.record("request.stopped", request=row.id, digest=row.digest, task=task)
 
-    def revoke(self, request_id: str) -> None:
-        """Deny what was approved and has not been published.
+    def revoke(self, request_id: str, verdict: Verdict = Verdict.DENY, reason: str = "") -> None:
+        """Take back an approval that was not used; with ``STOP``, the task is stopped, too.
 
         Raises:
             ApprovalError: it is not approved any more.
@@ -252,8 +288,11 @@ class Approvals:
             request = _request(self._row(t.connection, request_id))
             if request.state is not State.APPROVED:
                 raise _not_now(request, State.DENIED)
-            self._move(t.connection, request, State.DENIED)
-            t.record("request.revoked", request=request_id, digest=request.digest)
+            self._move(t.connection, request, verdict.state, reason)
+            t.record("request.revoked", request=request_id, digest=request.digest, verdict=verdict.value,
+                     reason=visible(reason))  # fmt: skip
+            if verdict is Verdict.STOP and request.task:
+                self._stop_task(t, request.task, reason)
 
     def claim(self, request_id: str, digest: str, keys: Keys, *, people: int = 1) -> Request:
         """Use up the decision, before anything is done.
@@ -277,6 +316,10 @@ class Approvals:
                     f"{request_id} is {request.state.value}: nobody has approved it.",
                     hint=f"Decide with 'luminaguard approvals approve {request_id}'.",
                 )
+            t.refuse_stopped(request.task)
+            _check_asked(t, request)
+            if any(body["request"] == request_id for body in t.recorded("request.claimed")):
+                raise ApprovalError(f"The approval of {request_id} was used before.", hint="Ask again.")
             for decision in decisions:
                 verify(decision, keys)
                 if decision.verdict is not Verdict.APPROVE or decision.expires_ns <= t.now:
@@ -330,13 +373,25 @@ class Approvals:
 
     @staticmethod
     def _row(connection: Connection, request_id: str) -> Row[Any]:
-        row = connection.execute(select(tables.requests).where(tables.requests.c.id == request_id)).first()
+        row = None
+        if request_id.isascii():
+            row = connection.execute(select(tables.requests).where(tables.requests.c.id == request_id)).first()
         if row is None:
             raise RequestNotFound(
                 f"There is no request '{visible(request_id[:64])}'.",
                 hint="List them with 'luminaguard approvals list --all'.",
             )
         return row
+
+
+def _check_asked(t: Transaction, request: Request) -> None:
+    """What is stored now must be what the ledger says was asked for."""
+    asked = next((body for body in t.recorded("request.created") if body["request"] == request.id), None)
+    if asked is None or (asked["digest"], asked["workspace"]) != (request.digest, request.workspace):
+        raise ApprovalError(
+            f"{request.id} is not what was asked for by the ledger's record.",
+            hint="The database was edited. Deny the request and run the command again.",
+        )
 
 
 def _check_subject(decision: Decision, request: Request, expected: str) -> None:
@@ -371,25 +426,36 @@ def _decision_values(decision: Decision) -> dict[str, Any]:
 def _decision(row: Row[Any]) -> Decision:
     try:
         part = json.loads(row.part)
+        for field in dataclasses.fields(Decision):
+            _as({"decided_ns": int, "expires_ns": int, "format": int, "signature": bytes}.get(field.name, str),
+                getattr(row, field.name))  # fmt: skip
         fields = dict(row._mapping) | {  # noqa: SLF001  # SQLAlchemy's documented name
             "verdict": Verdict(row.verdict), "part": None if part is None else tuple(map(str, part)),
         }  # fmt: skip
         return Decision(**fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise _unreadable(f"A decision about {visible(str(row.request_id)[:64])}", error) from error
 
 
 def _request(row: Row[Any]) -> Request:
     try:
         return Request(
-            id=row.id, workspace=row.workspace, inode=row.inode, digest=row.digest,
-            command=tuple(json.loads(row.command)), exit_code=row.exit_code, created_ns=row.created_ns,
-            expires_ns=row.expires_ns, state=State(row.state), effect=row.effect, task=row.task,
-            taint=tuple(map(str, json.loads(row.taint))),
-            judged=Judged(Risk(row.risk), Severity(row.severity), row.reason, row.rule, row.policy, row.people),
+            id=row.id, workspace=_as(str, row.workspace), inode=_as(int, row.inode), digest=_as(str, row.digest),
+            command=tuple(_as(str, word) for word in json.loads(row.command)), exit_code=_as(int, row.exit_code),
+            created_ns=_as(int, row.created_ns), expires_ns=_as(int, row.expires_ns), state=State(row.state),
+            effect=row.effect, task=_as(str, row.task), taint=tuple(_as(str, one) for one in json.loads(row.taint)),
+            judged=Judged(Risk(row.risk), Severity(row.severity), _as(str, row.reason), _as(str, row.rule),
+                          _as(str, row.policy), _as(int, row.people)),
         )  # fmt: skip
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _unreadable(f"The request {visible(str(row.id)[:64])}", error) from error
+
+
+def _as(kind: type[T], value: Any) -> T:
+    """SQLite keeps what it is given: a column of numbers may hold anything."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.40} is no {kind.__name__}")
+    return value
 
 
 def _unreadable(what: str, error: Exception) -> LuminaGuardError:

@@ -25,6 +25,7 @@ from luminaguard.storage.keys import load_key
 __all__ = ["OWNER", "Approvers"]
 
 OWNER = "owner"
+_RESERVED = frozenset({OWNER, "rule", "grant"})
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _MAX_FILE = 4096
 _SCRYPT = {"length": 32, "n": 1 << 15, "r": 8, "p": 1}
@@ -60,7 +61,7 @@ class Approvers:
         Raises:
             ApprovalError: the name is taken or not a name, or the passphrase is too short.
         """
-        if name == OWNER or not _NAME.fullmatch(name):
+        if name in _RESERVED or not _NAME.fullmatch(name):
             raise ApprovalError(f"{name!a} cannot be the name of an approver.", hint="Use small letters and digits.")
         if len(passphrase) < _SHORTEST:
             raise ApprovalError(

@@ -34,7 +34,7 @@ from sqlalchemy.schema import CreateColumn
 
 from luminaguard.errors import LuminaGuardError, StorageError
 
-__all__ = ["Database", "checkpoints", "decisions", "grants", "labels", "ledger", "requests", "stopped_tasks"]
+__all__ = ["Database", "checkpoints", "decisions", "grants", "ledger", "requests"]
 
 SCHEMA_VERSION = 3
 _DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT")
@@ -98,31 +98,15 @@ grants = Table(
     Column("nonce", String(64), nullable=False, unique=True),
     Column("approver", String(32), nullable=False),
     Column("person", Text, nullable=False),
+    # How often it was used, and whether it was revoked, is in the ledger alone.
     Column("signature", LargeBinary, nullable=False),
-    Column("uses", Integer, nullable=False, server_default="0"),
-    Column("revoked_ns", BigInteger),
-)
-labels = Table(
-    "task_labels",
-    _metadata,
-    Column("task", Text, primary_key=True),
-    Column("label", Text, primary_key=True),
-    Column("origin", Text, nullable=False),
-    Column("since_ns", BigInteger, nullable=False),
-)
-stopped_tasks = Table(
-    "stopped_tasks",
-    _metadata,
-    Column("task", Text, primary_key=True),
-    Column("since_ns", BigInteger, nullable=False),
-    Column("reason", Text, nullable=False),
 )
 ledger = Table(
     "ledger",
     _metadata,
     Column("seq", Integer, primary_key=True, autoincrement=False),
     Column("time_ns", BigInteger, nullable=False),
-    Column("kind", String(64), nullable=False),
+    Column("kind", String(64), nullable=False, index=True),
     Column("body", Text, nullable=False),
     Column("previous", String(64), nullable=False),
     Column("hash", String(64), nullable=False),
@@ -244,6 +228,7 @@ def _upgrade(connection: Connection, version: int) -> None:
     kept = "request_id, digest, workspace, verdict, means, decided_ns, expires_ns, nonce, approver, signature"
     connection.exec_driver_sql(f"INSERT INTO decisions ({kept}) SELECT {kept} FROM decisions_2")  # noqa: S608
     connection.exec_driver_sql("DROP TABLE decisions_2")
+    connection.exec_driver_sql("CREATE INDEX IF NOT EXISTS ix_ledger_kind ON ledger (kind)")
     connection.execute(update(_schema).values(version=SCHEMA_VERSION))
 
 

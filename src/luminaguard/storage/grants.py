@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, insert, select
 
 from luminaguard.actions.model import Action
 from luminaguard.approvals.grants import Grant, Limits, Scope
@@ -16,7 +17,7 @@ from luminaguard.approvals.signing import Keys, verify_grant
 from luminaguard.effects.text import visible
 from luminaguard.errors import ApprovalError, RequestNotFound, StorageError
 from luminaguard.storage import database as tables
-from luminaguard.storage.approvals import Approvals
+from luminaguard.storage.approvals import Approvals, Transaction
 
 __all__ = ["Grants", "Standing", "Tasks"]
 
@@ -59,8 +60,7 @@ class Grants:
     def list(self) -> list[Standing]:
         """All grants, oldest first."""
         with self._approvals.transaction() as t:
-            rows = t.connection.execute(select(tables.grants).order_by(tables.grants.c.created_ns)).all()
-        return [_standing(row) for row in rows]
+            return [*self._standing(t)]
 
     def revoke(self, grant_id: str) -> None:
         """End a grant.
@@ -70,15 +70,12 @@ class Grants:
             ApprovalError: it was revoked before.
         """
         with self._approvals.transaction() as t:
-            row = t.connection.execute(select(tables.grants).where(tables.grants.c.id == grant_id)).first()
-            if row is None:
-                raise RequestNotFound(
-                    f"There is no grant '{visible(grant_id[:64])}'.", hint="'luminaguard grants list'."
-                )
-            if row.revoked_ns is not None:
+            found = next((one for one in self._standing(t) if one.grant.id == grant_id), None)
+            if found is None:
+                raise RequestNotFound(f"There is no grant '{visible(grant_id[:64])}'.", hint="See 'grants list'.")
+            if found.revoked_ns is not None:
                 raise ApprovalError(f"{grant_id} was revoked before.", hint="There is nothing to do.")
-            t.connection.execute(update(tables.grants).where(tables.grants.c.id == grant_id).values(revoked_ns=t.now))
-            t.record("grant.revoked", grant=grant_id)
+            t.record("grant.revoked", grant=grant_id, time_ns=t.now)
 
     def use(
         self, action: Action, judged: Judged, request_id: str, keys: Keys
@@ -90,29 +87,37 @@ class Grants:
         """
         reasons = []
         with self._approvals.transaction() as t:
-            query = select(tables.grants).where(tables.grants.c.revoked_ns.is_(None))
-            for row in t.connection.execute(query.order_by(tables.grants.c.created_ns)).all():
-                standing = _standing(row)
-                why = standing.grant.problem(action, judged, now_ns=t.now, uses=standing.uses)
+            for standing in self._standing(t):
+                grant = standing.grant
+                why = "it was revoked" if standing.revoked_ns is not None else grant.problem(
+                    action, judged, now_ns=t.now, uses=standing.uses)  # fmt: skip
                 if not why:
                     try:
-                        verify_grant(standing.grant, keys)
+                        verify_grant(grant, keys)
                     except ApprovalError as error:
                         why = error.message
-                        t.record("grant.refused", grant=row.id, request=request_id, why=why)
+                        t.record("grant.refused", grant=grant.id, request=request_id, why=why)
                 if why:
-                    reasons.append(f"{row.id}: {why}")
+                    reasons.append(f"{grant.id}: {why}")
                     continue
-                t.connection.execute(update(tables.grants).where(tables.grants.c.id == row.id)
-                                     .values(uses=tables.grants.c.uses + 1))  # fmt: skip
-                t.record("grant.used", grant=row.id, request=request_id, made_from=row.made_from,
-                         use=standing.uses + 1, of=row.max_uses, scope=standing.grant.scope.to_json())  # fmt: skip
-                return Standing(standing.grant, standing.uses + 1, None), tuple(reasons)
+                t.record("grant.used", grant=grant.id, request=request_id, made_from=grant.made_from,
+                         use=standing.uses + 1, of=grant.limits.uses, scope=grant.scope.to_json())  # fmt: skip
+                return Standing(grant, standing.uses + 1, None), tuple(reasons)
         return None, tuple(reasons)
+
+    @staticmethod
+    def _standing(t: Transaction) -> tuple[Standing, ...]:
+        """The grants, each with what the ledger says of its uses and its end."""
+        rows = t.connection.execute(select(tables.grants).order_by(tables.grants.c.created_ns)).all()
+        if not rows:
+            return ()
+        uses = Counter(body["grant"] for body in t.recorded("grant.used"))
+        revoked = {body["grant"]: body["time_ns"] for body in t.recorded("grant.revoked")}
+        return tuple(Standing(_grant(row), uses[row.id], revoked.get(row.id)) for row in rows)
 
 
 class Tasks:
-    """What is known of tasks beyond one action."""
+    """What is known of tasks beyond one action; the ledger alone knows it."""
 
     def __init__(self, approvals: Approvals) -> None:
         self._approvals = approvals
@@ -120,45 +125,39 @@ class Tasks:
     def add_labels(self, task: str, found: Iterable[tuple[str, str]]) -> frozenset[str]:
         """Add labels, each with where it came from; return all that the task carries."""
         with self._approvals.transaction() as t:
-            have = self._labels(t.connection, task)
+            have = self._labels(t, task)
             for label, origin in found:
-                if label in have:
-                    continue
-                have.add(label)
-                t.connection.execute(
-                    insert(tables.labels).values(task=task, label=label, origin=origin, since_ns=t.now)
-                )
-                t.record("task.tainted", task=task, label=label, origin=visible(origin))
+                if label not in have:
+                    have.add(label)
+                    t.record("task.tainted", task=task, label=label, origin=visible(origin))
         return frozenset(have)
 
     def labels(self, task: str) -> frozenset[str]:
         """The labels that a task carries."""
         with self._approvals.transaction() as t:
-            return frozenset(self._labels(t.connection, task))
+            return frozenset(self._labels(t, task))
 
     def stopped(self, task: str) -> str | None:
         """Why a person stopped a task; None if nobody did."""
         with self._approvals.transaction() as t:
-            query = select(tables.stopped_tasks.c.reason).where(tables.stopped_tasks.c.task == task)
-            return t.connection.execute(query).scalar()
+            return t.stopped(task)
 
     @staticmethod
-    def _labels(connection: Any, task: str) -> set[str]:
-        query = select(tables.labels.c.label).where(tables.labels.c.task == task)
-        return set(connection.execute(query).scalars())
+    def _labels(t: Transaction, task: str) -> set[str]:
+        return {body["label"] for body in t.recorded("task.tainted") if body["task"] == task}
 
 
-def _standing(row: Row[Any]) -> Standing:
+def _grant(row: Row[Any]) -> Grant:
     try:
         grant = Grant(
             id=row.id, made_from=row.made_from, scope=Scope.from_json(json.loads(row.scope)),
-            limits=Limits(row.expires_ns, row.max_uses), created_ns=row.created_ns, nonce=row.nonce,
-            approver=row.approver, person=row.person, signature=row.signature,
+            limits=Limits(int(row.expires_ns), int(row.max_uses)), created_ns=int(row.created_ns), nonce=row.nonce,
+            approver=row.approver, person=row.person, signature=bytes(row.signature),
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(
             f"The grant {visible(str(row.id)[:64])} in the database cannot be read ({error}).",
             hint="The database was damaged or edited: restore it from a backup.",
             kept="Nothing was deleted.",
         ) from error
-    return Standing(grant, row.uses, row.revoked_ns)
+    return grant

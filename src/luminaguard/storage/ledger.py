@@ -16,7 +16,15 @@ from sqlalchemy import Connection, insert, select
 
 from luminaguard.effects.text import visible
 from luminaguard.errors import LedgerError, StorageError
-from luminaguard.ledger.chain import Checkpoint, Entry, next_entry, sign_checkpoint, verify_chain, verify_checkpoint
+from luminaguard.ledger.chain import (
+    Checkpoint,
+    Entry,
+    next_entry,
+    sign_checkpoint,
+    verify_chain,
+    verify_checkpoint,
+    verify_entry,
+)
 from luminaguard.storage import database as tables
 from luminaguard.storage.database import Database
 
@@ -52,6 +60,18 @@ class Ledger:
         last = self._last(connection)
         self._check_head(connection, last)
         return self._extend(connection, last, kind, body)
+
+    def bodies_in(self, connection: Connection, kind: str) -> Iterator[tuple[Entry, dict[str, Any]]]:
+        """All entries of a kind, oldest first, each as it was written.
+
+        Raises:
+            LedgerError: one was changed since.
+        """
+        query = select(tables.ledger).where(tables.ledger.c.kind == kind).order_by(tables.ledger.c.seq)
+        for row in connection.execute(query).all():
+            entry = Entry(**row._mapping)  # noqa: SLF001  # SQLAlchemy's documented name
+            verify_entry(entry)
+            yield entry, json.loads(entry.body)
 
     def resume(self, reason: str) -> Entry:
         """Go on after a break that a person has looked at; the chain says so for ever.

@@ -136,14 +136,14 @@ class Inbox(_CliffScreen):
     def _load(self) -> None:
         try:
             found, now = self.desk.waiting(), self.desk.now_ns()
-        except LuminaGuardError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others go on waiting, and can be looked at
             self.app.call_from_thread(self._trouble, error)
             return
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._fill, found, now)
 
-    def _trouble(self, error: LuminaGuardError) -> None:
-        self.query_one("#empty", Static).update(visible(f"{error.message} {error.hint}"))
+    def _trouble(self, error: Exception) -> None:
+        self.query_one("#empty", Static).update(_told(error))
 
     def _fill(self, found: list[Request], now_ns: int) -> None:
         table = self.query_one(DataTable)
@@ -177,6 +177,13 @@ class Inbox(_CliffScreen):
         """Open the request under the cursor."""
         if request := self._requests.get(self._at()):
             self.app.push_screen(Review(request))
+
+
+def _told(error: Exception) -> str:
+    """What a person reads of an error."""
+    if isinstance(error, LuminaGuardError):
+        return visible(f"{error.message} {error.hint}")
+    return visible(f"Something went wrong that was not foreseen: {error!r:.300}. The request stays as it was.")
 
 
 def _row(request: Request, now_ns: int) -> tuple[Text, ...]:
@@ -246,7 +253,7 @@ class Review(_CliffScreen):
     def _open(self) -> None:
         try:
             card = self.desk.open(self._request)
-        except LuminaGuardError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others go on waiting, and can be looked at
             self.app.call_from_thread(self._refused, error)
             return
         self.app.call_from_thread(self._opened, card)
@@ -288,8 +295,12 @@ class Review(_CliffScreen):
         card = self._card
         if card is None:
             return
-        item = card.item(index)
-        raw = card.raw(index) if item.note and not item.diff else None
+        try:
+            item = card.item(index)
+            raw = card.raw(index) if item.note and not item.diff else None
+        except Exception as error:  # noqa: BLE001  # as above
+            self.app.call_from_thread(self._refused, error)
+            return
         rows = unified(item)
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._shown, card.paths[index], rows, raw)
@@ -412,7 +423,7 @@ class Review(_CliffScreen):
     def _carry_out(self, answer: Answer, again: Again | None) -> None:
         try:
             words = self.desk.carry_out(self._request, answer, again)
-        except LuminaGuardError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others go on waiting, and can be looked at
             self.app.call_from_thread(self._refused, error)
             return
         self.app.call_from_thread(self._done, words)
@@ -421,9 +432,9 @@ class Review(_CliffScreen):
         self.notify(words, timeout=5, markup=False)
         self._leave(None)
 
-    def _refused(self, error: LuminaGuardError) -> None:
+    def _refused(self, error: Exception) -> None:
         self._busy = False
-        self.notify(visible(f"{error.message} {error.hint}"), severity="error", timeout=10, markup=False)
+        self.notify(_told(error), severity="error", timeout=10, markup=False)
         if isinstance(error, PolicyChanged):  # what it says now is shown, and asked again
             self._request = self.desk.state(self._request)
             self._show_heading()
@@ -446,7 +457,7 @@ class Review(_CliffScreen):
         """What happened so far, and which rules were looked at."""
         try:
             now, told, steps = self.desk.now_ns(), self.desk.story(self._request), self.desk.steps(self._request)
-        except LuminaGuardError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others go on waiting, and can be looked at
             self.app.call_from_thread(self._refused, error)
             return
         lines = ["What happened so far", ""]

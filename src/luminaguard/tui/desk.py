@@ -14,7 +14,7 @@ from luminaguard.approvals.words import answered
 from luminaguard.effects.card import CardItem, ChangesetCard, DiffCard, Fact, card_title
 from luminaguard.effects.changes import Changeset, DirEntry, FileEntry
 from luminaguard.effects.text import visible, visible_name
-from luminaguard.errors import StorageError
+from luminaguard.errors import LuminaGuardError, StorageError
 
 if TYPE_CHECKING:
     from luminaguard.actions.policy import Step
@@ -110,7 +110,8 @@ class OpenCard:
         if isinstance(change.after, DirEntry):
             found |= {i for i, other in enumerate(self.paths) if other.startswith(f"{path}/")}
         for i, other in enumerate(self.changeset.changes):
-            if path.startswith(f"{other.path}/") and isinstance(other.before, DirEntry) and other.after is None:
+            gone = isinstance(other.before, DirEntry) and not isinstance(other.after, DirEntry)
+            if gone and path.startswith(f"{other.path}/"):
                 found.add(i)
         return frozenset(found)
 
@@ -139,10 +140,16 @@ class Desk:
     def waiting(self) -> list[Request]:
         """What waits for an answer, the most severe first, then the oldest."""
         with self._lock:
-            found = [self._runtime.decisions.looked_at(request) for request in self._runtime.approvals.list()
+            found = [self._looked_at(request) for request in self._runtime.approvals.list()
                      if request.state is State.PENDING and self.only in {None, request}]  # fmt: skip
         found = [request for request in found if request.state is State.PENDING]
         return sorted(found, key=lambda request: (_rank(request), request.created_ns))
+
+    def _looked_at(self, request: Request) -> Request:
+        try:
+            return self._runtime.decisions.looked_at(request)
+        except LuminaGuardError:
+            return request  # such as rules of its folder that cannot be read: told when it is opened, or answered
 
     def state(self, request: Request) -> Request:
         """A request as it stands now."""
@@ -175,7 +182,9 @@ class Desk:
         with self._lock:
             scope = self._runtime.decisions.scope(request)
         lines = [f"{name}: {visible(value)}" for name, value in scope.values]
-        return lines + [f"{kind} {visible_name(path)}" for path, kind, _ in scope.files]
+        for path, kind, _, target in scope.files:
+            lines.append(f"{kind} {visible_name(path)}" + (f" -> {visible_name(target)}" if target else ""))
+        return lines
 
     def carry_out(self, request: Request, answer: Answer, again: Again | None = None) -> str:
         """Do what was answered; return what came of it, in words.

@@ -11,7 +11,11 @@ from pygments.util import ClassNotFound
 
 __all__ = ["coloured", "lexer_for"]
 
-_MOST = 1000
+_MOST = 300
+_NAMES = frozenset({"bash", "c", "cpp", "css", "diff", "docker", "go", "html", "ini", "java", "javascript", "json",
+                    "kotlin", "make", "markdown", "php", "python", "ruby", "rust", "sql", "swift", "toml", "typescript",
+                    "xml", "yaml"})  # fmt: skip
+"""Languages whose lexers take time that grows with the line; others have expressions that can be made to take long."""
 _STYLES: tuple[tuple[_TokenType, str], ...] = (
     (Comment, "italic"), (Keyword, "bold"), (Name.Function, "underline"), (Name.Class, "underline"),
     (Literal.String, "syntax-string"), (Literal.Number, "syntax-number"),
@@ -22,9 +26,10 @@ _STYLES: tuple[tuple[_TokenType, str], ...] = (
 def lexer_for(name: str) -> Lexer | None:
     """The lexer for a file of this name; None for text that is not code."""
     try:
-        return get_lexer_for_filename(name.rpartition("/")[2], stripnl=False, ensurenl=False)
+        lexer = get_lexer_for_filename(name.rpartition("/")[2], stripnl=False, ensurenl=False)
     except ClassNotFound:
         return None
+    return lexer if _NAMES & set(lexer.aliases) else None
 
 
 @lru_cache(maxsize=20_000)
