@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def interface(runtime: Runtime, folder: Path, count: int) -> dict[str, list[floa
     (workspace / "code.py").write_text(old)
     new = old.replace("return", "yield").encode()
     ask_for_changes(runtime, workspace, {"code.py": new, **{f"d{n % 50}/f{n}": b"x\n" for n in range(500)}})
+    gc.set_threshold(100_000, 50, 50)  # as the command line does
     return asyncio.run(_drive(runtime, count))
 
 

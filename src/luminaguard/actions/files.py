@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -61,6 +62,7 @@ class _UserTable(_Table):
     built_in: bool = True
 
 
+@lru_cache(maxsize=8)
 def parse_policy(user: RulesFile | None, built_in: RulesFile, workspace: RulesFile | None = None) -> Policy:
     """Build the policy.
 

@@ -30,6 +30,8 @@ _BLANKS = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 _DOTS = str.maketrans("\u3002\uff61\uff0e", "...")
 """What programs that resolve names take for a dot (UTS 46)."""
+_ONE_READING = re.compile(r"[^/\\;.][^/\\;]*(?:/[^/\\;.][^/\\;]*)*")
+"""A path that is in normal form already, and so all there is to compare."""
 _NUMBER = re.compile(r"0x[0-9a-f]{1,16}|\d{1,20}", re.ASCII)
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+|\d+")
 
@@ -122,6 +124,7 @@ def _path_glob(pattern: str, path: str) -> bool:
     return len(found) in reached
 
 
+@lru_cache(maxsize=8192)
 def plain(text: str) -> str:
     """Text as it reads to whoever is fooled by it: percent-decoded, compatibility forms folded, without case."""
     for _ in range(_DECODINGS):
@@ -157,6 +160,7 @@ def forms(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+@lru_cache(maxsize=8192)
 def _normal_path(path: str) -> str:
     """A path from a root, as servers read it: no backslashes, empty parts, parameters, ``.`` and ``..``."""
     parts: list[str] = []
@@ -185,8 +189,10 @@ def matches_path(pattern: str, path: str, *, wide: bool) -> bool:
         return wide or not climbs(path)  # what climbs could be another file than it seems to be
     if not wide:
         return False
-    folded = pattern.casefold()
-    normal = _normal_path(plain(path))
+    folded, read = pattern.casefold(), plain(path)
+    if folded == pattern and read == path and _ONE_READING.fullmatch(path):
+        return folded.endswith("/**") and matches_path(pattern[:-3], path, wide=True)
+    normal = _normal_path(read)
     if any(_path_glob(folded, form) for form in (plain(path), normal if folded.startswith("/") else normal[1:])):
         return True
     return folded.endswith("/**") and matches_path(pattern[:-3], path, wide=True)  # the folder itself

@@ -70,6 +70,7 @@ class Decisions:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._recovery = Recovery(runtime)
+        self._last: tuple[object, Action] | None = None
 
     # -- what is asked ------------------------------------------------------------------------------
 
@@ -143,9 +144,12 @@ class Decisions:
         return self._runtime.policy(Path(request.workspace) if request.workspace else None)
 
     def _action(self, request: Request, effect: Changeset | Outside, *, contents: bool) -> Action:
-        card = self._card(request, effect) if contents and request.effect == "changeset" else None
         labels = self._runtime.tasks.labels(request.task) if request.task else frozenset()
-        return action_of(request, effect, card, labels)
+        key = (request.id, request.digest, labels, contents)
+        if self._last is None or self._last[0] != key:  # it is judged when it is asked, decided and done
+            card = self._card(request, effect) if contents and request.effect == "changeset" else None
+            self._last = (key, action_of(request, effect, card, labels))
+        return self._last[1]
 
     def looked_at(self, request: Request) -> Request:
         """The request as it is to be shown: judged again, and recorded so, if the rules changed since."""

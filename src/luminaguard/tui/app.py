@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import ClassVar, cast
 
 from rich.text import Text
@@ -40,7 +41,7 @@ class CliffApp(App[Answer | None]):
 
     TITLE = "LuminaGuard"
     ENABLE_COMMAND_PALETTE = False
-    CSS_PATH = "cliff.tcss"
+    CSS_PATH = Path(__file__).with_name("cliff.tcss")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("t", "next_theme", " Theme", show=False),
         Binding("ctrl+c,ctrl+q", "leave", " Quit", show=False, priority=True),
