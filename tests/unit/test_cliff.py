@@ -371,7 +371,7 @@ def test_a_request_whose_folder_is_gone_is_refused_and_recorded(runtime, workspa
 
 CALL = RemoteCall("mail", "send", {"to": ["a@example.org"], "body": "hi\n\x1b[2J\u202eevil", "n": 3},
                   {"name": "send", "description": "now"}, {"name": "send", "description": "then"})  # fmt: skip
-REQUEST = NetworkRequest("POST", "http://api.example/x?k=v", (("Authorization", "Bearer s3cret"), ("X-A", "b")), 2000,
+REQUEST = NetworkRequest("POST", "http://api.example/x?k=v", (("X-A", "b"),), 2000,
                          "ab" * 32, "first line\nsecond")  # fmt: skip
 SECRET = SecretUse("deploy-token", "push", "git.example")
 
@@ -394,13 +394,12 @@ def test_every_effect_is_asked_for_shown_and_handed_over_once(runtime, effect):
 
 def test_cards_say_all_and_draw_nothing():
     text = "\n".join(line for _, line in render(make_outside_card(CALL)))
-    assert "CHANGED since a person saw it" in text
+    assert "CHANGED since it was pinned" in text
     assert '-  "description": "then",' in text and '+  "description": "now",' in text
     assert "\x1b" not in text and "\u202e" not in text and "\\x1b[2J\\u202eevil" in text
     text = "\n".join(line for _, line in render(make_outside_card(REQUEST)))
     assert "not encrypted" in text and "query: k=v" in text and "2,000 bytes" in text and "1,983 bytes are not" in text
-    assert "s3cret" not in text
-    assert "first time" in "".join(
+    assert "not pinned before" in "".join(
         fact.value for fact in make_outside_card(dataclasses.replace(CALL, pinned=None)).facts
     )
     assert "git.example" in make_outside_card(SECRET).facts[2].value
@@ -418,6 +417,9 @@ def test_a_call_that_was_interrupted_between_claim_and_end_may_have_been_done(ru
                                  {"effect": "call", "server": "s", "tool": "t", "arguments": []},
                                  {"effect": "request", "method": "GET", "url": "http://[x"},
                                  {"effect": "request", "method": "GET", "url": "http://x", "body_size": -1},
+                                 {"effect": "request", "method": "GET", "url": "http://x", "body_size": 1},
+                                 {"effect": "request", "method": "GET", "url": "http://x",
+                                  "headers": [["Authorization", "Bearer s3cret"]]},
                                  {"effect": "fly"}])  # fmt: skip
 def test_what_is_no_effect_is_refused(raw):
     with pytest.raises(ActionInvalid):

@@ -145,6 +145,32 @@ def test_any_value_in_a_row_is_a_refusal(runtime, workspace, column, value):
     assert (workspace / "a.txt").read_text() == "one\ntwo\n"
 
 
+def test_arguments_too_large_to_look_through_are_no_way_around_what_is_forbidden(runtime):
+    padding = {f"a{n}": n for n in range(2100)}
+    runtime.tasks.add_labels("P", [("private", "x")])
+    with pytest.raises(Forbidden):
+        ask_for(runtime, RemoteCall("s", "t", padding), task="P")
+    forbidden = rule("FORBIDDEN", '{ any_argument = "*secret*" }')
+    action = {"effect": "call", "server": "s", "tool": "t", "arguments": padding}
+    assert judge(action, forbidden).risk is Risk.FORBIDDEN  # nobody can say that it is not among them
+
+
+def test_only_what_is_unknown_is_closed(runtime, workspace):
+    request = ask_for_changes(runtime, workspace, {"a.txt": b"1"})
+    runtime.decisions.decide(request, YES)
+    runtime.approvals.claim(request.id, request.digest, runtime.approvers.public())
+    with pytest.raises(ApprovalError, match="not unknown"):
+        runtime.decisions.close_unknown(request.id)
+    assert runtime.approvals.get(request.id).state is State.CLAIMED
+
+
+def test_a_part_that_is_refused_is_recorded(runtime, workspace):
+    request = ask_for_changes(runtime, workspace, {"a.txt": b"1"})
+    with pytest.raises(LuminaGuardError):
+        runtime.decisions.approve_and_publish(request, dataclasses.replace(YES, part=("zzz",)))
+    assert "request.refused" in [entry.kind for entry in runtime.ledger.entries()]
+
+
 # -- grants --------------------------------------------------------------------------------------------------
 
 POST = NetworkRequest("POST", "https://api.example/x", (), 10, "aa" * 32, "")
@@ -156,6 +182,7 @@ SECRET = SecretUse("token", "deploy", "git.example")
     ("shown", "comes"),
     [
         (POST, dataclasses.replace(POST, body_sha256="bb" * 32)), (POST, dataclasses.replace(POST, body_size=11)),
+        (POST, dataclasses.replace(POST, headers=(("X-Account", "evil"),))),
         (POST, dataclasses.replace(POST, url="https://api.example/x?k=v")),
         (TOOL, dataclasses.replace(TOOL, definition={"description": "deletes"})),
         (TOOL, dataclasses.replace(TOOL, arguments={"a": 2})),

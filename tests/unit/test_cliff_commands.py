@@ -143,7 +143,9 @@ def test_a_part_and_a_reason_and_a_return(bare_home, runtime, workspace):
 def test_grants_are_made_listed_used_and_revoked(bare_home, runtime, workspace):
     request = ask_for_changes(runtime, workspace, {"a.txt": b"1"}, command=("make", "fmt"))
     flags = ("--again", "5", "--for", "2h", "--loosen", "command=make *")
-    assert bare_home.run("approvals", "approve", request.id, *flags).code == 0
+    assert bare_home.run("approvals", "approve", request.id, *flags[2:]).code == 122  # a pattern for no grant
+    approved = bare_home.run("approvals", "approve", request.id, *flags)
+    assert approved.code == 0 and "command: make *" in approved.out
     (grant,) = bare_home.run("grants", "list", "--json").json["grants"]
     assert (grant["state"], grant["of"], grant["scope"]["values"]["command"]) == ("active", 5, "make *")
     assert "modify a.txt" in bare_home.run("grants", "list").out
@@ -161,7 +163,8 @@ def test_another_person_approves_with_their_passphrase(bare_home, runtime, works
     assert "ada" in bare_home.run("approvers", "list").out
     (bare_home.folder / "config" / "luminaguard.toml").write_text('[policy]\ntwo_people_from = "low"\n')
     request = ask_for_changes(runtime, workspace, {"a.txt": b"1"})
-    assert "another person" in bare_home.run("approvals", "approve", request.id).out
+    first = bare_home.run("approvals", "approve", request.id)
+    assert (first.code, "another person" in first.out) == (120, True)
     wrong = bare_home.run("approvals", "approve", request.id, "--as", "ada", stdin=b"guess\n")
     assert (wrong.code, (workspace / "a.txt").read_text()) == (122, "one\ntwo\n")
     assert bare_home.run("approvals", "approve", request.id, "--as", "ada", stdin=b"a long passphrase\n").code == 0
@@ -188,7 +191,8 @@ def test_a_call_waits_and_is_let_go_once(bare_home, tmp_path):
     assert bare_home.run("approvals", "approve", request).code == 0
     taken = bare_home.run("approvals", "take", request)
     assert (taken.code, "go ahead, once" in taken.out) == (0, True)
-    assert bare_home.run("approvals", "take", request).code == 121
+    again = bare_home.run("approvals", "take", request)
+    assert (again.code, "done: handed over" in again.out) == (122, True)
     denied = bare_home.run("approvals", "request", file, "--json").json["id"]
     bare_home.run("approvals", "deny", denied, "--reason", "not that one")
     told = bare_home.run("approvals", "take", denied)

@@ -425,10 +425,15 @@ def picture(app):
     return re.sub(r"terminal-\d+", "terminal", svg)
 
 
-def example(runtime):
+def example(runtime, *, critical):
     """A request that looks the same on every run."""
     folder = Path("/nonexistent/books")
-    changes = {"report.py": CODE, "run.sh": b"#!/bin/sh\n", "out": "/etc/passwd", "totals.csv": b"month,sum\n1,20\n"}
+    changes = {
+        "report.py": CODE,
+        "run.sh": b"#!/bin/sh\n",
+        "out": "/etc/passwd" if critical else "totals.csv",
+        "totals.csv": b"month,sum\n1,20\n",
+    }
     first = ask_for_changes(
         runtime, folder, changes, command=("python3", "tidy.py"), task="books", request_id="req-0000000001"
     )
@@ -444,30 +449,37 @@ LOOKS = [(theme.name.removeprefix("luminaguard-"), (80, 24)) for theme in THEMES
 
 
 @pytest.mark.parametrize(("theme", "size"), [*LOOKS, ("dark", (200, 50))])
-@pytest.mark.parametrize("screen", ["inbox", "review", "columns", "deny", "why"])
+@pytest.mark.parametrize(
+    "screen", ["inbox", "review", "columns", "deny", "why", "grant", "search", "call", "second step"]
+)
 def test_every_screen_in_every_theme(runtime, monkeypatch, screen, theme, size):
-    first = example(runtime)
+    first = example(runtime, critical=screen != "grant")
     monkeypatch.setattr(Desk, "now_ns", lambda self: first.created_ns + 90 * 10**9)
     monkeypatch.setattr(Desk, "story", lambda self, request: [(first.created_ns, "request.created: changes 4")])
     taken = []
 
     async def steps(app, pilot):
-        if screen == "inbox":
-            await until(pilot, lambda: app.screen.query_one(DataTable).row_count == 2)
-        else:
+        await until(pilot, lambda: app.screen.query_one(DataTable).row_count == 2)
+        if screen in {"call", "grant"}:  # the other one is more severe
+            await pilot.press("down")
+        if screen == "call":
+            await pilot.press("enter")
+            await card_of(app, pilot)
+        elif screen != "inbox":
             await opened(app, pilot)
             await pilot.press("down")
             view = app.screen.query_one(ChangeView)
             await until(pilot, lambda: any("import os" in row for row in text_of(view)))
             await until(pilot, lambda: "LOOK TWICE" in str(app.screen.query_one("#loud", Static).render()))
             if screen != "review":
-                await pilot.press({"columns": "v", "deny": "d", "why": "i"}[screen])
-                await until(pilot, lambda: screen == "columns" or app.screen.query(".dialog"))
+                await pilot.press({"columns": "v", "deny": "d", "why": "i", "grant": "g", "search": "slash",
+                                   "second step": "a"}[screen])  # fmt: skip
+                await until(pilot, lambda: screen in {"columns", "search"} or app.screen.query(".dialog"))
         await pilot.pause(0.3)
         taken.append(picture(app))
 
     drive(runtime, steps, size=size, theme=theme)
-    kept = SNAPSHOTS / f"{screen}-{theme}-{size[0]}x{size[1]}.svg"
+    kept = SNAPSHOTS / f"{screen.replace(' ', '-')}-{theme}-{size[0]}x{size[1]}.svg"
     if os.environ.get("UPDATE_SNAPSHOTS"):
         kept.write_text(taken[0], encoding="utf-8")
     assert taken[0] == kept.read_text(encoding="utf-8"), f"{kept.name} looks otherwise; UPDATE_SNAPSHOTS=1 if it should"

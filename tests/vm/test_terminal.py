@@ -47,23 +47,28 @@ class Terminal:
         return self.text()
 
     def until_prompt(self):
-        """Wait for the shell."""
+        """Wait for the shell, and let it begin on an empty screen."""
         self.until(r"\A(.*\n)*\$\s*\Z")
+        self.type("clear")
+        self.until(r"\A\$\s*\Z")
 
     def in_alternate_screen(self):
         return self.tmux("display-message", "-p", "#{alternate_on}").strip() == "1"
 
     def is_put_back(self):
         """The shell's own screen and modes: what is typed is seen, and a line is a line."""
+        self.until_prompt()
         assert not self.in_alternate_screen()
         self.type("stty -a | tr -s ' ;' '\\n' | grep -xE -- '-?(echo|icanon)' | paste -sd' '")
         self.until("^icanon echo$")
         flags = "#{mouse_any_flag}#{mouse_button_flag}#{cursor_flag}"
         assert self.tmux("display-message", "-p", flags).strip() == "001"  # no mouse is told of; the cursor is seen
 
-    def pid_of(self, words):
-        found = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True, check=True).stdout.split()
-        return int(found[0])
+    def child(self):
+        """The process of ours that runs in it."""
+        tty = self.tmux("display-message", "-p", "#{pane_tty}").strip().removeprefix("/dev/")
+        argv = ["pgrep", "-t", tty, "-f", "luminaguard"]
+        return int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()[0])
 
     def close(self):
         subprocess.run(["tmux", "-L", self.socket, "kill-server"], capture_output=True, check=False, timeout=30)
@@ -109,8 +114,7 @@ def test_a_signal_puts_the_terminal_back_and_leaves_the_request(home, workspace,
     terminal.until("low")
     terminal.keys("Enter")
     terminal.until("Approve")
-    os.kill(terminal.pid_of(f"{home.argv('approve')[-2]} approve"), number)
-    terminal.until_prompt()
+    os.kill(terminal.child(), number)
     terminal.is_put_back()
     assert home.run("approvals", "show", request, "--json").json["state"] == "pending"
 
@@ -126,7 +130,6 @@ def test_the_inbox_follows_and_publishes_what_another_process_asks(home, workspa
     terminal.until("Nothing waits")
     assert (workspace / "n").read_text() == "new\n"
     terminal.keys("q")
-    terminal.until_prompt()
     terminal.is_put_back()
 
 
@@ -136,6 +139,7 @@ def test_without_a_capable_terminal_the_question_is_plain(home, workspace, termi
     assert not terminal.in_alternate_screen()
     terminal.type("n not now")
     terminal.until("denied: not now; nothing was published")
+    terminal.until_prompt()
     assert not (workspace / "n").exists()
     home.exec(workspace, "touch", "m")
     terminal.type(f"TERM=dumb {command(home, 'approve')}")

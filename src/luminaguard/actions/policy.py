@@ -99,10 +99,6 @@ class Policy:
             action: what the agent wants, or what it did.
             now: local time with its zone.
         """
-        try:
-            _ = action.leaves
-        except TooLarge as error:
-            return Judgement(Risk.RED, Severity.CRITICAL, f"It cannot be judged: {error}.", "no rule")
         judgement = self._first(self.layers, action, now)
         strict = self._first(self.stricter, action, now) if self.stricter else None
         if strict is None:
@@ -118,7 +114,10 @@ class Policy:
         for layer in layers:
             for rule, line in zip(layer.rules, layer.lines, strict=True):
                 origin = f"{layer.origin}:{line}"
-                why = rule.problem(action, trusted=trusted, now=now)
+                try:
+                    why = rule.problem(action, trusted=trusted, now=now)
+                except TooLarge as error:  # what cannot be looked through is let through by nothing, and stopped by all
+                    why = str(error) if rule.risk is Risk.GREEN else ""
                 if not why and rule.risk is Risk.GREEN:
                     why = _never_green(action, trusted=trusted)
                 steps.append(Step(rule.name, origin, why))
@@ -144,6 +143,10 @@ class Policy:
 
 def _never_green(action: Action, *, trusted: bool) -> str:
     """Why no rule may let this through, whatever it matches; empty if one may."""
+    try:
+        _ = action.leaves
+    except TooLarge as error:
+        return str(error)
     if action.effect == "call" and not trusted:
         return f"server {action.server!a} is not trusted: what it says of its tools is no reason to let them through"
     if action.effect == "call" and not _PLAIN_NAME.fullmatch(action.tool):

@@ -29,6 +29,8 @@ def heading(request: Request) -> list[Line]:
             f"{judged.severity.value.upper()}: {visible(judged.reason)}   [{visible(judged.rule)}]",
         ),
     ]
+    if request.workspace:
+        lines.append(("plain", f"folder: {visible(request.workspace)}"))
     if request.task:
         lines.append(("plain", f"task: {visible(request.task)}"))
     if request.taint:
@@ -38,10 +40,15 @@ def heading(request: Request) -> list[Line]:
     return lines
 
 
+def ended_words(state: State, outcome: str) -> str:
+    """How a request ended, for whoever asked."""
+    words = _ENDED.get(state, state.value)
+    return f"{words}: {visible(outcome)}" if outcome else words
+
+
 def answered(verdict: Verdict, reason: str) -> str:
     """What became of a request by an answer that let nothing through."""
-    words = _ENDED.get(verdict.state, verdict.state.value)
-    return f"{words}: {visible(reason)}" if reason else words
+    return ended_words(verdict.state, reason)
 
 
 def judged_json(judged: Judged) -> dict[str, Any]:

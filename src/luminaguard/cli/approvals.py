@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from luminaguard.approvals.model import Request, State, Verdict
-from luminaguard.approvals.words import answered, duration, request_json
+from luminaguard.approvals.words import answered, duration, ended_words, request_json
 from luminaguard.cli import signals
 from luminaguard.cli.execute import show_card
 from luminaguard.cli.output import Progress, print_json, print_outcome, stop_writing, tell_recovered
 from luminaguard.effects.changes import Changeset
-from luminaguard.effects.text import visible
-from luminaguard.errors import EXIT_DENIED, EXIT_PENDING, ActionInvalid, ApprovalError
+from luminaguard.effects.text import visible, visible_name
+from luminaguard.errors import EXIT_DENIED, EXIT_PENDING, EXIT_REFUSED, ActionInvalid, ApprovalError
 from luminaguard.runtime import Runtime
 from luminaguard.runtime.decisions import Again, Answer
 
@@ -93,7 +93,7 @@ def show_one(runtime: Runtime, request_id: str, *, full: bool, as_json: bool) ->
         return
     sys.stderr.write(f"state: {request.state.value}\n")
     for decision in decisions:
-        part = f", {len(decision.part)} changes of it" if decision.part is not None else ""
+        part = f" of {', '.join(map(visible_name, decision.part))}" if decision.part is not None else ""
         reason = f": {visible(decision.reason)}" if decision.reason else ""
         sys.stderr.write(f"{decision.verdict.value}{part} by {visible(decision.person or decision.means)}{reason}\n")
     show_card(runtime, request, Progress(), full=full)
@@ -101,6 +101,8 @@ def show_one(runtime: Runtime, request_id: str, *, full: bool, as_json: bool) ->
 
 def approve(runtime: Runtime, request_id: str, options: Approval, *, as_json: bool) -> None:
     """Approve and publish."""
+    if options.loosen and not options.again:
+        raise ApprovalError("--loosen is for a grant, and there is none.", hint="Say how often: --again 5.")
     tell_recovered(runtime.decisions.recover())
     request = runtime.approvals.get(request_id)
     given = _answered_by(
@@ -117,11 +119,17 @@ def approve(runtime: Runtime, request_id: str, options: Approval, *, as_json: bo
             words = f"approved {request_id}: whoever asked may do it once"
         if request.state is State.PENDING:
             words = f"{request_id} needs the approval of another person, too"
+        elif again is not None:
+            grant = runtime.grants.list()[-1].grant
+            scope = "\n".join(f"    {visible(line)}" for line in _scope_lines(grant.scope.to_json()))
+            words += f"\n{grant.id} answers for up to {grant.limits.uses} more, during {options.during}:\n{scope}"
         _tell(runtime, request_id, as_json, words)
         number = held.take()
         signals.over()
     if number:
         sys.exit(128 + number)
+    if request.state is State.PENDING:
+        sys.exit(EXIT_PENDING)
 
 
 def answer(runtime: Runtime, request_id: str, verdict: str, reason: str, person: str, *, as_json: bool) -> None:
@@ -141,22 +149,21 @@ def close(runtime: Runtime, request_id: str, *, as_json: bool) -> None:
 # -- effects that somebody else carries out ---------------------------------------------------------------
 
 
-def request(runtime: Runtime, file: Path, task: str, wait_s: float, *, as_json: bool) -> int:
+def request(runtime: Runtime, file: Path, task: str, taint: frozenset[str], wait_s: float, *, as_json: bool) -> int:
     """Ask for an effect that the caller is about to make; return the exit status."""
     from luminaguard.effects.outside import outside_from_json
 
     raw = read_json(file)
     kind = raw.pop("effect", None) if isinstance(raw, dict) else None
     effect = outside_from_json(str(kind), raw)
-    if task and (why := runtime.tasks.stopped(task)) is not None:
-        raise ApprovalError(f"Task {task!a} was stopped by a person: {why}", hint="Begin another task.")
+    labels = runtime.tasks.add_labels(task, [(label, "given when it was asked") for label in taint]) if task else taint
     now = runtime.ledger.current_time()
     names = {"call": ("server", "tool"), "request": ("method", "url"), "secret": ("name", "purpose")}[effect.kind]
     asked = Request(
         id=f"req-{secrets.token_hex(6)}", workspace="", inode=0, digest=effect.digest,
         command=tuple(str(raw[name])[:500] for name in names), exit_code=0, created_ns=now,
         expires_ns=now + runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING, effect=effect.kind,  # type: ignore[arg-type]  # one of EffectKind
-        task=task, taint=tuple(sorted(runtime.tasks.labels(task))) if task else (),
+        task=task, taint=tuple(sorted(labels)),
     )  # fmt: skip
     asked = runtime.decisions.ask(asked, effect)
     if given := runtime.decisions.without_asking(asked):
@@ -180,10 +187,9 @@ def take(runtime: Runtime, request_id: str, wait_s: float, *, as_json: bool) -> 
         runtime.decisions.hand_over(request_id)
         _tell(runtime, request_id, as_json, f"go ahead, once: {request_id}")
         return 0
-    decisions = runtime.approvals.decisions(request_id)
-    words = answered(decisions[-1].verdict, decisions[-1].reason) if decisions else asked.state.value
-    _tell(runtime, request_id, as_json, visible(words))
-    return EXIT_DENIED
+    words = ended_words(asked.state, runtime.approvals.outcome(request_id))
+    _tell(runtime, request_id, as_json, words)
+    return EXIT_REFUSED if asked.state in {State.DONE, State.CLAIMED, State.UNKNOWN} else EXIT_DENIED
 
 
 # -- grants and approvers -----------------------------------------------------------------------------------
@@ -209,7 +215,10 @@ def show_grants(runtime: Runtime, *, as_json: bool) -> None:
 
 
 def _scope_lines(scope: dict[str, Any]) -> list[str]:
-    lines = [f"{name}: {value}" for name, value in scope["values"].items()]
+    lines = [f"{name}: {value}" for name, value in (scope["values"] | scope["exact"]).items()]
+    lines.append(f"at most {scope['severity']}; after {', '.join(scope['taint']) or 'no'} untrusted input")
+    if scope["bytes"] is not None:
+        lines.append(f"at most {scope['bytes']:,} bytes")
     return lines + [
         f"{kind} {path}" + (f" [{', '.join(marks)}]" if marks else "") for path, kind, marks, _ in scope["files"]
     ]
@@ -309,9 +318,8 @@ def _patterns(words: tuple[str, ...]) -> dict[str, str]:
 
 def _tell(runtime: Runtime, request_id: str, as_json: bool, text: str) -> None:
     if as_json:
-        decisions = runtime.approvals.decisions(request_id)
-        reason = decisions[-1].reason if decisions else ""
-        print_outcome(request_json(runtime.approvals.get(request_id)) | {"reason": reason})
+        told = {"reason": runtime.approvals.outcome(request_id)}
+        print_outcome(request_json(runtime.approvals.get(request_id)) | told)
         return
     try:
         print(text, flush=True)

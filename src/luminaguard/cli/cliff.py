@@ -104,6 +104,9 @@ def approvals_stop(request_id: RequestId, reason: Reason = "", person: As = "", 
 def approvals_request(
     file: ActionFile,
     task: Annotated[str, typer.Option("--task", help="The task it belongs to.")] = "",
+    taint: Annotated[
+        list[str] | None, typer.Option("--taint", metavar="LABEL", help="It follows untrusted input of this label.")
+    ] = None,
     wait: Annotated[float, typer.Option("--wait", metavar="SECONDS", help="Wait for the decision.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -115,7 +118,9 @@ def approvals_request(
     """
     from luminaguard.cli import approvals
 
-    sys.exit(approvals.request(open_runtime(as_json=as_json), file, task, wait, as_json=as_json))
+    sys.exit(
+        approvals.request(open_runtime(as_json=as_json), file, task, frozenset(taint or ()), wait, as_json=as_json)
+    )
 
 
 @approvals_app.command("take")

@@ -296,9 +296,13 @@ def _answered_there(runtime: Runtime, execution: Execution, request: Request, to
         execution.status = "published"
         told(f"{outcome}: {visible(request.workspace)}\n")
         return execution.outcome.exit_code
+    if request.state in {State.APPROVED, State.CLAIMED, State.UNKNOWN}:
+        execution.detail = "its outcome is not known"
+        told(f"{request.state.value}: {outcome}; look at it with: luminaguard approvals show {request.id}\n")
+        return EXIT_REFUSED
     execution.status, execution.detail = "denied", outcome
     told(f"{request.state.value}: {outcome}; nothing was published\n")
-    return EXIT_REFUSED if request.state in {State.REFUSED, State.UNKNOWN} else EXIT_DENIED
+    return EXIT_REFUSED if request.state is State.REFUSED else EXIT_DENIED
 
 
 def _answer(runtime: Runtime, request: Request, options: Options, progress: Progress, *, full: bool) -> Answer | None:

@@ -19,7 +19,6 @@ from luminaguard.runtime.suggest import suggestions
 
 __all__ = ["check", "explain", "show", "suggest", "test"]
 
-_MAX_LINE = 1 << 20
 _MAX_CORPUS = 64 << 20
 
 
@@ -86,9 +85,13 @@ def test(runtime: Runtime, corpus: Path, workspace: Path | None, *, as_json: boo
 
 def _lines(corpus: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = []
+    number = 0
     try:
         with corpus.open("rb") as file:
-            text = file.read(_MAX_CORPUS).decode()
+            data = file.read(_MAX_CORPUS + 1)
+        if len(data) > _MAX_CORPUS:
+            raise ValueError(f"it is larger than {_MAX_CORPUS >> 20} MiB")
+        text = data.decode()
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 row = json.loads(line)
@@ -96,7 +99,7 @@ def _lines(corpus: Path) -> list[tuple[int, dict[str, Any]]]:
                 Severity(row.get("severity", "low"))
                 rows.append((number, row | {"action": row["action"], "name": str(row.get("name", ""))}))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        where = f", line {len(rows) + 1}," if rows else ""
+        where = f", line {number}," if number else ""
         raise ActionInvalid(
             f"{visible(str(corpus))}{where} cannot be read: {error}.",
             hint='Each line is {"name": ..., "action": {...}, "risk": "GREEN", "severity": "low"}.',

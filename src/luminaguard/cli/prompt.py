@@ -28,21 +28,22 @@ def ask(request: Request, show_all: Callable[[], None], changeset: Callable[[str
         show_all: shows its card with whole diffs.
         changeset: gives the changeset of a request's id, for an answer about a part.
     """
+    files = request.effect == "changeset"
+    asked = f"Publish exactly this to {visible(request.workspace)}?" if files else "Let exactly this happen, once?"
     question = (
-        f"\nPublish exactly this to {visible(request.workspace)}?\n"
-        "[y]es, [n]o, [p]art of it, [a]sk for changes, [s]top the task, [f]ull diffs, [l]ater\n"
+        f"\n{asked}\n[y]es, [n]o, {'[p]art of it, ' * files}[a]sk for changes, [s]top the task, [f]ull diffs, [l]ater\n"
         "(n, a and s take a text for the agent behind them): "
     )
     try:
         while True:
             word, _, text = _read(question).partition(" ")
             match word.lower():
-                case "y" | "yes":
+                case "y" | "yes" if not text:
                     if _confirmed(request):
                         return Answer(Verdict.APPROVE, "terminal")
                 case "n" | "no" | "a" | "ask" | "s" | "stop" as no:
                     return Answer(_NO[no[0]], "terminal", reason=text.strip())
-                case "p" | "part":
+                case "p" | "part" if files:
                     chosen = _part(changeset(request.id))
                     if chosen and _confirmed(request):
                         return Answer(Verdict.APPROVE, "terminal", part=chosen)

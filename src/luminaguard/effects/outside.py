@@ -17,10 +17,14 @@ from urllib.parse import urlsplit
 
 from luminaguard.errors import ActionInvalid
 
-__all__ = ["NetworkRequest", "Outside", "RemoteCall", "SecretUse", "outside_from_json"]
+__all__ = ["SECRET_HEADERS", "NetworkRequest", "Outside", "RemoteCall", "SecretUse", "outside_from_json"]
 
 _MAX_BODY = 4 << 20
 _MAX_PREVIEW = 64 << 10
+SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key",
+                            "x-auth-token", "x-amz-security-token"})  # fmt: skip
+"""Headers whose values are secrets: they are no part of what is asked, stored or recorded."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOST = re.compile(r"[\w.-]{1,253}|[0-9a-fA-F:]{2,45}")
 
 
@@ -126,6 +130,10 @@ def outside_from_json(kind: str, raw: Any) -> Outside:
                 headers = tuple((str(name), str(value)) for name, value in raw.get("headers", ()))
                 _ = urlsplit(_text(raw, "url")).port  # raises for an address that is none
                 preview = str(raw.get("preview", ""))[:_MAX_PREVIEW]
+                if secret := next((name for name, _ in headers if name.lower() in SECRET_HEADERS), None):
+                    raise ValueError(f"the header {secret!a} carries a secret: leave it out, ask for the secret")
+                if _size(raw) and not _SHA256.fullmatch(str(raw.get("body_sha256", ""))):
+                    raise ValueError("body_sha256 is the digest of the body, 64 hexadecimal digits")
                 return NetworkRequest(_text(raw, "method"), _text(raw, "url"), headers, _size(raw),
                                       str(raw.get("body_sha256", "")), preview)  # fmt: skip
             case "secret":

@@ -9,14 +9,13 @@ from urllib.parse import urlsplit
 from luminaguard.effects import diffs
 from luminaguard.effects.card import CardItem, DiffCard, Fact
 from luminaguard.effects.marks import Mark
-from luminaguard.effects.outside import NetworkRequest, Outside, RemoteCall, SecretUse
+from luminaguard.effects.outside import SECRET_HEADERS, NetworkRequest, Outside, RemoteCall, SecretUse
 from luminaguard.effects.text import hides_something, mixes_scripts, visible
 
 __all__ = ["make_outside_card"]
 
 _MOST_LINES = 2000
 _MAX_LINE = 500
-_SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key"})
 
 
 def make_outside_card(effect: Outside) -> DiffCard:
@@ -35,11 +34,11 @@ def _call(call: RemoteCall) -> DiffCard:
     if call.definition is None:
         facts.append(Fact("definition", "the server gave none", loud=True))
     elif call.pinned is None:
-        facts.append(Fact("definition", "seen for the first time", loud=True))
+        facts.append(Fact("definition", "not pinned before", loud=True))
     elif call.pinned != call.definition:
-        facts.append(Fact("definition", "CHANGED since a person saw it; the difference is below", loud=True))
+        facts.append(Fact("definition", "CHANGED since it was pinned; the difference is below", loud=True))
     else:
-        facts.append(Fact("definition", "as a person saw it before"))
+        facts.append(Fact("definition", "as it was pinned"))
     items = [_value("argument", name, value) for name, value in call.arguments.items()]
     if call.definition is not None:
         old, new = (_pretty(call.pinned) if call.pinned else []), _pretty(call.definition)
@@ -61,7 +60,7 @@ def _request(request: NetworkRequest) -> DiffCard:
     facts.append(Fact("body", f"{request.body_size:,} bytes" if request.body_size else "none"))
     if request.body_sha256:
         facts.append(Fact("body sha256", visible(request.body_sha256)))
-    items = [_value("header", name, "(kept secret)" if name.lower() in _SECRET_HEADERS else value)
+    items = [_value("header", name, "(kept secret)" if name.lower() in SECRET_HEADERS else value)
              for name, value in request.headers]  # fmt: skip
     if request.preview:
         rest = request.body_size - len(request.preview.encode(errors="replace"))

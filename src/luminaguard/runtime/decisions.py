@@ -198,14 +198,18 @@ class Decisions:
             if again.state is State.DENIED:
                 raise _forbidden(again.judged)
             raise PolicyChanged(
-                f"The rules changed since {request.id} was shown: it is {again.judged.severity.value} now "
+                f"{request.id} is judged otherwise than when it was shown: it is {again.judged.severity.value} now "
                 f"({again.judged.reason})",
                 hint="Look at it again, then decide.",
                 kept="Nothing was decided.",
             )
         digest = request.digest
         if answer.part is not None:
-            digest = self._runtime.approvals.changeset(request.id).part(answer.part).digest
+            try:
+                digest = self._runtime.approvals.changeset(request.id).part(answer.part).digest
+            except LuminaGuardError as error:
+                self._runtime.approvals.refused(request.id, error)
+                raise
         decision = Decision(
             request_id=request.id, digest=digest, workspace=request.workspace, verdict=answer.verdict,
             means=answer.means, decided_ns=self._runtime.ledger.current_time(), expires_ns=request.expires_ns,
@@ -253,10 +257,12 @@ class Decisions:
         """What was approved before is published as it was approved, not as somebody says now."""
         standing = self._runtime.approvals.decisions(request.id)
         if answer.part != standing[0].part or answer.key is not None:
-            raise ApprovalError(
+            error = ApprovalError(
                 f"{request.id} was approved before in another way.",
                 hint="'luminaguard approvals approve ID' alone publishes it as it was; 'deny' takes it back.",
             )
+            self._runtime.approvals.refused(request.id, error)
+            raise error
 
     def approve_and_hand_over(self, request: Request, answer: Answer, *, again: Again | None = None) -> Request:
         """Approve an effect that is no changeset; whoever asked for it takes it with :meth:`hand_over`."""
@@ -286,7 +292,7 @@ class Decisions:
             ApprovalError: it is too late.
         """
         if request.state is State.APPROVED:
-            self._runtime.approvals.revoke(request.id, answer.verdict, answer.reason)
+            self._runtime.approvals.revoke(request.id, answer.verdict, answer.reason, answer.person)
             self._runtime.blobs.forget(request.id)
             return self._runtime.approvals.get(request.id)
         return self.decide(request, answer)
@@ -300,7 +306,9 @@ class Decisions:
         from luminaguard.approvals.grants import LONGEST_S, MOST_USES
 
         if request.judged.severity is Severity.CRITICAL or request.judged.people > 1:
-            raise ApprovalError("What is critical is asked for each time.", hint="Approve it without a grant.")
+            raise ApprovalError(
+                "What is critical, or needs two people, is asked for each time.", hint="Approve it without a grant."
+            )
         if answer.part is not None or answer.verdict is not Verdict.APPROVE:
             raise ApprovalError("A grant is made from the approval of all that was shown.", hint="Leave one out.")
         if not (0 < again.uses <= MOST_USES and 0 < again.seconds <= LONGEST_S):
@@ -321,8 +329,15 @@ class Decisions:
         Raises:
             ApprovalError: its outcome is known.
         """
-        self._runtime.approvals.finish(request_id, State.REFUSED, "closed by a person; the outcome stays unknown")
-        aside = self._runtime.publisher.set_aside(request_id)
+        request = self._runtime.approvals.get(request_id)
+        with self._runtime.publisher.lock(request.workspace):
+            if self._runtime.approvals.get(request_id).state is not State.UNKNOWN:
+                raise ApprovalError(
+                    f"{request_id} is {request.state.value}: its outcome is not unknown.",
+                    hint="Only what an interruption left open is closed; see 'luminaguard approvals show'.",
+                )
+            self._runtime.approvals.finish(request_id, State.REFUSED, "closed by a person; the outcome stays unknown")
+            aside = self._runtime.publisher.set_aside(request_id)
         return f"its journal is kept as {aside}" if aside else "there was no journal any more"
 
     # -- publishing -------------------------------------------------------------------------------------

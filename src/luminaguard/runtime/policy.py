@@ -92,9 +92,10 @@ def action_of(
                                      "exact": (("definition", _digest(definition)),), **common})  # fmt: skip
         case NetworkRequest(method, url):
             headers = {name.lower(): value for name, value in effect.headers}
+            exact = (("body", effect.body_sha256), ("headers", _digest(effect.headers)))
             return Action.from_json({"effect": "request", "method": method, "url": url, "bytes": effect.body_size,
                                      "arguments": {"headers": headers} if headers else {},
-                                     "exact": (("body", effect.body_sha256),), **common})  # fmt: skip
+                                     "exact": exact, **common})  # fmt: skip
         case SecretUse(name, purpose, host):
             return Action.from_json({"effect": "secret", "secret": name, "url": f"https://{host}/" if host else "",
                                      "exact": (("purpose", purpose),), **common})  # fmt: skip

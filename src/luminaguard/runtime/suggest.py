@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Suggestion", "suggestions"]
 
-_BY_PEOPLE = frozenset({"rule", "grant"})
+_BY_NOBODY = frozenset({"rule", "grant"})
 _MOST_PATHS = 50
+_OF_CONTENTS = frozenset({"binary"})
+"""Marks that only contents show, which are not kept: who approved them has seen this one; the others stay asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class _Seen:
     otherwise: bool = False
     paths: set[str] = field(default_factory=set)
     kinds: set[str] = field(default_factory=set)
-    marks: set[str] = field(default_factory=set)
+    marks: set[str] = field(default_factory=lambda: set(_OF_CONTENTS))
+    types: bool = False
     files: int = 0
     bytes: int = 0
     severity: Severity = Severity.LOW
@@ -57,6 +60,7 @@ class _Seen:
         self.approved += 1
         self.paths |= {change.path for change in changeset.changes}
         self.kinds |= {change.kind for change in changeset.changes}
+        self.types |= any(Mark.TYPE in marks_of(change) for change in changeset.changes)
         for change in changeset.changes:
             self.marks |= mark_words(marks_of(change))
         self.files = max(self.files, len(changeset))
@@ -69,9 +73,11 @@ def suggestions(runtime: Runtime, at_least: int) -> list[Suggestion]:
     """The rules that the history suggests, most often approved first."""
     seen: dict[tuple[str, tuple[str, ...]], _Seen] = defaultdict(_Seen)
     for request, decision in runtime.approvals.history():
-        if request.effect != "changeset" or decision is None or decision.person in _BY_PEOPLE:
+        if request.effect != "changeset" or decision is None or decision.person in _BY_NOBODY:
             continue
         found = seen[request.workspace, request.command]
+        if request.taint:
+            continue  # what follows untrusted input is looked at each time
         if request.state is not State.PUBLISHED or decision.part is not None:
             found.otherwise |= request.state in {State.DENIED, State.RETURNED, State.STOPPED, State.PUBLISHED}
             continue
@@ -81,7 +87,8 @@ def suggestions(runtime: Runtime, at_least: int) -> list[Suggestion]:
             found.otherwise = True  # what cannot be read any more proves nothing
     good = [(key, found) for key, found in seen.items()
             if found.approved >= max(1, at_least) and not found.otherwise and len(found.paths) <= _MOST_PATHS
-            and found.severity is not Severity.CRITICAL and _is_text(key[0], *key[1], *found.paths)]  # fmt: skip
+            and found.severity is not Severity.CRITICAL and not found.types
+            and _is_text(key[0], *key[1], *found.paths)]  # fmt: skip
     good.sort(key=lambda item: -item[1].approved)
     return [_suggestion(workspace, command, found) for (workspace, command), found in good]
 

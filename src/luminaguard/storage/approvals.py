@@ -277,7 +277,7 @@ class Approvals:
             self._move(t.connection, _request(row), State.STOPPED, "its task was stopped")
             t.record("request.stopped", request=row.id, digest=row.digest, task=task)
 
-    def revoke(self, request_id: str, verdict: Verdict = Verdict.DENY, reason: str = "") -> None:
+    def revoke(self, request_id: str, verdict: Verdict = Verdict.DENY, reason: str = "", person: str = "") -> None:
         """Take back an approval that was not used; with ``STOP``, the task is stopped, too.
 
         Raises:
@@ -290,7 +290,7 @@ class Approvals:
                 raise _not_now(request, State.DENIED)
             self._move(t.connection, request, verdict.state, reason)
             t.record("request.revoked", request=request_id, digest=request.digest, verdict=verdict.value,
-                     reason=visible(reason))  # fmt: skip
+                     reason=visible(reason), person=person)  # fmt: skip
             if verdict is Verdict.STOP and request.task:
                 self._stop_task(t, request.task, reason)
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Input, Label, Static
 from textual.worker import get_current_worker
@@ -158,7 +158,7 @@ class Inbox(_CliffScreen):
                 table.move_cursor(row=list(rows).index(at))
         else:
             for key, row in rows.items():
-                for name, value in zip(("age", "left"), row[1:3], strict=True):
+                for name, value in zip(("severity", "age", "left"), row[:3], strict=True):
                     table.update_cell(key, name, value)
         self._requests = {request.id: request for request in found}
         words = "" if found else "Nothing waits for a decision. What comes appears here by itself."
@@ -206,7 +206,7 @@ class Review(_CliffScreen):
         Binding("slash", "search", " Find", key_display="/"), Binding("n", "next_match", "Next", show=False),
         Binding("N", "previous_match", "Previous", show=False), Binding("i", "why", " Why"),
         Binding("tab", "app.focus_next", "Side", show=False),
-        Binding("q,escape", "back", " Back"),
+        Binding("escape,q", "back", " Back", key_display="q"),
     ]  # fmt: skip
 
     def __init__(self, request: Request) -> None:
@@ -222,8 +222,9 @@ class Review(_CliffScreen):
     def compose(self) -> ComposeResult:
         """The reasons above, the card below."""
         yield Label("", id="what", markup=False)
-        yield Static("", id="heading", markup=False)
-        yield Static("", id="loud", markup=False)
+        with VerticalScroll(id="reasons"):
+            yield Static("", id="heading", markup=False)
+            yield Static("", id="loud", markup=False)
         yield Horizontal(id="card")
         with Vertical(id="search-line", classes="hidden"):
             yield Input(placeholder="search in this change, then in the following ones", id="search")
@@ -245,7 +246,8 @@ class Review(_CliffScreen):
         self.query_one("#what", Label).update(what)
         if self._card is not None:
             lines.append(f"{self._card.title}   {self._card.digest[:26]}…")
-            lines += [f"{'! ' if fact.loud else ''}{fact.label}: {fact.value}" for fact in self._card.facts]
+            facts = sorted(self._card.facts, key=lambda fact: not fact.loud)
+            lines += [f"{'! ' if fact.loud else ''}{fact.label}: {fact.value}" for fact in facts]
         self.query_one("#heading", Static).update("\n".join(lines))
         severe = self._request.judged.severity in {Severity.HIGH, Severity.CRITICAL}
         self.query_one("#heading").set_class(severe, "severe")
@@ -280,7 +282,7 @@ class Review(_CliffScreen):
                 return
             item = card.outline(index)
             if LOUD & set(item.marks):
-                loud.append(f"! {item.path}   [{', '.join(mark.value for mark in item.marks if mark in LOUD)}]")
+                loud.append(f"! [{', '.join(mark.value for mark in item.marks if mark in LOUD)}] {item.path}")
         more = len(card) - _MOST_LOUD
         words = [f"LOOK TWICE at {len(loud)} of {len(card)}:", *loud[:4]] if loud else []
         words += [f"  and {len(loud) - 4} more, marked with ! on the left"] if len(loud) > 4 else []
@@ -349,7 +351,12 @@ class Review(_CliffScreen):
     # -- answers ----------------------------------------------------------------------------------------
 
     def action_back(self) -> None:
-        """Leave it waiting."""
+        """Leave it waiting; out of a search, only back to the card."""
+        line = self.query_one("#search-line")
+        if not line.has_class("hidden"):
+            line.add_class("hidden")
+            self.query_one(ChangeView).focus()
+            return
         self._leave(None)
 
     @work
@@ -357,18 +364,24 @@ class Review(_CliffScreen):
         """Approve all, or the part that is ticked."""
         await self._approve(None)
 
-    @work
-    async def action_grant(self) -> None:
+    @work(thread=True, exclusive=True, group="grant")
+    def action_grant(self) -> None:
         """Approve, and grant the same for what comes again."""
+        if self._request.judged.severity is Severity.CRITICAL:
+            self.app.call_from_thread(self.notify, "What is critical is asked for each time.", severity="warning")
+            return
         try:
             lines = self.desk.scope(self._request)
-        except LuminaGuardError as error:
-            self._refused(error)
+        except Exception as error:  # noqa: BLE001  # as above
+            self.app.call_from_thread(self._refused, error)
             return
+        self.app.call_from_thread(self._ask_for_a_grant, lines)
+
+    @work
+    async def _ask_for_a_grant(self, lines: list[str]) -> None:
         text = "Without asking, within exactly this:\n\n" + "\n".join(lines)
-        given = await self.app.push_screen_wait(
-            AskText("Grant: how often, during how many hours?", text, initial="10 8")
-        )
+        question = "Grant: how often, during how many hours?"
+        given = await self.app.push_screen_wait(AskText(question, text, initial="10 8"))
         if given is None:
             return
         try:
@@ -383,8 +396,8 @@ class Review(_CliffScreen):
             self.notify("Not opened yet.", severity="warning")
             return
         if self._request.judged.severity is Severity.CRITICAL:
-            reason = f"CRITICAL: {self._request.judged.reason}\nType '{_CONFIRM}' to go on."
-            if await self.app.push_screen_wait(AskText("A second step", visible(reason), must_be=_CONFIRM)) is None:
+            reason = f"CRITICAL: {visible(self._request.judged.reason)}\nType '{_CONFIRM}' to go on."
+            if await self.app.push_screen_wait(AskText("A second step", reason, must_be=_CONFIRM)) is None:
                 return
         part = None
         if left_out := self.query_one(ChangeTree).left_out:
@@ -404,6 +417,9 @@ class Review(_CliffScreen):
     @work
     async def action_stop(self) -> None:
         """Stop the task."""
+        if not self._request.task:
+            self.notify("It belongs to no task: deny it.", severity="warning")
+            return
         await self._say_no(Verdict.STOP, "Stop the task: why? (may be empty)")
 
     async def _say_no(self, verdict: Verdict, question: str) -> None:
@@ -431,6 +447,8 @@ class Review(_CliffScreen):
 
     def _done(self, words: str) -> None:
         self.notify(words, timeout=5, markup=False)
+        while not self.is_current and len(self.app.screen_stack) > 1:  # a dialog that was opened meanwhile
+            self.app.pop_screen()
         self._leave(None)
 
     def _refused(self, error: Exception) -> None:
@@ -470,6 +488,8 @@ class Review(_CliffScreen):
 
     def action_search(self) -> None:
         """Ask for a text."""
+        if not self.query(ChangeView):
+            return
         self.query_one("#search-line").remove_class("hidden")
         self.query_one("#search", Input).focus()
 

@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+from luminaguard.actions.model import Severity
 from luminaguard.approvals.model import Request, State, Verdict
 from luminaguard.approvals.words import answered
 from luminaguard.effects.card import CardItem, ChangesetCard, DiffCard, Fact, card_title
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from luminaguard.runtime.decisions import Again, Answer
 
 __all__ = ["Desk", "OpenCard", "Raw"]
+
+
+_MOST_OPEN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class OpenCard:
         self._closing = ExitStack()
         self._lock = threading.Lock()
         self._known: dict[int, CardItem] = {}
+        self._opened: dict[str, int] = {}
         effect = runtime.approvals.effect(request.id)
         self._whole: DiffCard | None = None
         self._lazy: ChangesetCard | None = None
@@ -88,12 +94,21 @@ class OpenCard:
         change = self.changeset.changes[index] if self.changeset else None
         if change is None or not isinstance(change.after, FileEntry) or not change.after.size:
             return None
-        try:
-            fd = self._runtime.blobs.open(self.request.id, change.after.sha256)
-        except StorageError:
-            return None
-        self._closing.callback(os.close, fd)
-        return Raw(change.after.size, lambda offset, count: os.pread(fd, count, offset))
+        with self._lock:
+            if change.after.sha256 not in self._opened:
+                try:
+                    fd = self._runtime.blobs.open(self.request.id, change.after.sha256)
+                except StorageError:
+                    return None
+                if len(self._opened) >= _MOST_OPEN:
+                    os.close(self._opened.pop(next(iter(self._opened))))
+                self._opened[change.after.sha256] = fd
+        return Raw(change.after.size, partial(self._read, change.after.sha256))
+
+    def _read(self, sha256: str, offset: int, count: int) -> bytes:
+        with self._lock:
+            fd = self._opened.get(sha256)
+            return b"" if fd is None else os.pread(fd, count, offset)
 
     def with_needed(self, index: int) -> frozenset[int]:
         """This change and those that it cannot be made without."""
@@ -117,6 +132,10 @@ class OpenCard:
 
     def close(self) -> None:
         """Let go of the folder and the contents."""
+        with self._lock:
+            for fd in self._opened.values():
+                os.close(fd)
+            self._opened.clear()
         self._closing.close()
 
 
@@ -141,7 +160,7 @@ class Desk:
         """What waits for an answer, the most severe first, then the oldest."""
         with self._lock:
             found = [self._looked_at(request) for request in self._runtime.approvals.list()
-                     if request.state is State.PENDING and self.only in {None, request}]  # fmt: skip
+                     if request.state is State.PENDING]  # fmt: skip
         found = [request for request in found if request.state is State.PENDING]
         return sorted(found, key=lambda request: (_rank(request), request.created_ns))
 
@@ -207,4 +226,4 @@ class Desk:
 
 
 def _rank(request: Request) -> int:
-    return -["low", "medium", "high", "critical"].index(request.judged.severity.value)
+    return -list(Severity).index(request.judged.severity)

@@ -161,6 +161,8 @@ class ChangeTree(_Rows):
         """The mouse chooses; a second click on it toggles."""
         number = int(event.y + self.scroll_offset.y)
         if number < len(self.rows) and self.rows[number].index is not None:
+            if number == self.current and self.has_focus:
+                self.action_leave_out()
             self._set(number, 1)
 
     def watch_has_focus(self, value: bool) -> None:
@@ -202,7 +204,7 @@ class ChangeView(_Rows):
     def _lay_out(self) -> None:
         self._rows = side_by_side(self._unified) if self.two_columns else self._unified
         count = len(self._rows) + (byte_rows(self._raw.size) if self._raw else 0)
-        widest = max((cell_len(row.text) for row in self._rows[:5000]), default=1)
+        widest = max((cell_len(row.text.expandtabs(_TAB)) for row in self._rows), default=1)
         self.virtual_size = Size(1 if self.two_columns else max(widest + _TAB, 80 if self._raw else 1), count)
         self.refresh()
 
