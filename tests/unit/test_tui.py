@@ -317,6 +317,7 @@ def test_markup_in_names_is_no_markup(runtime, workspace):
     drive(runtime, steps)
 
 
+@pytest.mark.slow
 def test_fifty_thousand_changes_open_and_scroll(runtime, tmp_path):
     folder = tmp_path / "w"
     folder.mkdir()

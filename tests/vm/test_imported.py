@@ -102,6 +102,7 @@ def test_a_pool_keeps_its_machines_too(containers, workspace):
         assert containers.run("pool", "status", "--json").json["status"]["hits"] == 1
 
 
+@pytest.mark.slow
 def test_the_image_is_listed_with_its_origin_and_another_can_be_used_again(containers, workspace):
     (of_container,) = containers.run("image", "list", "--json").json["images"]
     assert of_container["container"].startswith("sha256:")

@@ -54,7 +54,9 @@ def test_the_liar_is_believed_while_it_tells_the_truth(liars, workspace):
     assert (workspace / "a.txt").read_text() == "one\ntwo\nmore\n"
 
 
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize(
+    "lie", [pytest.param(lie, marks=[pytest.mark.slow] * (lie == "silent-changes")) for lie in LIES]
+)
 def test_a_lie_is_refused_and_nothing_is_written(liars, workspace, lie):
     before = snapshot(workspace.parent)
     endless = lie in {"never-answers", "floods-output"}

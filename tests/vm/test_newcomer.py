@@ -29,6 +29,7 @@ def interrupted(argv: list[str], number: int, after_s: float, **options) -> int:
         return process.wait(60)
 
 
+@pytest.mark.slow
 def test_building_an_image_can_be_interrupted_anywhere(cache, tmp_path):
     own = tmp_path / "cache"
     own.mkdir()

@@ -356,6 +356,7 @@ def test_after_the_computer_slept_nobody_gets_a_clone_from_before(runtime, disk)
     run(scenario)
 
 
+@pytest.mark.slow
 def test_a_pool_that_was_frozen_with_its_machines_goes_on(home, workspace):
     """As a suspended computer is: everything stands still, and then the clocks are behind."""
     with home.serving() as lender:
@@ -391,6 +392,7 @@ def test_a_hypervisor_at_the_memory_limit_of_its_cgroup_is_one_typed_error(runti
     run(scenario)
 
 
+@pytest.mark.slow
 def test_host_memory_is_not_multiplied_by_the_clones_of_a_large_workspace(runtime, tmp_path):
     """200 MiB of files, six machines on them: what each has for itself is not the workspace."""
     large = tmp_path / "large"
@@ -606,6 +608,7 @@ def test_a_lender_that_is_killed_is_an_error_for_the_borrower(home, workspace):
     assert home.exec(workspace, "true").code == 0
 
 
+@pytest.mark.slow
 def test_killing_the_owner_of_many_machines_leaves_none(home):
     count = "20"
     variables = {"LUMINAGUARD_POOL_MINIMUM": count, "LUMINAGUARD_POOL_MAXIMUM": count}

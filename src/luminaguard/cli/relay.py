@@ -135,6 +135,8 @@ class Relay:
                     continue
                 data = _read()
             if not data:
+                if self._terminal:  # keys that go through as they are have no end: the terminal is gone
+                    await self._pass(signal.SIGHUP)
                 await call.write_eof()
                 return
             await call.write(data)

@@ -136,6 +136,8 @@ def _read(folder: Path, name: str, *, follow: bool) -> RulesFile | None:
             return None
         raise _unreadable(name, "it is a link to nothing") from None
     except OSError as error:
+        if not os.access(folder, os.R_OK | os.X_OK):
+            return None  # the whole folder cannot be used, and whoever uses it says so
         raise _unreadable(name, str(error.strerror)) from error
     finally:
         os.close(folder_fd)
