@@ -192,11 +192,11 @@ def _on_alarm(_number: int, frame: FrameType | None) -> None:
 
 
 def _not_here(frame: FrameType | None) -> bool:
-    """Whether a module is being loaded, or the command line still read: of our own code, nothing has begun yet."""
+    """Whether a module is being loaded, the command line still read, or this module at work itself."""
     begun = False
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith("<frozen importlib"):
+        if name.startswith("<frozen importlib") or name == __file__:
             return True
         if name.startswith(_PACKAGE):
             if not begun and (os.path.basename(name), frame.f_code.co_name) == ("app.py", "run"):
