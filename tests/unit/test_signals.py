@@ -57,7 +57,8 @@ def test_a_signal_while_signals_begin_to_be_held_leaves_nothing_open():
     script = (
         "import os, signal, socket\nfrom luminaguard.cli import signals\n"
         "signals.install()\npair = socket.socketpair\n"
-        "def made():\n    ends = pair()\n    os.kill(os.getpid(), signal.SIGINT)\n    sum(range(1000))\n    return ends\n"
+        "def made():\n    ends = pair()\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    sum(range(1000))\n    return ends\n"
         "socket.socketpair = made\n"
         "try:\n    with signals.held() as held:\n        import time\n        time.sleep(0.1)\n        print('whole')\n"
         "except signals.Interrupted as end:\n    print(end.exit_code)\n"
