@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from enum import Enum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
@@ -31,29 +31,29 @@ _HOST = re.compile(r"(?:[^\W_][\w-]*\.)*[^\W_][\w-]*|[0-9a-f:]+")
 _MAX_NAME, _MAX_FILES = 4096, 100_000
 
 
-class Risk(Enum):
+class _Ordered(Enum):
+    """Members compare in the order in which they stand: what comes later is stricter."""
+
+    def __lt__(self, other: Self) -> bool:
+        order = list(type(self))
+        return order.index(self) < order.index(other)
+
+
+class Risk(_Ordered):
     """What becomes of an action."""
 
     GREEN = "GREEN"
     RED = "RED"
     FORBIDDEN = "FORBIDDEN"
 
-    def __lt__(self, other: Risk) -> bool:
-        order = list(Risk)
-        return order.index(self) < order.index(other)
 
-
-class Severity(Enum):
+class Severity(_Ordered):
     """How much attention a decision deserves."""
 
     LOW = "low"
     MEDIUM = "medium"
     HIGH = "high"
     CRITICAL = "critical"
-
-    def __lt__(self, other: Severity) -> bool:
-        order = list(Severity)
-        return order.index(self) < order.index(other)
 
 
 def mark_words(marks: tuple[Mark, ...]) -> frozenset[str]:
