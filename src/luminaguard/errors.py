@@ -28,6 +28,8 @@ raises; only the command line exits.
     ├── ChangesetRefused                 122  what the guest reported may not be published
     ├── ApprovalError                    122  a request cannot be decided, or a decision not used
     │   ├── Forbidden                         a rule does not let it be asked for
+    │   │   └── TaskStopped                   a person stopped the task that it belongs to
+    │   ├── ApprovalNeeded           120      it may not even be rehearsed before a person said so
     │   ├── PolicyChanged                     other rules hold than when it was shown
     │   └── RequestNotFound
     ├── PublishError                     122  nothing was published
@@ -50,6 +52,7 @@ __all__ = [
     "EXIT_UNAVAILABLE",
     "ActionInvalid",
     "ApprovalError",
+    "ApprovalNeeded",
     "BootFailed",
     "ChangesetRefused",
     "CommandTooLong",
@@ -76,6 +79,7 @@ __all__ = [
     "RequestNotFound",
     "SettingsError",
     "StorageError",
+    "TaskStopped",
     "Unavailable",
     "WorkspaceChanged",
     "WorkspaceError",
@@ -215,6 +219,31 @@ class ApprovalError(LuminaGuardError):
 
 class Forbidden(ApprovalError):
     """A rule forbids it: nobody is asked."""
+
+
+class TaskStopped(Forbidden):
+    """A person stopped the task: nothing more is asked, approved or done for it."""
+
+    def __init__(self, task: str, why: str, *, kept: str = "Nothing was changed.") -> None:
+        super().__init__(
+            f"Task {task!a} was stopped by a person{f': {ascii(why)[1:-1]}' if why else ''}.",
+            hint="Begin another task, if that is what they want.",
+            kept=kept,
+        )
+
+
+class ApprovalNeeded(ApprovalError):
+    """Something waits for a person's answer before it is even rehearsed; ``request_id`` names it."""
+
+    exit_code = EXIT_PENDING
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"A rule wants a person's answer before this runs: {request_id} waits.",
+            hint=f"Decide with 'luminaguard approvals approve {request_id}', then run it again.",
+            kept="Nothing ran.",
+        )
+        self.request_id = request_id
 
 
 class PolicyChanged(ApprovalError):

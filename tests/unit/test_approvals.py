@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from luminaguard.approvals import Decision, Request, State, Verdict, key_id, sign
+from luminaguard.approvals import Decision, Request, State, Verdict, key_id, sign, verify
 from luminaguard.effects import Change, Changeset, FileEntry
 from luminaguard.errors import ApprovalError, LedgerError, RequestNotFound, StorageError
 from luminaguard.storage.approvals import Approvals
@@ -275,13 +275,40 @@ def test_the_ledgers_clock_does_not_go_back(desk):
 
 def test_an_approval_that_was_not_used_can_be_taken_back(desk):
     request = desk.request()
+    no = desk.decision(request, Verdict.DENY)
     with pytest.raises(ApprovalError):
-        desk.approvals.revoke(request.id)
+        desk.approvals.take_back(no, desk.keys)
     desk.decide(request)
-    desk.approvals.revoke(request.id)
+    forged = dataclasses.replace(no, reason="I never said so")
+    elsewhere = sign(dataclasses.replace(no, workspace="/other"), desk.key)
+    for wrong in (forged, elsewhere, desk.decision(request)):
+        with pytest.raises(ApprovalError):
+            desk.approvals.take_back(wrong, desk.keys)
+        assert desk.approvals.get(request.id).state is State.APPROVED
+    desk.approvals.take_back(no, desk.keys)
     with pytest.raises(ApprovalError):
         desk.claim(request)
     assert desk.approvals.get(request.id).state is State.DENIED
+
+
+def test_who_took_an_approval_back_can_be_verified_in_the_ledger(desk):
+    request = desk.request()
+    desk.decide(request)
+    desk.approvals.take_back(desk.decision(request, Verdict.DENY), desk.keys)
+    body = next(json.loads(entry.body) for entry in desk.ledger.entries() if entry.kind == "request.revoked")
+    fields = {name: body[name] for name in Decision.__dataclass_fields__} | {
+        "verdict": Verdict(body["verdict"]), "signature": bytes.fromhex(body["signature"])}  # fmt: skip
+    verify(Decision(**fields), desk.keys)
+
+
+def test_an_approval_ends_with_a_rule_that_forbids_what_it_is_for(desk):
+    request = desk.request()
+    with pytest.raises(ApprovalError):
+        desk.approvals.void(request.id, "never")
+    desk.decide(request)
+    desk.approvals.void(request.id, "never")
+    with pytest.raises(ApprovalError):
+        desk.claim(request)
 
 
 @pytest.mark.parametrize("column", ["command", "state", "body", "severity", "taint"])

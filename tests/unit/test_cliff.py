@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,12 +13,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from luminaguard.actions.model import Action
 from luminaguard.approvals import Judged, Scope, State, Verdict
-from luminaguard.effects.outside import NetworkRequest, RemoteCall, SecretUse, outside_from_json
+from luminaguard.effects.outside import NetworkRequest, RemoteCall, SecretUse, ToolRun, outside_from_json
 from luminaguard.effects.outside_card import make_outside_card
+from luminaguard.effects.page import page
 from luminaguard.effects.render import render
 from luminaguard.errors import (
     ActionInvalid,
     ApprovalError,
+    ApprovalNeeded,
     ChangesetRefused,
     Forbidden,
     LuminaGuardError,
@@ -376,7 +379,10 @@ REQUEST = NetworkRequest("POST", "http://api.example/x?k=v", (("X-A", "b"),), 20
 SECRET = SecretUse("deploy-token", "push", "git.example")
 
 
-@pytest.mark.parametrize("effect", [CALL, REQUEST, SECRET])
+RUN = ToolRun("exec", {"command": ["make", "deploy\x1b[2J"]}, "/srv/site")
+
+
+@pytest.mark.parametrize("effect", [CALL, REQUEST, SECRET, RUN])
 def test_every_effect_is_asked_for_shown_and_handed_over_once(runtime, effect):
     request = ask_for(runtime, effect)
     stored = runtime.approvals.effect(request.id)
@@ -403,6 +409,81 @@ def test_cards_say_all_and_draw_nothing():
         fact.value for fact in make_outside_card(dataclasses.replace(CALL, pinned=None)).facts
     )
     assert "git.example" in make_outside_card(SECRET).facts[2].value
+
+
+HELD_BACK = (
+    '[[policy.rules]]\nname = "deploys"\nrisk = "RED"\nreason = "It deploys."\n'
+    'when = { effect = "run", command = "*deploy*" }\n'
+)
+
+
+def test_a_tool_that_a_rule_holds_back_runs_once_for_each_approval(runtime):
+    rules(runtime, HELD_BACK)
+
+    def permit(run=RUN, task="t"):
+        runtime.decisions.permit(run, runtime.policy(None), task, frozenset({"web"}))
+
+    permit(ToolRun("exec", {"command": ["make", "all"]}, "/srv/site"))
+    with pytest.raises(ApprovalNeeded) as first:
+        permit()
+    with pytest.raises(ApprovalNeeded) as second:
+        permit()
+    assert first.value.request_id == second.value.request_id  # it does not ask twice for the same
+    request = runtime.approvals.get(first.value.request_id)
+    assert (request.judged.reason, request.taint, request.command[0]) == ("It deploys.", ("web",), "exec")
+    card = "\n".join(line for _, line in render(runtime.decisions.card(request)))
+    assert "deploy\\u001b[2J" in card and "\x1b" not in card
+    runtime.decisions.approve_and_hand_over(request, YES)
+    for other in (dataclasses.replace(RUN, workspace="/srv/other"), dataclasses.replace(RUN, tool="shell")):
+        with pytest.raises(ApprovalNeeded):
+            permit(other)
+    with pytest.raises(ApprovalNeeded):
+        permit(task="another")
+    permit()
+    assert runtime.approvals.get(request.id).state is State.DONE
+    with pytest.raises(ApprovalNeeded) as again:
+        permit()
+    assert again.value.request_id != request.id
+    rules(runtime, HELD_BACK.replace("RED", "FORBIDDEN"))
+    with pytest.raises(Forbidden):
+        permit()
+    assert kinds(runtime)[-1] == "run.forbidden"
+
+
+def test_a_grant_lets_a_held_back_tool_run_again(runtime):
+    rules(runtime, HELD_BACK)
+    with pytest.raises(ApprovalNeeded) as needed:
+        runtime.decisions.permit(RUN, runtime.policy(None), "t", frozenset())
+    request = runtime.approvals.get(needed.value.request_id)
+    runtime.decisions.approve_and_hand_over(request, YES, again=Again(1, 600))
+    for _ in range(2):  # the approval itself, then the grant
+        runtime.decisions.permit(RUN, runtime.policy(None), "t", frozenset())
+    with pytest.raises(ApprovalNeeded):
+        runtime.decisions.permit(RUN, runtime.policy(None), "t", frozenset())
+
+
+class Markup(HTMLParser):
+    """Which elements a page has, and its text."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.text = set(), ""
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.add(tag)
+        assert all(not name.startswith("on") and name not in {"src", "href", "style"} for name, _ in attrs)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_shows_what_the_terminal_shows_and_markup_is_text():
+    hostile = dataclasses.replace(CALL, tool="</title><script>x</script>", arguments={"a": '"><img src=x onerror=y>'})
+    lines = list(render(make_outside_card(hostile)))
+    found = Markup()
+    found.feed(page("</title><b>", lines))
+    assert found.elements <= {"html", "head", "meta", "title", "style", "body", "main", "div"}
+    assert all(line in found.text for _, line in lines)
 
 
 def test_a_call_that_was_interrupted_between_claim_and_end_may_have_been_done(runtime):
@@ -439,8 +520,13 @@ def test_taint_stays_with_its_task(runtime, tmp_path):
 # -- any order of everything ----------------------------------------------------------------------------------------
 
 
+class Crash(BaseException):
+    """The process ends here."""
+
+
 class CliffMachine(RuleBasedStateMachine):
-    """Ask, answer, grant, revoke, expire, restart, change the rules: never an effect without a valid approval."""
+    """Ask, answer, grant, revoke, expire, crash, restart, change the rules, ask for two people: never an effect
+    without a valid approval, never twice, and the folder always holds exactly what was published last."""
 
     @initialize()
     def start(self):
@@ -453,8 +539,11 @@ class CliffMachine(RuleBasedStateMachine):
         self.workspace.mkdir()
         (self.workspace / "f").write_text("0")
         self.runtime = open_runtime(self.base / "home")
-        self.requests, self.allowed, self.published, self.content, self.uses = {}, set(), [], 0, 0
-        self.forbidden = False
+        self.requests, self.published, self.content, self.uses = {}, [], 0, 0
+        self.contents, self.inside = {}, "0"
+        self.forbidden, self.people = False, 1
+        self.runtime.approvers.add("ada", "a long passphrase")
+        self.ada = self.runtime.approvers.unlock("ada", "a long passphrase")
 
     @rule(ttl=st.sampled_from([10**12, 1]))
     def ask(self, ttl):
@@ -466,26 +555,66 @@ class CliffMachine(RuleBasedStateMachine):
             return
         assert not self.forbidden
         self.requests[request.id] = (request, ttl)
+        self.contents[request.id] = str(self.content)
 
     def _some(self, number):
         keys = sorted(self.requests, key=lambda key: self.requests[key][0].created_ns)
         return self.requests[keys[number % len(keys)]] if keys else None
 
-    @rule(number=st.integers(0, 9), again=st.booleans(), twice=st.booleans())
-    def approve(self, number, again, twice):
+    def _published(self, request_id):
+        """It is in the folder now: was it right?"""
+        assert not self.forbidden and request_id not in self.published
+        assert self.requests[request_id][1] > 1
+        approvers = {d.approver for d in self.runtime.approvals.decisions(request_id)}
+        assert len(approvers) >= self.people
+        self.published.append(request_id)
+        self.inside = self.contents[request_id]
+
+    @rule(number=st.integers(0, 9), again=st.booleans(), twice=st.booleans(), ada=st.booleans())
+    def approve(self, number, again, twice, ada):
         if not (found := self._some(number)):
             return
-        request, ttl = found
+        answer = dataclasses.replace(YES, person="ada", key=self.ada) if ada else YES
         for _ in range(1 + twice):
+            request = self.runtime.approvals.get(found[0].id)
             try:
                 grant = Again(2, 600) if again else None
-                done = self.runtime.decisions.approve_and_publish(request, YES, again=grant)
-                assert done.state is State.PUBLISHED
-                assert ttl > 1 and not self.forbidden and request.id not in self.published
-                self.published.append(request.id)
-                self.uses += 2 if again else 0
+                done = self.runtime.decisions.approve_and_publish(request, answer, again=grant)
             except LuminaGuardError:
-                pass
+                continue
+            if done.state is State.PUBLISHED:
+                self._published(request.id)
+                self.uses += 2 if again else 0
+            else:
+                assert done.state is State.PENDING and self.people == 2
+
+    @rule(number=st.integers(0, 9), at=st.integers(0, 6))
+    def crash(self, number, at):
+        """The process ends in the middle; the next one recovers."""
+        if not (found := self._some(number)):
+            return
+        left = [at]
+
+        def step(_):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Crash
+
+        request = self.runtime.approvals.get(found[0].id)
+        was = request.state
+        try:
+            if self.runtime.decisions.approve_and_publish(request, YES, step=step).state is State.PUBLISHED:
+                self._published(request.id)
+            return
+        except LuminaGuardError:
+            return
+        except Crash:
+            assert was in {State.PENDING, State.APPROVED}
+        self.restart()
+        ended = self.runtime.approvals.get(request.id).state
+        assert ended in {State.PUBLISHED, State.REFUSED}
+        if ended is State.PUBLISHED:
+            self._published(request.id)
 
     @rule(number=st.integers(0, 9), verdict=st.sampled_from([Verdict.DENY, Verdict.RETURN, Verdict.STOP]))
     def say_no(self, number, verdict):
@@ -504,11 +633,10 @@ class CliffMachine(RuleBasedStateMachine):
         if request.state is not State.PENDING or not (answer := self.runtime.decisions.without_asking(request)):
             return
         self.uses -= 1
-        assert self.uses >= 0
+        assert self.uses >= 0 and self.people == 1
         try:
             self.runtime.decisions.approve_and_publish(request, answer)
-            assert not self.forbidden
-            self.published.append(request.id)
+            self._published(request.id)
         except LuminaGuardError:
             pass
 
@@ -519,10 +647,10 @@ class CliffMachine(RuleBasedStateMachine):
                 self.uses -= standing.grant.limits.uses - standing.uses
                 self.runtime.grants.revoke(standing.grant.id)
 
-    @rule(forbid=st.booleans())
-    def change_rules(self, forbid):
-        rules(self.runtime, FORBID if forbid else "")
-        self.forbidden = forbid
+    @rule(forbid=st.booleans(), two=st.booleans())
+    def change_rules(self, forbid, two):
+        rules(self.runtime, '[policy]\ntwo_people_from = "low"\n' * two + FORBID * forbid)
+        self.forbidden, self.people = forbid, 1 + two
 
     @rule()
     def restart(self):
@@ -538,6 +666,8 @@ class CliffMachine(RuleBasedStateMachine):
             claimed = [body["request"] for body in bodies]
             assert len(claimed) == len(set(claimed))
             assert set(self.published) <= set(claimed)
+            assert (self.workspace / "f").read_text() == self.inside
+            assert [p.name for p in self.workspace.iterdir()] == ["f"]
 
     def teardown(self):
         if hasattr(self, "runtime"):

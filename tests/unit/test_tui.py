@@ -19,9 +19,10 @@ from luminaguard.runtime import Runtime
 from luminaguard.runtime.decisions import Answer
 from luminaguard.settings import Folders, load_settings
 from luminaguard.testing.requests import ask_for, ask_for_changes
-from luminaguard.tui import app as tui
-from luminaguard.tui.app import CliffApp, Inbox, Review
+from luminaguard.tui.app import CliffApp
 from luminaguard.tui.desk import Desk
+from luminaguard.tui.inbox import Inbox
+from luminaguard.tui.review import Review
 from luminaguard.tui.rows import Row, TreeRow, byte_row, byte_rows, side_by_side, tree, unified
 from luminaguard.tui.syntax import coloured, lexer_for
 from luminaguard.tui.themes import THEMES
@@ -207,6 +208,63 @@ def test_asked_about_one_request_the_answer_is_returned(runtime, workspace):
     answer = drive(runtime, steps, only=request)
     assert (answer.verdict, answer.part) == (Verdict.APPROVE, None)
     assert runtime.approvals.get(request.id).state is State.PENDING  # whoever asked carries it out
+
+
+def test_two_people_answer_one_after_the_other(runtime, workspace):
+    (runtime.folders.config / "luminaguard.toml").write_text('[policy]\ntwo_people_from = "low"\n')
+    runtime.approvers.add("ada", "a long passphrase")
+    request = ask_for_changes(runtime, workspace, {"a.txt": b"new\n"})
+
+    def heading(app):
+        return str(app.screen.query_one("#heading", Static).render())
+
+    async def steps(app, pilot):
+        await opened(app, pilot)
+        assert "2 different people must approve it" in heading(app) and "waits 59 min more" in heading(app)
+        await pilot.press("a")
+        await until(pilot, lambda: runtime.approvals.decisions(request.id))
+        await until(pilot, lambda: isinstance(app.screen, Inbox))
+        await opened(app, pilot)
+        await until(pilot, lambda: "so far: owner" in heading(app))
+        for phrase in ("a wrong passphrase", "a long passphrase"):
+            await pilot.press("p")
+            await until(pilot, lambda: app.screen.query(".dialog"))
+            app.screen.query_one(Input).value = "ada"
+            await pilot.press("enter")
+            await until(pilot, lambda: app.screen.query(Input) and app.screen.query_one(Input).password)
+            app.screen.query_one(Input).value = phrase
+            assert phrase not in picture(app)
+            await pilot.press("enter")
+            await until(pilot, lambda: isinstance(app.screen, Review))
+            assert phrase == "a long passphrase" or "answering as" not in heading(app)
+        await until(pilot, lambda: "answering as ada" in heading(app))
+        await pilot.press("a")
+        await until(pilot, lambda: runtime.approvals.get(request.id).state is State.PUBLISHED)
+
+    drive(runtime, steps)
+    assert (workspace / "a.txt").read_text() == "new\n"
+    assert [d.person for d in runtime.approvals.decisions(request.id)] == ["owner", "ada"]
+    assert [e.kind for e in runtime.ledger.entries()].count("approver.refused") == 1
+
+
+def test_two_columns_are_moved_sideways_together(runtime, workspace):
+    (workspace / "a.txt").write_text("old " + "x" * 200 + " END1\n")
+    ask_for_changes(runtime, workspace, {"a.txt": b"new " + b"y" * 200 + b" END2\n"})
+
+    async def steps(app, pilot):
+        await opened(app, pilot)
+        await pilot.press("v")
+        view = app.screen.query_one(ChangeView)
+        view.focus()
+        await until(pilot, lambda: view.two_columns)
+        assert not any("END" in row for row in text_of(view))
+        for _ in range(400):
+            await pilot.press("right")
+            if any("END1" in row and "END2" in row for row in text_of(view)):
+                return
+        raise AssertionError(text_of(view))
+
+    drive(runtime, steps)
 
 
 def test_an_answer_elsewhere_closes_the_request(runtime, workspace):
@@ -410,7 +468,7 @@ def test_a_refusal_is_told_and_the_request_stays(runtime, workspace):
 
 
 def test_an_error_inside_is_raised_after_the_terminal_is_back(runtime, monkeypatch, capsys):
-    monkeypatch.setattr(tui.Inbox, "on_mount", lambda self: 1 / 0)
+    monkeypatch.setattr(Inbox, "on_mount", lambda self: 1 / 0)
     app = CliffApp(Desk(runtime))
     with pytest.raises(ZeroDivisionError):
         app.see_through()

@@ -284,7 +284,7 @@ def test_a_shell_on_a_terminal_asks_and_publishes(home, workspace):
         os.write(fd, b"stty size; tty; echo typed > t\n")
         read_until(fd, b"/dev/pts/")
         os.write(fd, b"exit\n")
-        asked = read_until(fd, b"behind them): ")
+        asked = read_until(fd, b"another person): ")
         assert b"+typed" in asked
         assert not (workspace / "t").exists()
         os.write(fd, b"y\n")
@@ -309,7 +309,7 @@ def test_a_command_leaves_no_terminal_state_under_the_card(home, workspace):
     spoil = r"printf '\033[?1049h\033[5;6r\033]4;1;rgb:00/00/00\007\033[8m\033[?25l'; echo x > n"
     pid, fd = on_a_terminal(home, "exec", "-w", str(workspace), "--", "sh", "-c", spoil)
     try:
-        shown = read_until(fd, b"behind them): ")
+        shown = read_until(fd, b"another person): ")
         card = shown[: shown.index(b"1 created")]
         spoiled = card.rindex(b"\x1b[8m")
         for reset in (b"\x1b[?1049l", b"\x1b[r", b"\x1b]104", b"\x1b[0m", b"\x1b[?25h"):
@@ -341,7 +341,7 @@ def test_keys_typed_before_the_question_answer_nothing():
     try:
         read_until(fd, b"ready")
         os.write(fd, b"y\n")
-        read_until(fd, b"behind them): ")
+        read_until(fd, b"another person): ")
         os.write(fd, b"n\n")
         read_until(fd, b"answer deny")
     finally:
@@ -363,6 +363,40 @@ def test_folders_nested_without_end_are_refused_and_nothing_breaks(home, workspa
     assert result.json["status"] == "refused"
     assert result.json["error"]["hint"]
     assert not (workspace / "d").exists()
+
+
+def test_a_command_that_a_rule_holds_back_runs_once_it_was_approved(home, workspace):
+    rule = ('[[policy.rules]]\nname = "deploys"\nrisk = "RED"\nreason = "It deploys."\n'
+            'when = { effect = "run", command = "*deploy*" }\n')  # fmt: skip
+    (home.folder / "config").mkdir(mode=0o700, exist_ok=True)
+    (home.folder / "config" / "luminaguard.toml").write_text(rule)
+    command = ("sh", "-c", "echo deployed; exit 3")
+    first = home.exec(workspace, *command)
+    assert (first.code, first.json["stdout"], first.json["vm"]) == (120, "", None)
+    (waiting,) = home.run("approvals", "list", "--json").json["requests"]
+    assert (waiting["effect"], waiting["judged"]["reason"]) == ("run", "It deploys.")
+    assert "echo deployed" in home.run("approvals", "show", waiting["id"]).err
+    assert "<title>" in home.run("approvals", "show", waiting["id"], "--html").out
+    assert home.run("approvals", "approve", waiting["id"]).code == 0
+    assert home.exec(workspace, "sh", "-c", "echo another deploy").code == 120
+    again = home.exec(workspace, *command)
+    assert (again.code, again.json["stdout"]) == (3, "deployed\n")
+    assert home.exec(workspace, *command).code == 120  # once
+
+
+def test_a_held_back_command_is_asked_about_at_the_terminal(home, workspace):
+    (home.folder / "config").mkdir(mode=0o700, exist_ok=True)
+    (home.folder / "config" / "luminaguard.toml").write_text(
+        '[[policy.rules]]\nname = "all"\nrisk = "RED"\nreason = "Ask."\nwhen = { effect = "run" }\n'
+    )
+    for answer, seen, code in ((b"y\n", b"ran here", 4), (b"n not now\n", b"not now", 122)):
+        pid, fd = on_a_terminal(home, "exec", "-w", str(workspace), "--", "sh", "-c", "echo ran $0; exit 4", "here")
+        assert b"ran here" not in read_until(fd, b"another person): ")
+        os.write(fd, answer)
+        read_until(fd, seen)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == code
+        os.close(fd)
 
 
 # -- what a terminal, a pipe and a second process do to it -----------------------------------------------

@@ -165,7 +165,7 @@ def on_a_terminal_until(wanted: bytes, home, *arguments: str) -> tuple[int, int,
 
 
 def test_a_terminal_that_is_closed_at_the_question_leaves_the_request_waiting(home, workspace):
-    pid, fd, _ = on_a_terminal_until(b"behind them): ", home, "exec", "-w", str(workspace), "--", "touch", "new")
+    pid, fd, _ = on_a_terminal_until(b"another person): ", home, "exec", "-w", str(workspace), "--", "touch", "new")
     os.close(fd)
     # Its end of file and the hang-up come together.
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in {120, 129}
@@ -219,7 +219,7 @@ def test_a_question_that_is_not_answered_leaves_the_request_waiting(home, worksp
         if not piece:
             break
         said += piece
-        if b"behind them): " in said and not asked:
+        if b"another person): " in said and not asked:
             asked = True
             os.write(fd, answer) if isinstance(answer, bytes) else os.kill(pid, answer)
     os.close(fd)

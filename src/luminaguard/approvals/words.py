@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from luminaguard.actions.model import Severity
@@ -9,16 +10,24 @@ from luminaguard.approvals.model import Judged, Request, State, Verdict
 from luminaguard.effects.render import Line
 from luminaguard.effects.text import visible
 
-__all__ = ["answered", "duration", "heading", "judged_json", "request_json"]
+__all__ = ["CONFIRM", "answered", "duration", "heading", "judged_json", "request_json"]
 
+CONFIRM = "publish"
+"""What a person types to let go what is critical."""
 _ENDED = {
     State.DENIED: "denied", State.RETURNED: "changes were asked for", State.STOPPED: "stopped",
     State.EXPIRED: "nobody answered in time, which is a denial",
 }  # fmt: skip
 
 
-def heading(request: Request) -> list[Line]:
-    """What asks, how severe it is and why, and what it follows."""
+def heading(request: Request, now_ns: int = 0, approved_by: Sequence[str] = ()) -> list[Line]:
+    """What asks, how severe it is and why, and what it follows.
+
+    Args:
+        request: what is asked.
+        now_ns: nanoseconds since the epoch; with it, how long it waits is said.
+        approved_by: who approved it so far, where more than one must.
+    """
     judged = request.judged
     loud = judged.severity in {Severity.HIGH, Severity.CRITICAL}
     ended = f"   (exit {request.exit_code})" if request.effect == "changeset" else ""
@@ -36,7 +45,11 @@ def heading(request: Request) -> list[Line]:
     if request.taint:
         lines.append(("loud", f"follows untrusted input: {visible(', '.join(request.taint))}"))
     if judged.people > 1:
-        lines.append(("loud", f"{judged.people} different people must approve it"))
+        so_far = f"; so far: {visible(', '.join(approved_by))}" if approved_by else ""
+        lines.append(("loud", f"{judged.people} different people must approve it{so_far}"))
+    if now_ns and request.state in {State.PENDING, State.APPROVED}:
+        left = duration((request.expires_ns - now_ns) / 1e9)
+        lines.append(("plain", f"waits {left} more; then it counts as denied"))
     return lines
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from luminaguard.approvals.model import Request, State, Verdict
 from luminaguard.approvals.words import answered, duration, ended_words, request_json
 from luminaguard.cli import signals
-from luminaguard.cli.execute import show_card
+from luminaguard.cli.execute import card_lines, show_card
 from luminaguard.cli.output import Progress, print_json, print_outcome, stop_writing, tell_recovered
 from luminaguard.effects.changes import Changeset
 from luminaguard.effects.text import visible, visible_name
@@ -74,9 +74,14 @@ def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
         print("no requests" if everything else "nothing waits for a decision")
 
 
-def show_one(runtime: Runtime, request_id: str, *, full: bool, as_json: bool) -> None:
+def show_one(runtime: Runtime, request_id: str, *, full: bool, as_json: bool, as_page: bool = False) -> None:
     """Print one request with its card, judged by the rules that hold now, and what was decided."""
     request = runtime.decisions.looked_at(runtime.approvals.get(request_id))
+    if as_page:
+        from luminaguard.effects.page import page
+
+        print(page(f"{request.id}: {request.state.value}", card_lines(runtime, request, full=True)), end="")
+        return
     decisions = runtime.approvals.decisions(request_id)
     if as_json:
         from luminaguard.effects.card import card_to_json
@@ -158,7 +163,8 @@ def request(runtime: Runtime, file: Path, task: str, taint: frozenset[str], wait
     effect = outside_from_json(str(kind), raw)
     labels = runtime.tasks.add_labels(task, [(label, "given when it was asked") for label in taint]) if task else taint
     now = runtime.ledger.current_time()
-    names = {"call": ("server", "tool"), "request": ("method", "url"), "secret": ("name", "purpose")}[effect.kind]
+    names = {"call": ("server", "tool"), "request": ("method", "url"), "secret": ("name", "purpose"),
+             "run": ("tool", "workspace")}[effect.kind]  # fmt: skip
     asked = Request(
         id=f"req-{secrets.token_hex(6)}", workspace="", inode=0, digest=effect.digest,
         command=tuple(str(raw[name])[:500] for name in names), exit_code=0, created_ns=now,
@@ -288,11 +294,7 @@ def _answered_by(runtime: Runtime, given: Answer, person: str) -> Answer:
     """The answer as another person's, whose passphrase is asked for."""
     if not person:
         return given
-    try:
-        key = runtime.approvers.unlock(person, _passphrase(f"Passphrase of {person}: "))
-    except ApprovalError as error:
-        runtime.ledger.append("approver.refused", name=visible(person)[:64], why=visible(error.message))
-        raise
+    key = runtime.decisions.unlock(person, _passphrase(f"Passphrase of {person}: "))
     return Answer(given.verdict, given.means, given.reason, given.part, person, key)
 
 

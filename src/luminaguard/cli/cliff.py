@@ -44,12 +44,13 @@ def approvals_list(
 def approvals_show(
     request_id: RequestId,
     full: Annotated[bool, typer.Option("--full", help="Whole diffs.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Print it as a web page, with whole diffs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show the card of a request, and what was decided about it."""
     from luminaguard.cli import approvals
 
-    approvals.show_one(open_runtime(as_json=as_json), request_id, full=full, as_json=as_json)
+    approvals.show_one(open_runtime(as_json=as_json), request_id, full=full, as_json=as_json, as_page=html)
 
 
 @approvals_app.command("approve")
@@ -114,7 +115,8 @@ def approvals_request(
 
     FILE holds {"effect": "call", "server": ..., "tool": ..., "arguments": {...}, "definition": {...}}, or
     {"effect": "request", "method": ..., "url": ..., "headers": [[name, value]], "body_size": ..., "body_sha256": ...,
-    "preview": ...}, or {"effect": "secret", "name": ..., "purpose": ..., "host": ...}.
+    "preview": ...}, or {"effect": "secret", "name": ..., "purpose": ..., "host": ...}, or
+    {"effect": "run", "tool": ..., "arguments": {...}, "workspace": ...}.
     """
     from luminaguard.cli import approvals
 

@@ -25,6 +25,8 @@ from luminaguard.errors import (
     EXIT_PENDING,
     EXIT_REFUSED,
     EXIT_TIMEOUT,
+    ApprovalNeeded,
+    Forbidden,
     LuminaGuardError,
     PolicyChanged,
 )
@@ -33,9 +35,10 @@ from luminaguard.runtime.decisions import Answer
 
 if TYPE_CHECKING:
     from luminaguard.approvals import Request
+    from luminaguard.effects.render import Line
     from luminaguard.microvm.machine import Command
 
-__all__ = ["Options", "execute"]
+__all__ = ["Options", "card_lines", "execute", "show_card"]
 
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 _TERMINAL_RESET = (
@@ -71,6 +74,8 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
     progress = Progress(quiet=options.as_json)
     try:
         status = _see_through(runtime, workspace, command, options, capture, progress, held)
+        while status is None:  # a rule wanted to be asked first, and a person said yes
+            status = _see_through(runtime, workspace, command, options, capture, progress, held)
     except CallFailed as error:
         status = _not_started(error.code, error.message, argv[0], capture)
     except LuminaGuardError as error:
@@ -88,7 +93,8 @@ def execute(runtime: Runtime, workspace: Path, argv: list[str], options: Options
 def _see_through(
     runtime: Runtime, workspace: Path, command: Command, options: Options, capture: _Capture | None,
     progress: Progress, held: Held,
-) -> int:  # fmt: skip
+) -> int | None:  # fmt: skip
+    """Run it and settle its effects; None if it did not run yet, and may now."""
     execution: Execution | None = None
     try:
         with held.passing():
@@ -112,6 +118,11 @@ def _see_through(
         progress.clear()
         _tell_interrupted(interrupted, execution, capture)
         return interrupted.exit_code
+    except ApprovalNeeded as needed:
+        progress.clear()
+        if not _allowed_to_run(runtime, needed, options, progress, held):
+            raise
+        return None
     except LuminaGuardError as error:
         if capture is None or execution is None:
             raise
@@ -121,6 +132,24 @@ def _see_through(
     if capture is not None:
         print_outcome(_as_json(execution, capture))
     return status
+
+
+def _allowed_to_run(runtime: Runtime, needed: ApprovalNeeded, options: Options, progress: Progress, held: Held) -> bool:
+    """Ask whether a command may run at all, where there is somebody to ask; no flag answers that."""
+    if options.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    request = runtime.approvals.get(needed.request_id)
+    full = can_open(runtime)
+    with held.raising():
+        if not full:
+            show_card(runtime, request, progress)
+        answer = _ask_person(runtime, request, progress, full=full)
+    if answer is None:
+        return runtime.approvals.get(request.id).state is State.APPROVED
+    if answer.verdict is not Verdict.APPROVE:
+        runtime.decisions.deny(request, answer)
+        raise Forbidden(f"{answered(answer.verdict, answer.reason)}.", hint="It did not run.", kept="Nothing ran.")
+    return runtime.decisions.approve_and_hand_over(request, answer).state is State.APPROVED
 
 
 def _tell_interrupted(interrupted: Interrupted, execution: Execution | None, capture: _Capture | None) -> None:
@@ -317,20 +346,32 @@ def _answer(runtime: Runtime, request: Request, options: Options, progress: Prog
         return answer
     if options.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
+    return _ask_person(runtime, request, progress, full=full)
+
+
+def _ask_person(runtime: Runtime, request: Request, progress: Progress, *, full: bool) -> Answer | None:
     if full:
         return review(runtime, request)
-    return ask(request, lambda: show_card(runtime, request, progress, full=True), runtime.approvals.changeset)
+    return ask(request, lambda: show_card(runtime, request, progress, full=True), runtime)
 
 
 def show_card(runtime: Runtime, request: Request, progress: Progress, *, full: bool = False) -> None:
     """Print the card of a request to standard error."""
-    from luminaguard.effects.render import render
-
     with progress.slowly("making the card"):
-        card = runtime.decisions.card(request)
+        lines = card_lines(runtime, request, full=full)
     if sys.stderr.isatty():
         sys.stderr.write(_TERMINAL_RESET)
-    print_lines([("plain", ""), *heading(request), *render(card, max_diff_lines=None if full else 40)])
+    print_lines([("plain", ""), *lines])
+
+
+def card_lines(runtime: Runtime, request: Request, *, full: bool) -> list[Line]:
+    """The card of a request under what asks for it; ``full`` shows whole diffs."""
+    from luminaguard.effects.render import render
+
+    card = runtime.decisions.card(request)
+    approved_by = [d.person for d in runtime.approvals.decisions(request.id) if d.verdict is Verdict.APPROVE]
+    told = heading(request, runtime.ledger.current_time(), approved_by)
+    return [*told, *render(card, max_diff_lines=None if full else 40)]
 
 
 def _not_started(code: str, message: str, name: str, capture: _Capture | None) -> int:

@@ -72,7 +72,7 @@ def _one_by_one(runtime: Runtime) -> None:
     waiting = desk.waiting()
     for request in waiting:
         show_card(runtime, request, progress)
-        answer = ask(request, _again(runtime, request, progress), runtime.approvals.changeset)
+        answer = ask(request, _again(runtime, request, progress), runtime)
         if answer is None:
             continue
         try:

@@ -1,4 +1,4 @@
-"""Effects that are no files: a call of another server's tool, a request to the network, the use of a secret.
+"""Effects that are no files: of another server's tool, of the network, of a secret, of a tool that a rule holds back.
 
 Like a changeset, each has one digest over all that it is. What is secret is never in one: of a secret
 the name, of a body the size, the digest and the beginning that a person may see.
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from luminaguard.errors import ActionInvalid
 
-__all__ = ["SECRET_HEADERS", "NetworkRequest", "Outside", "RemoteCall", "SecretUse", "outside_from_json"]
+__all__ = ["SECRET_HEADERS", "NetworkRequest", "Outside", "RemoteCall", "SecretUse", "ToolRun", "outside_from_json"]
 
 _MAX_BODY = 4 << 20
 _MAX_PREVIEW = 64 << 10
@@ -107,7 +107,26 @@ class SecretUse(_Digested):
         return {"name": self.name, "purpose": self.purpose, "host": self.host}
 
 
-Outside = RemoteCall | NetworkRequest | SecretUse
+@dataclass(frozen=True)
+class ToolRun(_Digested):
+    """A tool that runs in a machine, on a copy of a folder, where a rule wants to be asked before that.
+
+    Attributes:
+        arguments: of a command, ``{"command": [...]}``.
+        workspace: absolute path of the folder that it is given a copy of.
+    """
+
+    tool: str
+    arguments: dict[str, Any]
+    workspace: str
+    kind: ClassVar[str] = "run"
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage and for people's programs."""
+        return {"tool": self.tool, "arguments": self.arguments, "workspace": self.workspace}
+
+
+Outside = RemoteCall | NetworkRequest | SecretUse | ToolRun
 
 
 def outside_from_json(kind: str, raw: Any) -> Outside:
@@ -121,10 +140,7 @@ def outside_from_json(kind: str, raw: Any) -> Outside:
             raise ValueError(f"it is larger than {_MAX_BODY >> 20} MiB")
         match kind:
             case "call":
-                arguments = _object(raw.get("arguments", {}))
-                if arguments is None:
-                    raise ValueError("arguments are an object")
-                return RemoteCall(_text(raw, "server"), _text(raw, "tool"), arguments,
+                return RemoteCall(_text(raw, "server"), _text(raw, "tool"), _arguments(raw),
                                   _object(raw.get("definition")), _object(raw.get("pinned")))  # fmt: skip
             case "request":
                 headers = tuple((str(name), str(value)) for name, value in raw.get("headers", ()))
@@ -141,6 +157,8 @@ def outside_from_json(kind: str, raw: Any) -> Outside:
                 if host and not _HOST.fullmatch(host):
                     raise ValueError("host is the name of one, and nothing beside it")
                 return SecretUse(_text(raw, "name"), _text(raw, "purpose"), host)
+            case "run":
+                return ToolRun(_text(raw, "tool"), _arguments(raw), _text(raw, "workspace"))
             case other:
                 raise ValueError(f"there is no effect {other!r}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
@@ -160,6 +178,13 @@ def _object(value: Any) -> Any:
     if value is not None and not isinstance(value, dict):
         raise ValueError("arguments and definitions are objects")
     return value
+
+
+def _arguments(raw: Any) -> dict[str, Any]:
+    found: dict[str, Any] | None = _object(raw.get("arguments", {}))
+    if found is None:
+        raise ValueError("arguments are an object")
+    return found
 
 
 def _size(raw: Any) -> int:

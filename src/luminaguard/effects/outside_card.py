@@ -1,4 +1,4 @@
-"""Cards of effects that are no files: a remote call, a network request, the use of a secret."""
+"""Cards of effects that are no files: a remote call, a network request, the use of a secret, a tool to be run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from luminaguard.effects import diffs
 from luminaguard.effects.card import CardItem, DiffCard, Fact
 from luminaguard.effects.marks import Mark
-from luminaguard.effects.outside import SECRET_HEADERS, NetworkRequest, Outside, RemoteCall, SecretUse
+from luminaguard.effects.outside import SECRET_HEADERS, NetworkRequest, Outside, RemoteCall, SecretUse, ToolRun
 from luminaguard.effects.text import hides_something, mixes_scripts, visible
 
 __all__ = ["make_outside_card"]
@@ -27,6 +27,8 @@ def make_outside_card(effect: Outside) -> DiffCard:
             return _request(effect)
         case SecretUse():
             return _secret(effect)
+        case ToolRun():
+            return _run(effect)
 
 
 def _call(call: RemoteCall) -> DiffCard:
@@ -75,6 +77,12 @@ def _secret(use: SecretUse) -> DiffCard:
     facts = [_fact("secret", use.name), _fact("for", use.purpose)]
     facts.append(_fact("sent to", use.host) if use.host else Fact("sent to", "nobody by name", loud=True))
     return DiffCard(use.digest, f"use the secret {visible(use.name)} for {visible(use.purpose)}", (), tuple(facts))
+
+
+def _run(run: ToolRun) -> DiffCard:
+    facts = [_fact("folder", run.workspace), Fact("where", "on a copy, in a machine that is thrown away afterwards")]
+    items = [_value("argument", name, value) for name, value in run.arguments.items()]
+    return DiffCard(run.digest, f"run {visible(run.tool)} in a machine", tuple(items), tuple(facts))
 
 
 def _fact(label: str, value: str) -> Fact:

@@ -26,6 +26,7 @@ from luminaguard.errors import (
     Forbidden,
     GuestProtocolError,
     LuminaGuardError,
+    TaskStopped,
     WorkspaceChanged,
     WorkspaceError,
 )
@@ -106,6 +107,7 @@ async def run(
 
     Raises:
         Forbidden: a rule forbids to run it; nothing ran.
+        ApprovalNeeded: a rule wants to be asked first; nothing ran.
         PolicyInvalid: the rules cannot be read; nothing ran.
         CallFailed: the command could not be started in the guest.
         LuminaGuardError: anything else that went wrong; the workspace was not touched.
@@ -280,6 +282,7 @@ def _admit(
 ) -> frozenset[str]:  # fmt: skip
     """Refuse what may not even be rehearsed; return the labels that the action carries."""
     from luminaguard.actions.model import Action, Risk
+    from luminaguard.effects.outside import ToolRun
     from luminaguard.runtime.policy import judge, marked_labels
 
     assert prepared.policy is not None and prepared.state is not None
@@ -289,23 +292,15 @@ def _admit(
     if task:
         opening.join()
         if (why := runtime.tasks.stopped(task)) is not None:
-            raise Forbidden(
-                f"Task {task!a} was stopped by a person{f': {why}' if why else ''}.",
-                hint="Begin another task, if that is what they want.",
-            )
+            raise TaskStopped(task, why, kept="Nothing ran.")
         labels = runtime.tasks.add_labels(task, found)
-    argv = _shown(command.argv)
-    action = Action.from_json({"effect": "run", "tool": "exec", "arguments": {"command": _text(command.argv)},
-                               "workspace": str(workspace), "task": task, "taint": sorted(labels)})  # fmt: skip
-    judgement, _ = judge(prepared.policy, action)
-    if judgement.risk is not Risk.GREEN:
-        opening.join().append("exec.forbidden", workspace=str(workspace), command=argv, task=task, rule=judgement.rule,
-                              reason=judgement.reason, risk=judgement.risk.value)  # fmt: skip
-        raise Forbidden(
-            f"A rule does not let it run: {judgement.reason} ({judgement.rule}).",
-            hint='A rule for effect "run" lets through what is GREEN alone; change it if it is wrong.',
-            kept="Nothing ran.",
-        )
+    run_it = ToolRun("exec", {"command": _text(command.argv)}, str(workspace))
+    action = Action.from_json({"effect": "run", "tool": run_it.tool, "arguments": run_it.arguments,
+                               "workspace": run_it.workspace, "task": task, "taint": sorted(labels)})  # fmt: skip
+    _, judged = judge(prepared.policy, action)
+    if judged.risk is not Risk.GREEN or judged.people > 1:
+        opening.join()
+        runtime.decisions.permit(run_it, prepared.policy, task, labels)
     return labels
 
 

@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING
 
 from luminaguard.actions.model import Risk, Severity
 from luminaguard.approvals import Decision, Grant, Judged, Limits, Request, Scope, State, Verdict, sign, sign_grant
-from luminaguard.errors import ApprovalError, Forbidden, LuminaGuardError, OutcomeUnknown, PolicyChanged
+from luminaguard.effects.text import visible
+from luminaguard.errors import (
+    ApprovalError,
+    ApprovalNeeded,
+    Forbidden,
+    LuminaGuardError,
+    OutcomeUnknown,
+    PolicyChanged,
+    TaskStopped,
+)
 from luminaguard.runtime.policy import action_of, judge
 from luminaguard.runtime.recovery import Recovery
+from luminaguard.storage.approvers import OWNER
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -24,14 +34,15 @@ if TYPE_CHECKING:
     from luminaguard.actions.policy import Judgement, Policy
     from luminaguard.effects.card import DiffCard
     from luminaguard.effects.changes import Changeset
-    from luminaguard.effects.outside import Outside
+    from luminaguard.effects.outside import Outside, ToolRun
     from luminaguard.runtime.core import Runtime
 
-__all__ = ["Again", "Answer", "Decisions"]
+__all__ = ["OWNER", "Again", "Answer", "Decisions"]
 
 _LOCK_WAIT_S = 10.0
 _STORY = ("command", "exit_code", "changes", "label", "verdict", "person", "reason", "state", "outcome", "why", "rule")
 _MOST_WORDS = 120
+_DISCARDED = "Nothing was published; what the machine changed was discarded."
 Contents = Callable[[str], bytes | None]
 Progress = Callable[[str], None]
 
@@ -51,7 +62,7 @@ class Answer:
     means: str
     reason: str = ""
     part: tuple[str, ...] | None = None
-    person: str = "owner"
+    person: str = OWNER
     key: Ed25519PrivateKey | None = None
 
 
@@ -120,11 +131,7 @@ class Decisions:
         """
         if request.task and (why := self._runtime.tasks.stopped(request.task)) is not None:
             self._runtime.ledger.append("effect.forbidden", request=request.id, task=request.task, reason=why)
-            raise Forbidden(
-                f"Task {request.task!a} was stopped by a person{f': {why}' if why else ''}.",
-                hint="Begin another task, if that is what they want.",
-                kept="Nothing was published; what the machine changed was discarded.",
-            )
+            raise TaskStopped(request.task, why, kept=_DISCARDED)
         judgement, judged = self.judge(request, effect)
         if judged.risk is Risk.FORBIDDEN:
             self._runtime.ledger.append("effect.forbidden", request=request.id, workspace=request.workspace,
@@ -134,6 +141,50 @@ class Decisions:
         stored = dataclasses.replace(request, judged=judged)
         self._runtime.approvals.create(stored, effect)
         return stored
+
+    def permit(self, run: ToolRun, policy: Policy, task: str, labels: frozenset[str]) -> None:
+        """Let a tool run in a machine, or not: by the rules, by an approval that waits for it, or by a grant.
+
+        Args:
+            run: what is to run.
+            policy: the rules that hold for its folder.
+            task: what it belongs to.
+            labels: the untrusted input that it follows.
+
+        Raises:
+            Forbidden: a rule forbids it; that is recorded.
+            ApprovalNeeded: a person must answer first; the request that waits is named.
+        """
+        now = self._runtime.ledger.current_time()
+        request = Request(
+            id=f"req-{secrets.token_hex(6)}", workspace=run.workspace, inode=0, digest=run.digest,
+            command=_words(run), exit_code=0, created_ns=now,
+            expires_ns=now + self._runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING,
+            effect="run", task=task, taint=tuple(sorted(labels)),
+        )  # fmt: skip
+        judgement, judged = judge(policy, action_of(request, run))
+        if judged.risk is Risk.GREEN and judged.people == 1:
+            return
+        if judged.risk is Risk.FORBIDDEN:
+            self._runtime.ledger.append("run.forbidden", tool=run.tool, workspace=run.workspace, task=task,
+                                        digest=run.digest, rule=judgement.rule, reason=judgement.reason)  # fmt: skip
+            raise Forbidden(
+                f"A rule forbids to run it: {judgement.reason} ({judgement.rule}).",
+                hint="'luminaguard policy explain' shows how the rules came to that; change the rule if it is wrong.",
+                kept="Nothing ran.",
+            )
+        for found in self._runtime.approvals.list():
+            if (found.effect, found.digest, found.task) == ("run", run.digest, task):
+                if found.state is State.APPROVED:
+                    self.hand_over(found.id)
+                    return
+                if found.state is State.PENDING:
+                    raise ApprovalNeeded(found.id)
+        request = self.ask(request, run)
+        if (answer := self.without_asking(request)) is None:
+            raise ApprovalNeeded(request.id)
+        self.approve_and_hand_over(request, answer)
+        self.hand_over(request.id)
 
     def judge(self, request: Request, effect: Changeset | Outside) -> tuple[Judgement, Judged]:
         """What the rules say of a request's effect now, and of all that its task has read; raises PolicyInvalid."""
@@ -183,6 +234,18 @@ class Decisions:
         grant = standing.grant
         return Answer(Verdict.APPROVE, f"grant {grant.id} (use {standing.uses} of {grant.limits.uses})", person="grant")
 
+    def unlock(self, name: str, passphrase: str) -> Ed25519PrivateKey:
+        """Another person's key, for their answer; a wrong passphrase is recorded.
+
+        Raises:
+            ApprovalError: there is no such person, or it is not theirs.
+        """
+        try:
+            return self._runtime.approvers.unlock(name, passphrase)
+        except ApprovalError as error:
+            self._runtime.ledger.append("approver.refused", name=visible(name)[:64], why=visible(error.message))
+            raise
+
     # -- what is answered -----------------------------------------------------------------------------
 
     def decide(self, request: Request, answer: Answer) -> Request:
@@ -210,17 +273,21 @@ class Decisions:
             except LuminaGuardError as error:
                 self._runtime.approvals.refused(request.id, error)
                 raise
+        decided = self._runtime.approvals.decide(
+            self._signed(request, answer, digest), self._runtime.approvers.public()
+        )
+        if decided.state not in {State.PENDING, State.APPROVED}:
+            self._runtime.blobs.forget(request.id)
+        return decided
+
+    def _signed(self, request: Request, answer: Answer, digest: str) -> Decision:
         decision = Decision(
             request_id=request.id, digest=digest, workspace=request.workspace, verdict=answer.verdict,
             means=answer.means, decided_ns=self._runtime.ledger.current_time(), expires_ns=request.expires_ns,
             nonce=secrets.token_hex(16), approver="", reason=answer.reason, part=answer.part,
             policy=request.judged.policy, person=answer.person,
         )  # fmt: skip
-        signed = sign(decision, answer.key or self._runtime.approvers.owner())
-        decided = self._runtime.approvals.decide(signed, self._runtime.approvers.public())
-        if decided.state not in {State.PENDING, State.APPROVED}:
-            self._runtime.blobs.forget(request.id)
-        return decided
+        return sign(decision, answer.key or self._runtime.approvers.owner())
 
     def approve_and_publish(
         self, request: Request, answer: Answer, *, again: Again | None = None, step: Progress = lambda _: None
@@ -292,9 +359,10 @@ class Decisions:
             ApprovalError: it is too late.
         """
         if request.state is State.APPROVED:
-            self._runtime.approvals.revoke(request.id, answer.verdict, answer.reason, answer.person)
+            signed = self._signed(request, answer, request.digest)
+            ended = self._runtime.approvals.take_back(signed, self._runtime.approvers.public())
             self._runtime.blobs.forget(request.id)
-            return self._runtime.approvals.get(request.id)
+            return ended
         return self.decide(request, answer)
 
     def scope(self, request: Request, patterns: Mapping[str, str] | None = None) -> Scope:
@@ -387,7 +455,7 @@ class Decisions:
         _, judged = self.judge(request, self._runtime.approvals.effect(request.id))
         if judged.risk is Risk.FORBIDDEN:
             if request.state is State.APPROVED:
-                self._runtime.approvals.revoke(request.id)
+                self._runtime.approvals.void(request.id, judged.reason)
                 self._runtime.blobs.forget(request.id)
             raise _forbidden(judged)
         return judged.people
@@ -395,6 +463,12 @@ class Decisions:
     def recover(self) -> list[str]:
         """Undo or finish what crashed processes left; return what was done, in sentences."""
         return self._recovery.recover()
+
+
+def _words(run: ToolRun) -> tuple[str, ...]:
+    """A tool and its arguments in a line."""
+    words = [str(word) for value in run.arguments.values() for word in (value if isinstance(value, list) else [value])]
+    return (run.tool, *(word[:500] for word in words[:100]))
 
 
 def _short(value: object) -> str:
@@ -406,5 +480,5 @@ def _forbidden(judged: Judged) -> Forbidden:
     return Forbidden(
         f"It is forbidden: {judged.reason} ({judged.rule}).",
         hint="'luminaguard policy explain' shows how the rules came to that; change the rule if it is wrong.",
-        kept="Nothing was published; what the machine changed was discarded.",
+        kept=_DISCARDED,
     )

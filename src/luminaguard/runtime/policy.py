@@ -21,7 +21,7 @@ from luminaguard.actions.patterns import matches_path
 from luminaguard.actions.policy import WORKSPACE_FILE, Judgement, Policy
 from luminaguard.approvals.model import Judged
 from luminaguard.effects.changes import Changeset
-from luminaguard.effects.outside import NetworkRequest, Outside, RemoteCall, SecretUse
+from luminaguard.effects.outside import NetworkRequest, Outside, RemoteCall, SecretUse, ToolRun
 from luminaguard.errors import PolicyInvalid
 
 if TYPE_CHECKING:
@@ -99,6 +99,9 @@ def action_of(
         case SecretUse(name, purpose, host):
             return Action.from_json({"effect": "secret", "secret": name, "url": f"https://{host}/" if host else "",
                                      "exact": (("purpose", purpose),), **common})  # fmt: skip
+        case ToolRun(tool, arguments, workspace):
+            return Action.from_json(common | {"effect": "run", "tool": tool, "arguments": arguments,
+                                              "workspace": workspace})  # fmt: skip
 
 
 def _hints(definition: dict[str, Any] | None) -> dict[str, bool]:

@@ -29,6 +29,7 @@ from luminaguard.errors import (
     LuminaGuardError,
     RequestNotFound,
     StorageError,
+    TaskStopped,
 )
 from luminaguard.ledger.chain import Entry
 from luminaguard.storage import database as tables
@@ -64,12 +65,9 @@ class Transaction:
         return next((body["reason"] for body in self.recorded("task.stopped") if body["task"] == task), None)
 
     def refuse_stopped(self, task: str) -> None:
-        """Raise ApprovalError if a person stopped the task."""
+        """Raise TaskStopped if a person stopped the task."""
         if task and (why := self.stopped(task)) is not None:
-            raise ApprovalError(
-                f"Task {task!a} was stopped by a person{f': {visible(why)}' if why else ''}.",
-                hint="Begin another task, if that is what they want.",
-            )
+            raise TaskStopped(task, why)
 
 
 class Approvals:
@@ -277,8 +275,31 @@ class Approvals:
             self._move(t.connection, _request(row), State.STOPPED, "its task was stopped")
             t.record("request.stopped", request=row.id, digest=row.digest, task=task)
 
-    def revoke(self, request_id: str, verdict: Verdict = Verdict.DENY, reason: str = "", person: str = "") -> None:
-        """Take back an approval that was not used; with ``STOP``, the task is stopped, too.
+    def take_back(self, decision: Decision, keys: Keys) -> Request:
+        """Take back an approval that was not used, by a signed decision; ``STOP`` stops the task, too.
+
+        The decision is kept in the ledger: in the table stands the approval that it ends.
+
+        Raises:
+            ApprovalError: it is not validly signed or about another request, or nothing is approved any more.
+        """
+        self._expire()
+        with self.transaction(decision.request_id) as t:
+            verify(decision, keys)
+            request = _request(self._row(t.connection, decision.request_id))
+            if request.state is not State.APPROVED or decision.verdict is Verdict.APPROVE:
+                raise _not_now(request, decision.verdict.state)
+            if (decision.digest, decision.workspace) != (request.digest, request.workspace):
+                raise _other_changes(request)
+            self._move(t.connection, request, decision.verdict.state, decision.reason)
+            told = _decision_values(decision) | {"signature": decision.signature.hex(), "part": None}
+            t.record("request.revoked", request=request.id, **told)
+            if decision.verdict is Verdict.STOP and request.task:
+                self._stop_task(t, request.task, decision.reason)
+        return self.get(decision.request_id)
+
+    def void(self, request_id: str, why: str) -> None:
+        """End an approval that was not used, because rules forbid by now what it is for.
 
         Raises:
             ApprovalError: it is not approved any more.
@@ -288,11 +309,8 @@ class Approvals:
             request = _request(self._row(t.connection, request_id))
             if request.state is not State.APPROVED:
                 raise _not_now(request, State.DENIED)
-            self._move(t.connection, request, verdict.state, reason)
-            t.record("request.revoked", request=request_id, digest=request.digest, verdict=verdict.value,
-                     reason=visible(reason), person=person)  # fmt: skip
-            if verdict is Verdict.STOP and request.task:
-                self._stop_task(t, request.task, reason)
+            self._move(t.connection, request, State.DENIED, why)
+            t.record("request.voided", request=request_id, digest=request.digest, why=visible(why))
 
     def claim(self, request_id: str, digest: str, keys: Keys, *, people: int = 1) -> Request:
         """Use up the decision, before anything is done.
@@ -396,11 +414,15 @@ def _check_asked(t: Transaction, request: Request) -> None:
 
 def _check_subject(decision: Decision, request: Request, expected: str) -> None:
     if (decision.digest, decision.workspace) != (expected, request.workspace):
-        raise ApprovalError(f"The decision about {request.id} is for other changes.", hint="Look at the request again.")
+        raise _other_changes(request)
     if decision.policy != request.judged.policy:
         raise ApprovalError(
             f"The decision about {request.id} was made under other rules.", hint="Look at the request again."
         )
+
+
+def _other_changes(request: Request) -> ApprovalError:
+    return ApprovalError(f"The decision about {request.id} is for other changes.", hint="Look at the request again.")
 
 
 def _not_now(request: Request, state: State) -> ApprovalError:

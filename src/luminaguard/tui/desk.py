@@ -19,6 +19,8 @@ from luminaguard.effects.text import visible, visible_name
 from luminaguard.errors import LuminaGuardError, StorageError
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from luminaguard.actions.policy import Step
     from luminaguard.runtime import Runtime
     from luminaguard.runtime.decisions import Again, Answer
@@ -174,6 +176,21 @@ class Desk:
         """A request as it stands now."""
         with self._lock:
             return self._runtime.approvals.get(request.id)
+
+    def approved_by(self, request: Request) -> tuple[str, ...]:
+        """Who approved a request so far."""
+        with self._lock:
+            decisions = self._runtime.approvals.decisions(request.id)
+        return tuple(decision.person for decision in decisions if decision.verdict is Verdict.APPROVE)
+
+    def people(self) -> list[str]:
+        """Who may answer, beside the owner."""
+        return list(self._runtime.approvers.people())
+
+    def unlock(self, name: str, passphrase: str) -> Ed25519PrivateKey:
+        """A person's key; raises ApprovalError."""
+        with self._lock:
+            return self._runtime.decisions.unlock(name, passphrase)
 
     def open(self, request: Request) -> OpenCard:
         """The card of a request; close it."""

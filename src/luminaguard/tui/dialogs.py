@@ -20,13 +20,17 @@ class AskText(ModalScreen[str | None]):
         title, text: what is asked, and more about it.
         must_be: the one word that is taken, for a deliberate second step.
         initial: what stands there at first.
+        secret: it is not shown while it is typed, and taken as it is.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Back")]
 
-    def __init__(self, title: str, text: str = "", *, must_be: str = "", initial: str = "") -> None:
+    def __init__(
+        self, title: str, text: str = "", *, must_be: str = "", initial: str = "", secret: bool = False
+    ) -> None:
         super().__init__()
         self._title, self._text, self._must_be, self._initial = title, text, must_be, initial
+        self._secret = secret
 
     def compose(self) -> ComposeResult:
         """The box."""
@@ -35,7 +39,7 @@ class AskText(ModalScreen[str | None]):
             if self._text:
                 with VerticalScroll(classes="dialog-text"):
                     yield Static(self._text, markup=False)
-            yield Input(self._initial, placeholder=self._must_be)
+            yield Input(self._initial, placeholder=self._must_be, password=self._secret)
             yield Label("Enter to go on, Esc to go back", classes="dim", markup=False)
 
     def on_mount(self) -> None:
@@ -47,7 +51,7 @@ class AskText(ModalScreen[str | None]):
         if self._must_be and event.value.strip() != self._must_be:
             self.notify(f"Type {self._must_be!r}, or press Esc.", severity="warning", markup=False)
             return
-        self.dismiss(event.value.strip())
+        self.dismiss(event.value if self._secret else event.value.strip())
 
     def action_leave(self) -> None:
         """Esc."""

@@ -205,8 +205,20 @@ class ChangeView(_Rows):
         self._rows = side_by_side(self._unified) if self.two_columns else self._unified
         count = len(self._rows) + (byte_rows(self._raw.size) if self._raw else 0)
         widest = max((cell_len(row.text.expandtabs(_TAB)) for row in self._rows), default=1)
-        self.virtual_size = Size(1 if self.two_columns else max(widest + _TAB, 80 if self._raw else 1), count)
+        if self.two_columns:  # each half shows a part of its text, and both are moved together
+            widest = max([widest, *(cell_len((row.other or "").expandtabs(_TAB)) for row in self._rows)])
+            widest += self.size.width - self._half
+        self.virtual_size = Size(max(widest + _TAB, 80 if self._raw else 1), count)
         self.refresh()
+
+    @property
+    def _half(self) -> int:
+        return max(10, (self.size.width - 1) // 2)
+
+    def on_resize(self) -> None:
+        """How far two columns can be moved depends on their width."""
+        if self.two_columns:
+            self._lay_out()
 
     def find_next(self, *, backwards: bool = False) -> bool:
         """Go to the next row that has the wanted text, without case; whether there is one."""
@@ -235,11 +247,10 @@ class ChangeView(_Rows):
         return Strip.blank(self.size.width, self.rich_style)
 
     def _columns(self, row: Row) -> Strip:
-        half = max(10, (self.size.width - 1) // 2)
-        base = self.rich_style
-        left = Strip(self._segments(row.text, row.tone)).apply_style(base).crop_extend(0, half, base)
+        half, x, base = self._half, self.scroll_offset.x, self.rich_style
+        left = Strip(self._segments(row.text, row.tone)).apply_style(base).crop_extend(x, x + half, base)
         other = Strip(self._segments(row.other or "", row.other_tone)).apply_style(base)
-        right = other.crop_extend(0, self.size.width - half - 1, base)
+        right = other.crop_extend(x, x + self.size.width - half - 1, base)
         return Strip.join([left, Strip([Segment("│", self.style_of("lg-note"))]).apply_style(base), right])
 
     def _segments(self, text: str, tone: str) -> list[Segment]:
