@@ -13,7 +13,8 @@ from luminaguard.effects import Change, Changeset, DirEntry, FileEntry, LinkEntr
 from luminaguard.errors import ChangesetRefused, StorageError, WorkspaceChanged, WorkspaceError
 from luminaguard.workspaces import state as state_module
 from luminaguard.workspaces.own import own_paths, refuse_changes
-from luminaguard.workspaces.pack import WorkspaceImages, _file_header
+from luminaguard.workspaces.pack import WorkspaceImages
+from luminaguard.workspaces.squash import _file_header
 from luminaguard.workspaces.state import IGNORE_FILE, Limits, read_state
 
 LIMITS = Limits(1000, 1 << 24)

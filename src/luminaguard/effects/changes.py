@@ -175,6 +175,57 @@ class Changeset:
                 )
         return Changeset(tuple(change for change in self.changes if change.path in chosen))
 
+    def then(self, later: Changeset) -> Changeset:
+        """Both as one: what this one did to its base, and ``later`` to the outcome of this one.
+
+        Raises:
+            ChangesetRefused: ``later`` was made on another state than this one leads to.
+        """
+        mine, joined = self._by_path, dict(self._by_path)
+        for change in later.changes:
+            before = mine.get(change.path)
+            if before is not None and before.after != change.before:
+                raise _refused(change.path, "was changed on another state than this")
+            first = change.before if before is None else before.before
+            joined[change.path] = Change(change.path, first, change.after)
+        return Changeset.of(change for change in joined.values() if change.before != change.after)
+
+    def since(self, earlier: Changeset) -> Changeset:
+        """What leads from the outcome of ``earlier`` to the outcome of this one; both are of the same base.
+
+        Raises:
+            ChangesetRefused: they are not of the same base.
+        """
+        found = []
+        for path in self._by_path.keys() | earlier._by_path.keys():
+            mine, other = self._by_path.get(path), earlier._by_path.get(path)
+            if mine is not None and other is not None and mine.before != other.before:
+                raise _refused(path, "was changed on another base than this")
+            first = (mine or other).before  # type: ignore[union-attr]  # it is in one of the two
+            found.append(Change(path, other.after if other else first, mine.after if mine else first))
+        return Changeset.of(change for change in found if change.before != change.after)
+
+    def applied_to(self, base: Manifest) -> dict[str, Entry]:
+        """The entries of a state after these changes.
+
+        Raises:
+            ChangesetRefused: they were not made on this state.
+        """
+        entries = dict(base)
+        for change in self.changes:
+            if entries.get(change.path) != change.before:
+                raise _refused(change.path, "was changed on another state than this")
+            if change.after is None:
+                del entries[change.path]
+            else:
+                entries[change.path] = change.after
+        return entries
+
+    def touches(self, path: str) -> bool:
+        """Whether a path, something below it, or a folder above it changes."""
+        return any(path == other or other.startswith(f"{path}/") or path.startswith(f"{other}/")
+                   for other in self._by_path) or (not path and bool(self))  # fmt: skip
+
     @cached_property
     def _by_path(self) -> Mapping[str, Change]:
         return {change.path: change for change in self.changes}

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from luminaguard.microvm.port import Hypervisor
     from luminaguard.microvm.template import TemplateStore
     from luminaguard.microvm.tracker import VMTracker
-    from luminaguard.runtime.action import Execution, Feed, Output, Progress
     from luminaguard.runtime.decisions import Decisions
+    from luminaguard.runtime.rehearsal import Execution, Feed, Output, Progress
     from luminaguard.storage.approvals import Approvals
     from luminaguard.storage.approvers import Approvers
     from luminaguard.storage.grants import Grants, Tasks

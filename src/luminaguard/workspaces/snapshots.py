@@ -1,0 +1,287 @@
+"""The workspace states of a task: what it began with, and what its finished steps made of it.
+
+A task works on states that nobody can change under it. Its first one is packed and kept, whatever
+becomes of the user's folder meanwhile; each later one is that, and the changes since, whose contents lie
+beside it by SHA-256. A state is a value: the same step on the same state is the same call again.
+
+    tasks/ID/base.squashfs   the first state
+    tasks/ID/base.json       what is in it
+    tasks/ID/contents/SHA    what steps wrote
+    tasks/ID/layer-KEY       a later state as an image that lies on the first; made again when missing
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luminaguard.effects.changes import Changeset, DirEntry, Entry, FileEntry, LinkEntry
+from luminaguard.errors import StorageError
+from luminaguard.workspaces.blobs import BlobStore
+from luminaguard.workspaces.layers import Base, difference
+from luminaguard.workspaces.squash import changed, squash
+from luminaguard.workspaces.state import WorkspaceState
+
+__all__ = ["Snapshot", "Snapshots"]
+
+_FORMAT = 1
+_MAX = 1 << 30
+_CHUNK = 64 << 20
+_BASE, _META, _CONTENTS = "base.squashfs", "base.json", "contents"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One state of a task.
+
+    Attributes:
+        changes: since the task's first state.
+        times: modification times of what changed, in seconds.
+    """
+
+    changes: Changeset = field(default_factory=lambda: Changeset(()))
+    times: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other states of its task."""
+        text = json.dumps([self.changes.digest, sorted(self.times.items())])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def after(self, changes: Changeset, seconds: int) -> Snapshot:
+        """The state after a step's changes, made at a time in seconds since the epoch."""
+        joined = self.changes.then(changes)
+        kept = {change.path for change in joined.changes}
+        times = {path: at for path, at in self.times.items() if path in kept}
+        times |= {change.path: seconds for change in changes.changes if change.path in kept}
+        return Snapshot(joined, times)
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage."""
+        return {"changes": self.changes.to_json(), "times": dict(self.times)}
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Snapshot:
+        """The inverse of :meth:`to_json`; raises ChangesetRefused, KeyError or ValueError if it is not one."""
+        return cls(Changeset.from_json(raw["changes"]), {str(path): int(at) for path, at in raw["times"].items()})
+
+
+class Snapshots:
+    """The states of all tasks of a state folder."""
+
+    def __init__(self, state: Path, blobs: BlobStore) -> None:
+        self.folder = state / "tasks"
+        self._blobs = blobs
+        self._known: tuple[str, WorkspaceState, Base] | None = None
+
+    def begin(self, task: str, state: WorkspaceState, image: int) -> None:
+        """Keep a task's first state. Safe to repeat: the one that was kept first stays.
+
+        Args:
+            task: its id.
+            state: what was read.
+            image: an open image that shows it, whole.
+
+        Raises:
+            StorageError: it cannot be kept, such as on a full disk.
+        """
+        folder = self.folder / task
+        if (folder / _META).exists():
+            return
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self._keep_image(image, folder / _BASE)
+            (folder / _CONTENTS).mkdir(mode=0o700, exist_ok=True)
+            base = Base.of(state)
+            whole = {"format": _FORMAT, "path": str(state.path), "device": state.device, "inode": state.inode,
+                     "mode": state.mode, "key": base.key, "rows": base.rows}  # fmt: skip
+            _write_whole(folder / _META, json.dumps(whole).encode("ascii"))
+        except OSError as error:
+            raise StorageError(
+                f"The first state of {task} cannot be kept: {error}.",
+                hint="Free some space in the state folder and run it again.",
+            ) from error
+
+    def first(self, task: str) -> WorkspaceState:
+        """A task's first state; raises StorageError."""
+        return self._load(task)[0]
+
+    def open(self, task: str, snapshot: Snapshot) -> tuple[tuple[int, ...], dict[str, Entry]]:
+        """The images that show a state, which the caller closes, and its entries.
+
+        Raises:
+            StorageError: a part of it is missing or damaged.
+        """
+        first, base = self._load(task)
+        folder = self.folder / task
+        if not len(snapshot.changes):
+            return (self._open(folder / _BASE),), first.entries
+        merged = _merged(first, snapshot)
+        path = folder / f"layer-{snapshot.key}"
+        lower = self._open(folder / _BASE)
+        try:
+            try:
+                upper = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                layer = difference(base, merged)
+                upper = squash(merged, _Contents(folder / _CONTENTS), path, lambda _: None, layer)
+        except BaseException:  # whatever ends this, the descriptor must not leak
+            os.close(lower)
+            raise
+        return (lower, upper), merged.entries
+
+    def take(self, task: str, owner: str) -> None:
+        """Make contents that a step left part of the task, so that they survive a power cut."""
+        source, target = self._blobs.folder / owner, self.folder / task / _CONTENTS
+        if not source.is_dir():
+            return
+        self._blobs.persist(owner)
+        for blob in source.iterdir():
+            blob.replace(target / blob.name)  # the same content under the same name, if it is there already
+        _sync(target)
+        self._blobs.forget(owner)
+
+    def lend(self, task: str, owner: str, changes: Changeset) -> None:
+        """Let a request have the contents that its changes write; both names are the same file."""
+        writer = self._blobs.folder / owner
+        for folder in (writer.parent, writer):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        for sha256 in changes.blobs():
+            with contextlib.suppress(FileExistsError):
+                os.link(self.folder / task / _CONTENTS / sha256, writer / sha256)
+        self._blobs.persist(owner)
+
+    def collect(self, task: str, kept: Iterable[Snapshot]) -> None:
+        """Delete what no state of a task needs any more."""
+        states = list(kept)
+        contents = {sha256 for state in states for sha256 in state.changes.blobs()}
+        layers = {f"layer-{state.key}" for state in states}
+        folder = self.folder / task
+        for blob in (folder / _CONTENTS).iterdir() if (folder / _CONTENTS).is_dir() else ():
+            if blob.name not in contents:
+                blob.unlink(missing_ok=True)
+        for layer in folder.glob("layer-*"):
+            if layer.name not in layers:
+                layer.unlink(missing_ok=True)
+
+    def forget(self, task: str) -> None:
+        """Delete all states of a task."""
+        self._known = None
+        shutil.rmtree(self.folder / task, ignore_errors=True)
+
+    def tasks(self) -> list[str]:
+        """The tasks that have states."""
+        return sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir()) if self.folder.is_dir() else []
+
+    def _load(self, task: str) -> tuple[WorkspaceState, Base]:
+        if self._known is not None and self._known[0] == task:
+            return self._known[1], self._known[2]
+        path = self.folder / task / _META
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(fd, "rb") as file:
+                raw = json.loads(file.read(_MAX))
+            if raw["format"] != _FORMAT:
+                raise ValueError(f"format {raw['format']!r}")
+            state = WorkspaceState(Path(raw["path"]), int(raw["device"]), int(raw["inode"]), int(raw["mode"]))
+            for name, row in raw["rows"].items():
+                *fields, at, link = row
+                state.entries[name], state.times[name] = _entry(fields), int(at)
+                if link:
+                    state.links[name] = str(link)
+            base = Base(str(raw["key"]), raw["rows"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"The first state of {task} cannot be read ({error}).",
+                hint="The state folder was damaged or edited: the task cannot go on; begin it again.",
+                kept="Nothing was deleted.",
+            ) from error
+        self._known = (task, state, base)
+        return state, base
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(
+                f"A stored state of the workspace is missing ({error.strerror}).",
+                hint="The state folder was damaged or edited: the task cannot go on; begin it again.",
+            ) from error
+
+    @staticmethod
+    def _keep_image(image: int, path: Path) -> None:
+        """A copy: the cache's own file may be forgotten, and a jail has other names of it."""
+        partial = path.with_name(f".{path.name}-{os.getpid()}")
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            at = 0
+            while sent := os.sendfile(fd, image, at, _CHUNK):
+                at += sent
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        partial.replace(path)
+
+
+class _Contents:
+    """A folder of contents by SHA-256."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def open(self, path: str, entry: FileEntry) -> int:
+        """A descriptor of a content; what is read from it is hashed by the reader."""
+        try:
+            return os.open(self._folder / entry.sha256, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise changed(path) from error
+
+
+def _merged(first: WorkspaceState, snapshot: Snapshot) -> WorkspaceState:
+    entries = snapshot.changes.applied_to(first.entries)
+    touched = {change.path for change in snapshot.changes.changes}
+    return WorkspaceState(
+        first.path, first.device, first.inode, first.mode, entries,
+        {path: snapshot.times.get(path, first.times.get(path, 0)) for path in entries},
+        # A second name of a file that was written to is a file of its own from then on.
+        {path: name for path, name in first.links.items() if path in entries and path not in touched},
+    )  # fmt: skip
+
+
+def _entry(fields: list[Any]) -> Entry:
+    match fields:
+        case ["file", int(mode), int(size), str(sha256)]:
+            return FileEntry(mode, size, sha256)
+        case ["dir", int(mode)]:
+            return DirEntry(mode)
+        case ["link", str(target)]:
+            return LinkEntry(target)
+    raise ValueError(f"no entry: {fields!r:.60}")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
