@@ -12,6 +12,7 @@ raises; only the command line exits.
     │   ├── HypervisorUnavailable             no usable QEMU
     │   ├── JailUnavailable                   this host does not allow the jail around QEMU
     │   ├── ImageMissing                      no guest image was built yet
+    │   ├── ModelUnavailable                  no language model is set up, or it does not answer
     │   └── PackageUnavailable                a locked package cannot be had from apt
     │       └── LockOutdated                  the sources offer other versions
     ├── ImageError                       123  a guest image cannot be built or used
@@ -35,6 +36,9 @@ raises; only the command line exits.
     ├── PublishError                     122  nothing was published
     │   ├── Conflict                          the host's files are not the base any more
     │   └── OutcomeUnknown                    recovery could not restore the state before
+    ├── TaskError                        122  a task cannot do what was asked of it
+    │   └── TaskNotFound
+    ├── ModelRefused                     122  a language model will not answer this
     ├── StorageError                     125  the database or a state file cannot be used
     └── LedgerError                      122  the ledger does not verify
 """
@@ -71,6 +75,8 @@ __all__ = [
     "LuminaGuardError",
     "MachineError",
     "MachineNotFound",
+    "ModelRefused",
+    "ModelUnavailable",
     "OutcomeUnknown",
     "PackageUnavailable",
     "PolicyChanged",
@@ -79,6 +85,8 @@ __all__ = [
     "RequestNotFound",
     "SettingsError",
     "StorageError",
+    "TaskError",
+    "TaskNotFound",
     "TaskStopped",
     "Unavailable",
     "WorkspaceChanged",
@@ -143,6 +151,10 @@ class JailUnavailable(Unavailable):
 
 class ImageMissing(Unavailable):
     """No guest image was built yet."""
+
+
+class ModelUnavailable(Unavailable):
+    """No language model is set up, or it cannot be reached, or refuses for a while."""
 
 
 class PackageUnavailable(Unavailable):
@@ -266,6 +278,22 @@ class Conflict(PublishError):
 
 class OutcomeUnknown(PublishError):
     """An interrupted publish could not be undone completely."""
+
+
+class TaskError(LuminaGuardError):
+    """A task cannot do what was asked of it."""
+
+    exit_code = EXIT_REFUSED
+
+
+class TaskNotFound(TaskError):
+    """There is no task of this id."""
+
+
+class ModelRefused(LuminaGuardError):
+    """A language model will not answer this, however often it is asked."""
+
+    exit_code = EXIT_REFUSED
 
 
 class StorageError(LuminaGuardError):

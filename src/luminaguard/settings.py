@@ -100,6 +100,8 @@ class Settings(BaseSettings):
     pool_memory_mib: int = Field(default=2048, ge=0)
     interface: Literal["full", "plain"] = "full"
     theme: Literal["dark", "light", "contrast", "blue-orange"] = "dark"
+    model: str = ""
+    parallel_calls: int = Field(default=2, ge=1, le=64)
     debug: bool = False
 
     @classmethod

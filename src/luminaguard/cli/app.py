@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from luminaguard import log
-from luminaguard.cli import cliff, signals
+from luminaguard.cli import agent, cliff, signals
 from luminaguard.cli.common import Call, Json, open_runtime
-from luminaguard.errors import LuminaGuardError, WorkspaceError
+from luminaguard.cli.paths import absolute
+from luminaguard.errors import LuminaGuardError
 
 __all__ = ["app", "run"]
 
@@ -38,6 +39,9 @@ app.add_typer(image_app, name="image")
 pool_app = typer.Typer(help="A pool of machines that wait for work.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(vm_app, name="vm")
 app.add_typer(pool_app, name="pool")
+app.add_typer(agent.tasks_app, name="tasks")
+app.add_typer(agent.models_app, name="models")
+app.command("run")(agent.run)
 
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="The folder to work on.", readable=False)]
 Publish = Annotated[str | None, typer.Option("--publish", help="ask, never or always.")]
@@ -83,7 +87,7 @@ def exec_(
         runtime = open_runtime(as_json=as_json, publish=publish, timeout_s=timeout, memory_mib=memory, profile=profile)
         options = Options(publish=runtime.settings.publish, as_json=as_json, terminal=True, task=ascii(task)[1:-1],
                           taint=tuple(taint or ()))  # fmt: skip
-        sys.exit(execute(runtime, _absolute(workspace), command, options, held))
+        sys.exit(execute(runtime, absolute(workspace), command, options, held))
 
 
 @app.command()
@@ -102,25 +106,7 @@ def shell(
         runtime = open_runtime(publish=publish, timeout_s=timeout or SHELL_TIMEOUT_S, memory_mib=memory,
                                profile=profile)  # fmt: skip
         options = Options(publish=runtime.settings.publish, as_json=False, terminal=True)
-        sys.exit(execute(runtime, _absolute(workspace), ["bash"], options, held))
-
-
-def _absolute(path: Path) -> Path:
-    # Links above the folder are the user's own; whether the folder itself is one is checked later.
-    try:
-        return _resolved(path)
-    except (OSError, RuntimeError) as error:
-        raise WorkspaceError(
-            f"The workspace {str(path)!a} cannot be found: {error}.", hint="Check the path after --workspace."
-        ) from error
-
-
-def _resolved(path: Path) -> Path:
-    absolute = path.absolute()
-    # Strict: Python 3.13 takes a loop of links for a path like any other.
-    if absolute.name in {"", ".."}:
-        return absolute.resolve(strict=True)
-    return absolute.parent.resolve(strict=True) / absolute.name
+        sys.exit(execute(runtime, absolute(workspace), ["bash"], options, held))
 
 
 @ledger_app.command("verify")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["hides_something", "mixes_scripts", "visible", "visible_name"]
+__all__ = ["hides_something", "mixes_scripts", "visible", "visible_name", "visible_text"]
 
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _LOOKALIKE_SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE")
@@ -31,6 +31,11 @@ def visible(text: str, *, keep_tab: bool = False) -> str:
         c if _is_plain(c) or (keep_tab and c == "\t") or _belongs_to_emoji(text, index) else _escape(c)
         for index, c in enumerate(text)
     )
+
+
+def visible_text(text: str) -> str:
+    """Like :func:`visible`, for texts of several lines: newlines and tabs stay."""
+    return "\n".join(visible(line, keep_tab=True) for line in text.split("\n"))
 
 
 def visible_name(name: str) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from luminaguard.microvm.tracker import VMTracker
     from luminaguard.runtime.decisions import Decisions
     from luminaguard.runtime.rehearsal import Execution, Feed, Output, Progress
+    from luminaguard.runtime.tasks import LocalTasks
     from luminaguard.storage.approvals import Approvals
     from luminaguard.storage.approvers import Approvers
     from luminaguard.storage.grants import Grants, Tasks
@@ -128,6 +129,13 @@ class Runtime:
         from luminaguard.storage.grants import Tasks
 
         return Tasks(self.approvals)
+
+    @cached_property
+    def agent_tasks(self) -> LocalTasks:
+        """Tasks that an agent works on, in this process."""
+        from luminaguard.runtime.tasks import LocalTasks
+
+        return LocalTasks(self)
 
     @cached_property
     def approvers(self) -> Approvers:

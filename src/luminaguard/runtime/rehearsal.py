@@ -82,6 +82,8 @@ class Rehearsal:
     output: Output
     feed: Feed | None = None
     progress: Progress = lambda _: None
+    timeout_s: float | None = None
+    """Another limit than the settings', in seconds."""
 
     async def once(
         self, prepared: Prepared, opening: Background[Ledger], marks: Stopwatch, task: str = ""
@@ -106,7 +108,7 @@ class Rehearsal:
                 marks.lap("ledger")
                 command = self.command.within(prepared.image.manifest.environment)
                 outcome = await vm.run(command, output=self.output, feed=self.feed,
-                                       timeout_s=runtime.settings.timeout_s)  # fmt: skip
+                                       timeout_s=self.timeout_s or runtime.settings.timeout_s)  # fmt: skip
                 marks.lap("command")
                 writer = runtime.blobs.writer(vm_id)
                 changeset, mode = await self._take_out(vm, writer, timed_out=outcome.timed_out)

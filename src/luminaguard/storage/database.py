@@ -34,9 +34,9 @@ from sqlalchemy.schema import CreateColumn
 
 from luminaguard.errors import LuminaGuardError, StorageError
 
-__all__ = ["Database", "checkpoints", "decisions", "grants", "ledger", "requests"]
+__all__ = ["Database", "checkpoints", "decisions", "grants", "ledger", "messages", "outputs", "requests", "tasks"]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT")
 _metadata = MetaData()
 
@@ -111,6 +111,32 @@ ledger = Table(
     Column("previous", String(64), nullable=False),
     Column("hash", String(64), nullable=False),
 )
+tasks = Table(
+    "tasks",
+    _metadata,
+    Column("id", String(32), primary_key=True),
+    Column("workspace", Text, nullable=False),
+    Column("status", String(16), nullable=False, index=True),
+    # How many steps are saved: who saves the next one compares it.
+    Column("step", Integer, nullable=False),
+    Column("created_ns", BigInteger, nullable=False),
+    Column("updated_ns", BigInteger, nullable=False),
+    Column("body", Text, nullable=False),
+)
+messages = Table(
+    "messages",
+    _metadata,
+    Column("task", String(32), ForeignKey("tasks.id"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("body", Text, nullable=False),
+)
+outputs = Table(
+    "outputs",
+    _metadata,
+    Column("task", String(32), ForeignKey("tasks.id"), primary_key=True),
+    Column("name", String(32), primary_key=True),
+    Column("text", Text, nullable=False),
+)
 checkpoints = Table(
     "checkpoints",
     _metadata,
@@ -163,7 +189,7 @@ class Database:
             if version is None:
                 _metadata.create_all(connection)
                 connection.execute(insert(_schema).values(version=SCHEMA_VERSION))
-            elif version in {1, 2}:
+            elif version in {1, 2, 3}:
                 _upgrade(connection, version)
             else:
                 raise StorageError(
@@ -217,6 +243,13 @@ class Database:
 
 def _upgrade(connection: Connection, version: int) -> None:
     """Bring an older database to this version, inside the caller's transaction; what waits goes on waiting."""
+    if version < 3:
+        _upgrade_to_3(connection, version)
+    _metadata.create_all(connection)
+    connection.execute(update(_schema).values(version=SCHEMA_VERSION))
+
+
+def _upgrade_to_3(connection: Connection, version: int) -> None:
     if version == 1:
         connection.exec_driver_sql("ALTER TABLE requests DROP COLUMN device")
     connection.exec_driver_sql("ALTER TABLE requests RENAME COLUMN changeset TO body")
@@ -229,7 +262,6 @@ def _upgrade(connection: Connection, version: int) -> None:
     connection.exec_driver_sql(f"INSERT INTO decisions ({kept}) SELECT {kept} FROM decisions_2")  # noqa: S608
     connection.exec_driver_sql("DROP TABLE decisions_2")
     connection.exec_driver_sql("CREATE INDEX IF NOT EXISTS ix_ledger_kind ON ledger (kind)")
-    connection.execute(update(_schema).values(version=SCHEMA_VERSION))
 
 
 def _configure(connection: Any, _record: Any) -> None:

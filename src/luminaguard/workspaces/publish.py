@@ -15,11 +15,7 @@ Rules:
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
 import os
-import struct
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,14 +33,11 @@ from luminaguard.errors import (
 from luminaguard.workspaces.apply import Step, Work, conflict, unknown
 from luminaguard.workspaces.blobs import BlobStore
 from luminaguard.workspaces.journal import Journal
+from luminaguard.workspaces.locks import Busy, locked
 from luminaguard.workspaces.opening import entry_at, open_root, parent_of
 from luminaguard.workspaces.renames import something_at
 
 __all__ = ["Publisher", "Step"]
-
-_LOCK_PAUSE_S = 0.05
-_FLOCK = struct.Struct("@hhqqi4x")
-"""struct flock of Linux on 64 bits: type, whence, start, length, pid (fcntl(2))."""
 
 
 class Publisher:
@@ -62,27 +55,13 @@ class Publisher:
         Raises:
             PublishError: another one does, and goes on for ``wait_s`` seconds.
         """
-        fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        # One file for all workspaces: each is a byte of its own, and nothing is left to clean up.
-        at = int.from_bytes(hashlib.sha256(workspace.encode()).digest()[:7])
-        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)
         try:
-            deadline = time.monotonic() + wait_s
-            while True:
-                try:
-                    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() < deadline:
-                        time.sleep(_LOCK_PAUSE_S)
-                        continue
-                    raise PublishError(
-                        f"Another process is publishing into {workspace}.",
-                        hint="Run the command again in a moment.",
-                    ) from None
-            yield
-        finally:
-            os.close(fd)
+            with locked(self._lock, workspace, wait_s=wait_s):
+                yield
+        except Busy:
+            raise PublishError(
+                f"Another process is publishing into {workspace}.", hint="Run the command again in a moment."
+            ) from None
 
     def check(self, workspace: str, inode: int, changeset: Changeset) -> None:
         """Raise Conflict unless the workspace is still the base of the changeset."""

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,7 @@ class Snapshots:
         self.folder = state / "tasks"
         self._blobs = blobs
         self._known: tuple[str, WorkspaceState, Base] | None = None
+        self._lock = threading.Lock()
 
     def begin(self, task: str, state: WorkspaceState, image: int) -> None:
         """Keep a task's first state. Safe to repeat: the one that was kept first stays.
@@ -110,6 +112,19 @@ class Snapshots:
                 hint="Free some space in the state folder and run it again.",
             ) from error
 
+    def copy_first(self, task: str, other: str) -> None:
+        """Let another task begin where this one began.
+
+        Raises:
+            StorageError: its first state is not kept any more.
+        """
+        state, _ = self._load(task)
+        image = self._open(self.folder / task / _BASE)
+        try:
+            self.begin(other, state, image)
+        finally:
+            os.close(image)
+
     def first(self, task: str) -> WorkspaceState:
         """A task's first state; raises StorageError."""
         return self._load(task)[0]
@@ -120,6 +135,10 @@ class Snapshots:
         Raises:
             StorageError: a part of it is missing or damaged.
         """
+        with self._lock:  # two who open one state at once pack it once
+            return self._open_state(task, snapshot)
+
+    def _open_state(self, task: str, snapshot: Snapshot) -> tuple[tuple[int, ...], dict[str, Entry]]:
         first, base = self._load(task)
         folder = self.folder / task
         if not len(snapshot.changes):

@@ -1,0 +1,487 @@
+"""Moves tasks on, one durable step after another: load, do, save with compare-and-set, record.
+
+A step that is interrupted anywhere was not saved, and is done again from the same state: a model is asked
+again, a call is evaluated again in another throwaway machine. What must not happen twice goes through the
+cliff, whose requests bear ids that follow from the task and its step: the same step asks for the same thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import anyio
+
+from luminaguard.approvals.model import Request, State
+from luminaguard.effects.changes import Change, Changeset, LinkEntry
+from luminaguard.errors import (
+    ActionInvalid,
+    ApprovalNeeded,
+    ChangesetRefused,
+    CommandTooLong,
+    Forbidden,
+    GuestProtocolError,
+    GuestUnresponsive,
+    LuminaGuardError,
+    ModelRefused,
+    ModelUnavailable,
+    TaskStopped,
+)
+from luminaguard.reasoning.budget import Usage
+from luminaguard.reasoning.context import (
+    ASK_USER,
+    HOST_TOOLS,
+    INSTRUCTIONS,
+    PUBLISH,
+    READ_OUTPUT,
+    as_data,
+    cut,
+    fitted,
+    page,
+)
+from luminaguard.reasoning.messages import Message, ToolCall, ToolSpec
+from luminaguard.reasoning.model import Model
+from luminaguard.storage.tasks import TaskStore
+from luminaguard.tasks.model import Status, Task, open_calls, with_distinct_ids
+from luminaguard.tools.builtin import IN_MACHINE, Plan, plan
+
+__all__ = ["Cliff", "Engine", "Evaluated", "Watcher", "Workbench", "request_id"]
+
+_MOST_HISTORY = 400_000
+"""Characters; about 100,000 tokens, which the models of these years take."""
+_TOOLS: tuple[ToolSpec, ...] = (
+    *(ToolSpec(tool.name, tool.description, tool.parameters) for tool in IN_MACHINE.values()), *HOST_TOOLS)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What came of one call in a machine; its contents are kept under ``owner`` until they are taken or dropped."""
+
+    text: str
+    failed: bool
+    changes: Changeset
+    owner: str = ""
+
+
+class Workbench(Protocol):
+    """Where calls are evaluated, each in a machine of its own."""
+
+    async def begin(self, task: Task) -> None:
+        """Keep the first state of the task's workspace; raises WorkspaceError and what machines raise."""
+
+    async def evaluate(self, task: Task, call: ToolCall, work: Plan) -> Evaluated:
+        """Evaluate a call on the task's state.
+
+        Raises:
+            Forbidden: a rule forbids it.
+            ApprovalNeeded: a person must be asked first.
+        """
+
+    def links_on(self, task: Task, path: str) -> bool:
+        """Whether a path goes through a link in the task's state."""
+
+    def take(self, task: Task, owner: str) -> None:
+        """Make the contents of an evaluation part of the task."""
+
+    def drop(self, owner: str) -> None:
+        """Forget the contents of an evaluation."""
+
+    def collect(self, task: Task) -> None:
+        """Delete contents that the task's state does not need; all of them once it has ended."""
+
+
+class Cliff(Protocol):
+    """Where effects are asked for."""
+
+    def ask_to_publish(self, task: Task, request_id: str, changes: Changeset) -> Request:
+        """Ask to publish changes, or find that it was asked; what needs nobody is published at once.
+
+        Raises:
+            Forbidden: a rule forbids it, or the task was stopped.
+        """
+
+    def look(self, request_id: str) -> tuple[Request | None, str, tuple[str, ...] | None]:
+        """A request as it stands, how it ended in words, and the part that was approved."""
+
+    def publish_approved(self, request_id: str) -> None:
+        """Publish what was approved, and not published by whoever approved it."""
+
+    def withdraw(self, task: Task, why: str) -> None:
+        """End all requests of a task that still wait."""
+
+
+@dataclass(slots=True)
+class Watcher:
+    """Told what happens, for people; it changes nothing."""
+
+    text: Callable[[str], None] = lambda _: None
+    call: Callable[[ToolCall], None] = lambda _: None
+    outcome: Callable[[ToolCall, Evaluated | None, str], None] = lambda *_: None
+    note: Callable[[str], None] = lambda _: None
+
+
+@dataclass(slots=True)
+class _Round:
+    """What one step adds to a task."""
+
+    messages: list[Message] = field(default_factory=list)
+    outputs: dict[str, str] = field(default_factory=dict)
+
+
+class Engine:
+    """Moves the tasks of one store on.
+
+    Args:
+        store: the tasks.
+        bench, cliff: where calls are evaluated and effects asked for.
+        parallel: how many calls of one turn run beside each other.
+        now_ns: the time, in nanoseconds since the epoch.
+    """
+
+    def __init__(
+        self, store: TaskStore, bench: Workbench, cliff: Cliff, *, parallel: int, now_ns: Callable[[], int]
+    ) -> None:
+        self._store, self._bench, self._cliff = store, bench, cliff
+        self._parallel = parallel
+        self._now_ns = now_ns
+
+    # -- one task -------------------------------------------------------------------------------------
+
+    def get(self, task_id: str) -> Task:
+        """A task as it stands; raises TaskNotFound."""
+        return self._store.get(task_id, Task.from_json)
+
+    def history(self, task: Task) -> list[Message]:
+        """All that was said in it."""
+        return [Message.from_json(raw) for raw in self._store.history(task.id)]
+
+    async def create(self, task: Task) -> Task:
+        """Store a new task; its first state is kept before that, so that it can always begin."""
+        await self._bench.begin(task)
+        self._store.create(task, task.status.value, [Message("user", task.prompt).to_json()], models=task.models)
+        return task
+
+    async def run(self, task: Task, model: Model, watcher: Watcher) -> Task:
+        """Move a task on until it waits for a person, pauses or ends; return it as it then stands.
+
+        Raises:
+            TaskError: another process works on it.
+            LuminaGuardError: this machine cannot do it now; all finished steps were kept.
+        """
+        while task.status in {Status.RUNNING, Status.WAITING}:
+            task, moved = await self.step(task, model, watcher)
+            if not moved:
+                break
+        return task
+
+    async def step(self, task: Task, model: Model, watcher: Watcher) -> tuple[Task, bool]:
+        """One durable step; the task after it, and whether there was anything to do."""
+        if task.status is Status.WAITING:
+            return self._after_waiting(task, watcher)
+        history = self.history(task)
+        calls = open_calls(history)
+        start = time.monotonic()
+        try:
+            if calls:
+                after, added = await self._do_calls(task, calls, watcher)
+            elif history[-1].role == "assistant":
+                after, added = self._finish(task), _Round()
+            else:
+                after, added = await self._ask_model(task, history, model, watcher)
+        except TaskStopped as error:
+            after, added = task.ended(Status.STOPPED, error.message), _Round()
+        except ModelRefused as error:
+            after, added = task.paused(f"{error.message} {error.hint}"), _Round()
+        except ModelUnavailable as error:
+            after, added = task.paused(error.message), _Round()
+        after = replace(after, usage=after.usage + Usage(seconds=round(time.monotonic() - start, 3)))
+        return self._save(after, added, what="calls" if calls else "model"), True
+
+    def _save(self, task: Task, added: _Round, *, what: str) -> Task:
+        messages = [message.to_json() for message in added.messages]
+        self._store.save(task, task.status.value, messages, added.outputs, what=what, turns=task.turns,
+                         tokens=task.usage.tokens, why=task.why[:200])  # fmt: skip
+        saved = replace(task, step=task.step + 1)
+        self._bench.collect(saved)
+        return saved
+
+    # -- the model --------------------------------------------------------------------------------------
+
+    async def _ask_model(
+        self, task: Task, history: Sequence[Message], model: Model, watcher: Watcher
+    ) -> tuple[Task, _Round]:
+        if why := task.budget.used_up(task.usage):
+            return task.paused(why), _Round()
+        if task.turns >= task.max_turns:
+            return task.paused(f"{task.max_turns} turns were made"), _Round()
+        fit, gone = fitted(history, _MOST_HISTORY)
+        if gone:
+            watcher.note(f"{gone} messages are left out of what the model reads, to fit")
+        turn = await model.turn(INSTRUCTIONS, fit, _TOOLS, watcher.text)
+        message = with_distinct_ids(turn.message)
+        return replace(task, turns=task.turns + 1, usage=task.usage + turn.usage), _Round([message])
+
+    def _finish(self, task: Task) -> Task:
+        """The model has answered; what it changed goes to the cliff, if a person wants to be asked."""
+        if task.publish == "never" or not len(task.unpublished):
+            return task.ended(Status.FINISHED)
+        return replace(task, status=Status.WAITING, request=request_id(task))
+
+    # -- calls ------------------------------------------------------------------------------------------
+
+    async def _do_calls(self, task: Task, calls: Sequence[ToolCall], watcher: Watcher) -> tuple[Task, _Round]:
+        """Answer some of the open calls: one that is not for a machine, or the machines' calls before it."""
+        limit = task.budget.tool_calls
+        if limit is not None and task.usage.tool_calls > limit:
+            return task.paused(f"the budget of {limit:,} tool calls is used up"), _Round()
+        if why := replace(task.budget, requests=None, tool_calls=None).used_up(task.usage):
+            return task.paused(why), _Round()
+        first = calls[0]
+        if not self._for_machine(first):
+            watcher.call(first)
+            return self._do_on_host(task, first)
+        batch = []
+        for call in calls[: self._parallel]:
+            if not self._for_machine(call):
+                break
+            batch.append(call)
+        return await self._do_in_machines(task, batch, watcher)
+
+    @staticmethod
+    def _for_machine(call: ToolCall) -> bool:
+        return not call.malformed and call.name in IN_MACHINE
+
+    def _do_on_host(self, task: Task, call: ToolCall) -> tuple[Task, _Round]:
+        if call.malformed:
+            return task, _Round([_failed(call, f"{call.name} was not called: {call.malformed}.")])
+        match call.name:
+            case "publish" if not len(task.unpublished):
+                return task, _Round(
+                    [_answer(call, "There is nothing to publish: nothing changed since the last time.")]
+                )
+            case "publish" if task.publish == "never":
+                return task, _Round([_failed(call, "Nothing of this task is to be published, the person said.")])
+            case "publish":
+                return replace(task, status=Status.WAITING, request=request_id(task)), _Round()
+            case "ask_user" if isinstance(question := call.arguments.get("question"), str) and question.strip():
+                return replace(task, status=Status.WAITING, question=question[:20_000]), _Round()
+            case "read_output":
+                return task, _Round([self._read_on(task, call)])
+        known = ", ".join(tool.name for tool in _TOOLS)
+        wrong = "has wrong arguments" if call.name in {PUBLISH, ASK_USER, READ_OUTPUT} else "is no tool"
+        return task, _Round([_failed(call, f"{call.name[:64]!a} {wrong}; there is {known}.")])
+
+    def _read_on(self, task: Task, call: ToolCall) -> Message:
+        name, offset = call.arguments.get("name"), call.arguments.get("offset", 0)
+        if not isinstance(name, str) or not isinstance(offset, int):
+            return _failed(call, "read_output takes a name and an offset.")
+        text = self._store.output(task.id, name[:32])
+        if text is None:
+            return _failed(call, f"There is no outcome {name[:32]!a}.")
+        return _answer(call, page(text, name, offset), origin="an outcome before")
+
+    async def _do_in_machines(self, task: Task, batch: Sequence[ToolCall], watcher: Watcher) -> tuple[Task, _Round]:
+        """Evaluate calls beside each other on one state, and keep those that mean the same one after the other."""
+        plans: dict[str, Plan] = {}
+        refused: dict[str, LuminaGuardError] = {}
+        for call in batch:
+            watcher.call(call)
+            try:
+                plans[call.id] = plan(call.name, call.arguments)
+            except ActionInvalid as error:
+                refused[call.id] = error
+        done: dict[str, Evaluated | LuminaGuardError] = dict(refused)
+        kept = False
+        try:
+            async with anyio.create_task_group() as tasks:
+                for call in batch:
+                    if call.id in plans:
+                        tasks.start_soon(self._evaluate, task, call, plans[call.id], done)
+            after, added, taken = self._accept(task, batch, plans, done, watcher)
+            kept = True
+        finally:
+            for call_id, one in done.items():
+                if isinstance(one, Evaluated) and one.owner and not (kept and call_id in taken):
+                    self._bench.drop(one.owner)
+        return after, added
+
+    async def _evaluate(
+        self, task: Task, call: ToolCall, work: Plan, done: dict[str, Evaluated | LuminaGuardError]
+    ) -> None:
+        try:
+            done[call.id] = await self._bench.evaluate(task, call, work)
+        except (Forbidden, ApprovalNeeded, ChangesetRefused, GuestProtocolError, GuestUnresponsive,
+                CommandTooLong) as error:  # fmt: skip
+            done[call.id] = error  # what is wrong with this call is no reason for the others to end
+
+    def _accept(
+        self, task: Task, batch: Sequence[ToolCall], plans: dict[str, Plan],
+        done: dict[str, Evaluated | LuminaGuardError], watcher: Watcher,
+    ) -> tuple[Task, _Round, set[str]]:  # fmt: skip
+        """Take outcomes in the order of the calls, as long as none depends on what an earlier one changed."""
+        after, added, taken, changed = task, _Round(), set[str](), Changeset(())
+        for number, call in enumerate(batch):
+            outcome = done[call.id]
+            if call.id in plans and len(changed) and self._depends(task, plans[call.id], changed, outcome):
+                break  # it is evaluated again, on the state as it then is
+            if isinstance(outcome, TaskStopped):
+                raise outcome
+            if isinstance(outcome, ApprovalNeeded):
+                if not added.messages:
+                    after = replace(after, status=Status.WAITING, request=outcome.request_id)
+                break
+            if isinstance(outcome, LuminaGuardError):
+                added.messages.append(_failed(call, f"{outcome.message} {outcome.hint}"))
+                watcher.outcome(call, None, outcome.message)
+                continue
+            name = f"out-{task.step}-{number}"
+            text, was_cut = cut(outcome.text, name)
+            if was_cut:
+                added.outputs[name] = outcome.text
+            added.messages.append(
+                _answer(call, text, failed=outcome.failed, origin="a machine with a copy of the folder")
+            )
+            watcher.outcome(call, outcome, "")
+            if len(outcome.changes):
+                self._bench.take(task, outcome.owner)
+                taken.add(call.id)
+                changed = changed.then(outcome.changes)
+                after = replace(after, snapshot=after.snapshot.after(outcome.changes, self._now_ns() // 10**9))
+        if after.publish == "per-action" and len(changed) and after.status is Status.RUNNING:
+            after = replace(after, status=Status.WAITING, request=request_id(after))
+        return after, added, taken
+
+    def _depends(self, task: Task, work: Plan, changed: Changeset, outcome: Evaluated | LuminaGuardError) -> bool:
+        """Whether a call that ran beside others could have come out otherwise after what they changed."""
+        if work.reads is None or changed.touches(work.reads) or self._bench.links_on(task, work.reads):
+            return True
+        if any(isinstance(change.after, LinkEntry) for change in changed.changes):
+            return True
+        own = outcome.changes if isinstance(outcome, Evaluated) else Changeset(())
+        return any(changed.touches(change.path) for change in own.changes)
+
+    # -- what was waited for ------------------------------------------------------------------------------
+
+    def _after_waiting(self, task: Task, watcher: Watcher) -> tuple[Task, bool]:
+        """Go on if a person, or the time, has answered."""
+        if task.question:
+            return task, False
+        history = self.history(task)
+        try:
+            request, outcome, part = self._asked(task)
+        except TaskStopped as error:
+            return self._save(task.ended(Status.STOPPED, error.message), _Round(), what="stopped"), True
+        except Forbidden as error:
+            after, added = self._answered_no(task, history, "changeset", f"{error.message} {error.hint}")
+            return self._save(after, added, what="cliff"), True
+        running = replace(task, status=Status.RUNNING, request="")
+        match request.state:
+            case State.PENDING | State.CLAIMED | State.UNKNOWN:
+                return task, False
+            case State.PUBLISHED:
+                watcher.note(outcome)
+                after, added = self._published(running, history, part)
+            case State.APPROVED:  # of a tool that a rule held back: it is evaluated now
+                after, added = running, _Round()
+            case State.STOPPED:
+                after, added = task.ended(Status.STOPPED, outcome), _Round()
+            case State.RETURNED:
+                words = f"The person wants something different: {outcome}"
+                after, added = self._answered_no(task, history, request.effect, words, final=False)
+            case State.EXPIRED:
+                words = "Nobody answered in time, which is a denial."
+                after, added = self._answered_no(task, history, request.effect, words)
+            case _:
+                words = f"{request.state.value}: {outcome}" if outcome else request.state.value
+                after, added = self._answered_no(task, history, request.effect, f"It was not done; {words}.")
+        return self._save(after, added, what="cliff"), True
+
+    def _asked(self, task: Task) -> tuple[Request, str, tuple[str, ...] | None]:
+        """What it waits for; asked for now, if a crash came between the saved step and the request."""
+        request, outcome, part = self._cliff.look(task.request)
+        if request is None:
+            self._cliff.ask_to_publish(task, task.request, task.unpublished)
+            request, outcome, part = self._cliff.look(task.request)
+        assert request is not None
+        if request.state is State.APPROVED and request.effect == "changeset":
+            self._cliff.publish_approved(request.id)
+            request, outcome, part = self._cliff.look(task.request)
+            assert request is not None
+        return request, outcome, part
+
+    def _published(self, task: Task, history: Sequence[Message], part: tuple[str, ...] | None) -> tuple[Task, _Round]:
+        """What was approved is in the folder; what was left out of it is taken back here, too."""
+        whole = task.unpublished
+        taken = whole if part is None else whole.part(part)
+        out = [Change(c.path, c.after, c.before) for c in whole.changes if part is not None and c.path not in set(part)]
+        after = replace(task, published=task.published.then(taken))
+        words = f"Published {len(taken)} changes."
+        if out:
+            after = replace(after, snapshot=after.snapshot.after(Changeset.of(out), self._now_ns() // 10**9))
+            words += f" The person left out, and these were taken back: {', '.join(c.path for c in out[:20])}."
+        calls = open_calls(history)
+        if calls and calls[0].name == PUBLISH:
+            return after, _Round([_answer(calls[0], words, origin="the person")])
+        return after, _Round()
+
+    def _answered_no(
+        self, task: Task, history: Sequence[Message], effect: str, words: str, *, final: bool = True
+    ) -> tuple[Task, _Round]:
+        """A person, a rule or the time has said no: to a call, to what calls changed, or to the whole outcome.
+
+        Args:
+            task: what asked.
+            history: all that was said in it.
+            effect: what it asked for.
+            words: what the model reads.
+            final: whether a no to the whole outcome ends the task.
+        """
+        after, calls = replace(task, status=Status.RUNNING, request=""), open_calls(history)
+        if calls and (effect == "run" or calls[0].name == PUBLISH):
+            return after, _Round([_failed(calls[0], words)])
+        if history[-1].role == "assistant" and not calls:
+            if final:
+                return task.ended(Status.DENIED, words), _Round()
+            return after, _Round([Message("user", words)])
+        # What single calls changed was asked about: it is taken back, and so is what was to build on it.
+        back = Changeset.of(Change(c.path, c.after, c.before) for c in task.unpublished.changes)
+        after = replace(after, snapshot=task.snapshot.after(back, self._now_ns() // 10**9))
+        words = f"{words} The changes were taken back."
+        if calls:
+            return after, _Round([_failed(call, f"This was not run. {words}") for call in calls])
+        return after, _Round([Message("user", f"About your last changes: {words}")])
+
+    # -- people -------------------------------------------------------------------------------------------
+
+    def answer(self, task: Task, text: str) -> Task:
+        """Answer the question that a task asks; it can go on then."""
+        (call, *_) = open_calls(self.history(task))
+        after = replace(task, status=Status.RUNNING, question="")
+        return self._save(after, _Round([_answer(call, text, origin="the person")]), what="answer")
+
+    def resume(self, task: Task, **changed: object) -> Task:
+        """Let a paused task go on, perhaps with another budget, other models or more turns."""
+        return self._save(replace(task, status=Status.RUNNING, why="", **changed), _Round(), what="resume")  # type: ignore[arg-type]  # fields of a task
+
+    def cancel(self, task: Task, why: str) -> Task:
+        """End a task; what it asked for is not asked any more."""
+        after = self._save(task.ended(Status.CANCELLED, why), _Round(), what="cancel")
+        self._cliff.withdraw(task, "the task was cancelled")
+        return after
+
+
+def request_id(task: Task) -> str:
+    """The id of what a task asks for at its present step."""
+    return f"req-{hashlib.sha256(f'{task.id} {task.step}'.encode()).hexdigest()[:12]}"
+
+
+def _answer(call: ToolCall, text: str, *, failed: bool = False, origin: str = "LuminaGuard") -> Message:
+    shown = as_data(call.name, origin, text) if origin not in {"LuminaGuard", "the person"} else text
+    return Message("tool", shown, call_id=call.id, tool=call.name, failed=failed, origin=origin)
+
+
+def _failed(call: ToolCall, text: str) -> Message:
+    return _answer(call, text, failed=True)
