@@ -1,8 +1,12 @@
 """Fixtures: a home for each test over one shared cache with the guest image, and a small workspace."""
 
 import os
+import pty
+import select
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache as cache_once
 from pathlib import Path
 
@@ -65,6 +69,62 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture
 def home(tmp_path, cache) -> Home:
     return Home(tmp_path / "home", cache)
+
+
+class OnATerminal:
+    """The program on a terminal of its own."""
+
+    def __init__(self, home: Home, arguments: tuple[str, ...]) -> None:
+        self._pid, self._fd = pty.fork()
+        if self._pid == 0:
+            argv = home.argv(*arguments)
+            os.execvpe(argv[0], argv, home.environment | {"TERM": "xterm"})
+        self.said = b""
+
+    def until(self, wanted: bytes, timeout_s: float = 60) -> bytes:
+        """What comes up to these bytes."""
+        deadline = time.monotonic() + timeout_s
+        start = len(self.said)
+        while wanted not in self.said[start:]:
+            ready, _, _ = select.select([self._fd], [], [], max(0, deadline - time.monotonic()))
+            assert ready, self.said[start:]
+            self.said += os.read(self._fd, 65536)
+        return self.said[start:]
+
+    def type(self, text: str) -> None:
+        """Press keys."""
+        os.write(self._fd, text.encode())
+
+    def wait(self) -> int:
+        """Its exit status."""
+        while True:
+            try:
+                if not os.read(self._fd, 65536):
+                    break
+            except OSError:
+                break
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+        os.close(self._fd)
+
+
+@pytest.fixture
+def on_a_terminal(home):
+    @contextmanager
+    def start(*arguments: str) -> Iterator[OnATerminal]:
+        terminal = OnATerminal(home, arguments)
+        try:
+            yield terminal
+        finally:
+            terminal.close()
+
+    return start
 
 
 @pytest.fixture

@@ -201,9 +201,9 @@ def _decide(runtime: Runtime, request: Request, given: Answer, progress: Progres
 
 
 def _ask_question(runtime: Runtime, task: Task, held: Held) -> bool:
+    termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)  # keys typed before the question stood there answer nothing
     sys.stderr.write(f"\nthe agent asks: {visible_text(task.question)}\nyour answer (empty: later): ")
     sys.stderr.flush()
-    termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
     with held.raising():
         text = sys.stdin.readline().strip()
     if not text:

@@ -136,6 +136,8 @@ class ProvidersModel:
     def _turn(self, response: ModelResponse) -> Turn:
         from pydantic_ai.messages import ModelMessagesTypeAdapter, TextPart, ToolCallPart
 
+        if response.finish_reason == "content_filter":
+            raise ModelRefused(f"{self.name} refuses to answer this.", hint="Ask otherwise.")
         text = "".join(part.content for part in response.parts if isinstance(part, TextPart))
         calls = []
         for number, part in enumerate(part for part in response.parts if isinstance(part, ToolCallPart)):
@@ -143,6 +145,8 @@ class ProvidersModel:
             arguments, wrong = parse_arguments(raw)
             calls.append(ToolCall(part.tool_call_id or f"call-{number}", str(part.tool_name)[:128], arguments,
                                   malformed=wrong, raw=raw[:2000] if wrong else ""))  # fmt: skip
+        if not text.strip() and not calls:
+            raise Passing("it answered with nothing")
         if len(calls) > _MOST_CALLS:
             raise ModelRefused(f"{self.name} made {len(calls)} tool calls at once.", hint="Nothing of them was done.")
         usage = Usage(1, response.usage.input_tokens, response.usage.output_tokens, self._price(response), len(calls))

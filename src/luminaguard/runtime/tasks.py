@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from luminaguard.reasoning.messages import ToolCall
 from luminaguard.reasoning.model import Model
 from luminaguard.runtime.decisions import Answer
 from luminaguard.runtime.rehearsal import Background, Prepared, Rehearsal, Stopwatch, prepare_template
-from luminaguard.tasks.engine import Engine, Evaluated, Watcher
+from luminaguard.tasks.engine import Engine, Evaluated, Watcher, Workbench
 from luminaguard.tasks.model import ENDED, Task
 from luminaguard.workspaces.locks import Busy, locked
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from luminaguard.tools.builtin import Plan
     from luminaguard.workspaces.snapshots import Snapshots
 
-__all__ = ["LocalTasks", "open_models"]
+__all__ = ["LocalTasks", "MachineBench", "open_models"]
 
 _MOST_OUTPUT = 4 << 20
 _NOTHING_WORKS = (
@@ -53,10 +53,16 @@ _KEPT_S = 7 * 86400
 
 
 class LocalTasks:
-    """The tasks of one runtime, in this process."""
+    """The tasks of one runtime, in this process.
 
-    def __init__(self, runtime: Runtime) -> None:
+    Args:
+        runtime: its parts.
+        bench: where calls are evaluated; in machines if not given.
+    """
+
+    def __init__(self, runtime: Runtime, bench: Callable[[Runtime, Snapshots], Workbench] | None = None) -> None:
         self._runtime = runtime
+        self._make_bench = bench or MachineBench
 
     @cached_property
     def store(self) -> TaskStore:
@@ -75,7 +81,7 @@ class LocalTasks:
     @cached_property
     def engine(self) -> Engine:
         """Moves them on."""
-        bench, cliff = _Bench(self._runtime, self.snapshots), _TaskCliff(self._runtime, self.snapshots)
+        bench, cliff = self._make_bench(self._runtime, self.snapshots), _TaskCliff(self._runtime, self.snapshots)
         return Engine(self.store, bench, cliff, parallel=self._runtime.settings.parallel_calls,
                       now_ns=self._runtime.ledger.current_time)  # fmt: skip
 
@@ -126,7 +132,7 @@ class LocalTasks:
         return time.time()
 
 
-class _Bench:
+class MachineBench:
     """Evaluates calls in machines of the runtime."""
 
     def __init__(self, runtime: Runtime, snapshots: Snapshots) -> None:
@@ -168,7 +174,7 @@ class _Bench:
             prepared.image = runtime.images.current()
             disks, entries = await anyio.to_thread.run_sync(self._snapshots.open, task.id, task.snapshot)
             prepared.disks = tuple(prepared.keep(fd) for fd in disks)
-            self._permit(task, call, workspace, entries)
+            self.permit(task, call, workspace, entries)
             if not has_pool(runtime.folders.run):
                 await prepare_template(runtime, prepared, lambda _: None)
                 if prepared.failures:
@@ -195,7 +201,7 @@ class _Bench:
         return Evaluated(text, failed=outcome.timed_out or outcome.exit_code != 0, changes=changes,
                          owner=execution.vm_id if len(changes) else "")  # fmt: skip
 
-    def _permit(self, task: Task, call: ToolCall, workspace: Path, entries: dict[str, Entry]) -> None:
+    def permit(self, task: Task, call: ToolCall, workspace: Path, entries: dict[str, Entry]) -> None:
         """Judge the call, with all the untrusted input that the task has read by now."""
         from luminaguard.effects.outside import ToolRun
         from luminaguard.runtime.policy import marked_labels

@@ -52,6 +52,9 @@ __all__ = ["Cliff", "Engine", "Evaluated", "Watcher", "Workbench", "request_id"]
 
 _MOST_HISTORY = 400_000
 """Characters; about 100,000 tokens, which the models of these years take."""
+_OF_THE_CALL = (ActionInvalid, ApprovalNeeded, ChangesetRefused, CommandTooLong, Forbidden, GuestProtocolError,
+                GuestUnresponsive)  # fmt: skip
+"""Errors that say something about a call, which its model can read; all others are of this machine."""
 _TOOLS: tuple[ToolSpec, ...] = (
     *(ToolSpec(tool.name, tool.description, tool.parameters) for tool in IN_MACHINE.values()), *HOST_TOOLS)  # fmt: skip
 
@@ -313,8 +316,7 @@ class Engine:
     ) -> None:
         try:
             done[call.id] = await self._bench.evaluate(task, call, work)
-        except (Forbidden, ApprovalNeeded, ChangesetRefused, GuestProtocolError, GuestUnresponsive,
-                CommandTooLong) as error:  # fmt: skip
+        except LuminaGuardError as error:
             done[call.id] = error  # what is wrong with this call is no reason for the others to end
 
     def _accept(
@@ -327,7 +329,9 @@ class Engine:
             outcome = done[call.id]
             if call.id in plans and len(changed) and self._depends(task, plans[call.id], changed, outcome):
                 break  # it is evaluated again, on the state as it then is
-            if isinstance(outcome, TaskStopped):
+            if isinstance(outcome, TaskStopped) or (
+                isinstance(outcome, LuminaGuardError) and not isinstance(outcome, _OF_THE_CALL)
+            ):
                 raise outcome
             if isinstance(outcome, ApprovalNeeded):
                 if not added.messages:
@@ -377,7 +381,7 @@ class Engine:
         except Forbidden as error:
             after, added = self._answered_no(task, history, "changeset", f"{error.message} {error.hint}")
             return self._save(after, added, what="cliff"), True
-        running = replace(task, status=Status.RUNNING, request="")
+        running, calls = replace(task, status=Status.RUNNING, request=""), open_calls(history)
         match request.state:
             case State.PENDING | State.CLAIMED | State.UNKNOWN:
                 return task, False
@@ -394,6 +398,8 @@ class Engine:
             case State.EXPIRED:
                 words = "Nobody answered in time, which is a denial."
                 after, added = self._answered_no(task, history, request.effect, words)
+            case State.REFUSED if not calls:  # nobody said no: it could not be done, and can be asked for again
+                after, added = replace(running, status=Status.PAUSED, why=f"not published: {outcome}"), _Round()
             case _:
                 words = f"{request.state.value}: {outcome}" if outcome else request.state.value
                 after, added = self._answered_no(task, history, request.effect, f"It was not done; {words}.")
