@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]  # built in; 'signal' first loads enum, where Ctrl-C would show
 import gc
-import signal
 import sys
 
 from luminaguard import __version__

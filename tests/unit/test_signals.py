@@ -92,4 +92,5 @@ def test_ctrl_c_at_any_moment_of_the_start_shows_no_traceback(bare_home):
         if process.returncode == 130:
             assert json.loads(out)["error"]["type"] == "Interrupted"
         else:
-            assert process.returncode in {0, -signal.SIGINT}, err
+            # Where it is slow, it is still Python itself that starts.
+            assert process.returncode in {0, -signal.SIGINT} or b"Could not import runpy" in err, err
