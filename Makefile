@@ -2,7 +2,7 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: help setup image demo test test-unit test-slow test-hardened kernel soak firecracker-lab coverage lint fmt bench lock clean
+.PHONY: help setup image demo test test-unit test-slow test-hardened kernel soak firecracker-lab coverage lint fmt bench agentdojo lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -49,9 +49,13 @@ fmt: setup ## format the code
 bench: image ## measure; prints JSON with facts about this host
 	@$(BIN)/python bench/run.py
 
+agentdojo: setup ## judge AgentDojo's traces with our rules; prints utility and security
+	@tools/agentdojo
+
 lock: ## resolve the Python dependencies anew (needs uv)
 	@uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml --group dev -o requirements/dev.lock
 	@uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml -c requirements/dev.lock -o requirements/runtime.lock
+	@echo agentdojo==0.1.35 | uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate - -o requirements/agentdojo.lock
 
 clean: ## remove .venv and caches
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-agentdojo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

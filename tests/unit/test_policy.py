@@ -328,3 +328,22 @@ def test_no_two_places_in_arguments_have_the_same_name():
     value = {"a": {"b": 1}, "a.b": 2, "c": [3], "c[]": 4, "d": '{"e": 5}', "d!": 6, "": {"a": 7}}
     names = [name for name, _ in leaves(value)]
     assert len(names) == len(set(names)), names
+
+
+@pytest.mark.parametrize("profile", ["workspace", "travel", "banking", "slack"])
+def test_the_profiles_of_the_examples_are_rules_that_let_reading_through_and_nothing_else(tmp_path, profile):
+    text = (Path(__file__).parent.parent.parent / "examples" / "profiles" / f"{profile}.toml").read_text()
+    reads = {
+        "workspace": "list_files",
+        "travel": "get_hotels_prices",
+        "banking": "get_balance",
+        "slack": "get_channels",
+    }
+    call = {"effect": "call", "server": profile, "tool": reads[profile], "arguments": {"x": "y"}}
+    assert judge(call, text).risk is Risk.GREEN
+    for changed in (
+        {"tool": "send_money"},
+        {"server": "other"},
+        {"tool": "get_webpage", "arguments": {"url": "www.evil.test"}},
+    ):
+        assert judge(call | changed, text).risk is Risk.RED
