@@ -29,7 +29,7 @@ EFFECTS = frozenset({
     "update_password", "update_user_info", "add_user_to_channel", "send_direct_message", "send_channel_message",
     "invite_user_to_slack", "remove_user_from_slack", "get_webpage", "post_webpage",
 })  # fmt: skip
-"""Tools that somebody else can notice; a web page's address can carry something out, so to ask for one is among them."""
+"""Tools that somebody else can notice; the address of a web page can carry something out, so asking for one is, too."""
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 import anyio
 
+import agents
 import cliff
 import pool
 from luminaguard.effects.card import MAX_TEXT, make_card
@@ -391,6 +392,17 @@ class Bench:
         key = spread(laps["key_to_screen"])
         return found | {"key_to_screen": key | {"goal_p99_ms": 50, "met": key["p99_ms"] <= 50}}
 
+    def agents(self) -> dict[str, Any]:
+        """Our part of a turn, tasks that wait, and the way to the first request of a model."""
+        base = self.folder / "agents"
+        folders = Folders(base / "config", base / "state", base / "cache", base / "run").ensure()
+        runtime = Runtime(load_settings(folders), folders)
+        found: dict[str, Any] = {"turn": spread(agents.turns(runtime, base, 20 if QUICK else 200), 5),
+                                 "waiting": agents.waiting(runtime, base, 20 if QUICK else 200)}  # fmt: skip
+        runtime.close()
+        first = agents.first_request({"LUMINAGUARD_HOME": str(base / "home")}, base, 3 if QUICK else 10)
+        return found | {"run_to_first_request": spread(first, 1200)}
+
 
 def main() -> None:
     """Run what was asked for, or everything."""
@@ -400,7 +412,7 @@ def main() -> None:
         report: dict[str, Any] = {"host": bench.facts(), "baseline": bench.baseline()}
         for name in ("cold_boot", "clone_to_true", "pool_hit", "idle_clones", "eight_callers", "beside_us", "version",
                      "exec_true", "workspace_10_mib", "workspace_500_mib", "card_10_000_files",
-                     "confinement", "audit", "cliff"):  # fmt: skip
+                     "confinement", "audit", "cliff", "agents"):  # fmt: skip
             if not wanted or name in wanted:
                 print(f"measuring {name} ...", file=sys.stderr, flush=True)
                 try:

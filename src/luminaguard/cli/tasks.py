@@ -32,7 +32,7 @@ from luminaguard.reasoning.budget import Budget, parse_budget
 from luminaguard.reasoning.messages import Message, ToolCall
 from luminaguard.runtime import Runtime
 from luminaguard.runtime.decisions import Answer
-from luminaguard.runtime.tasks import LocalTasks, open_models
+from luminaguard.runtime.tasks import LocalTasks, load_models, open_models
 from luminaguard.tasks.engine import Evaluated, Watcher
 from luminaguard.tasks.model import ENDED, Status, Task, open_calls
 
@@ -51,11 +51,13 @@ def start(
     """Begin a task and see it through; return the exit status."""
     if publish not in {"on-finish", "per-action", "never"}:
         raise SettingsError(f"--publish {publish!a} is unknown.", hint="It is on-finish, per-action or never.")
+    limits = parse_budget(budget)
+    load_models(runtime.settings.model)
     tell_recovered(runtime.decisions.recover())
     tasks = runtime.agent_tasks
     task = Task(
         tasks.new_id(), _text(prompt), str(workspace), runtime.settings.model, runtime.ledger.current_time(),
-        publish=publish, budget=parse_budget(budget),  # type: ignore[arg-type]  # one of them, just checked
+        publish=publish, budget=limits,  # type: ignore[arg-type]  # one of them, just checked
     )  # fmt: skip
     if max_turns is not None:
         task = replace(task, max_turns=max_turns)

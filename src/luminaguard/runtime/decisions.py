@@ -142,6 +142,11 @@ class Decisions:
         self._runtime.approvals.create(stored, effect)
         return stored
 
+    def runs_unasked(self, run: ToolRun, policy: Policy, task: str, labels: frozenset[str]) -> bool:
+        """Whether the rules let a tool run without anybody's answer; nothing is recorded."""
+        _, judged = judge(policy, action_of(_to_run(run, task, labels), run))
+        return judged.risk is Risk.GREEN and judged.people == 1
+
     def permit(self, run: ToolRun, policy: Policy, task: str, labels: frozenset[str]) -> None:
         """Let a tool run in a machine, or not: by the rules, by an approval that waits for it, or by a grant.
 
@@ -155,13 +160,7 @@ class Decisions:
             Forbidden: a rule forbids it; that is recorded.
             ApprovalNeeded: a person must answer first; the request that waits is named.
         """
-        now = self._runtime.ledger.current_time()
-        request = Request(
-            id=f"req-{secrets.token_hex(6)}", workspace=run.workspace, inode=0, digest=run.digest,
-            command=_words(run), exit_code=0, created_ns=now,
-            expires_ns=now + self._runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING,
-            effect="run", task=task, taint=tuple(sorted(labels)),
-        )  # fmt: skip
+        request = _to_run(run, task, labels)
         judgement, judged = judge(policy, action_of(request, run))
         if judged.risk is Risk.GREEN and judged.people == 1:
             return
@@ -180,7 +179,9 @@ class Decisions:
                     return
                 if found.state is State.PENDING:
                     raise ApprovalNeeded(found.id)
-        request = self.ask(request, run)
+        now = self._runtime.ledger.current_time()
+        until = now + self._runtime.settings.approval_ttl_s * 1_000_000_000
+        request = self.ask(dataclasses.replace(request, created_ns=now, expires_ns=until), run)
         if (answer := self.without_asking(request)) is None:
             raise ApprovalNeeded(request.id)
         self.approve_and_hand_over(request, answer)
@@ -463,6 +464,15 @@ class Decisions:
     def recover(self) -> list[str]:
         """Undo or finish what crashed processes left; return what was done, in sentences."""
         return self._recovery.recover()
+
+
+def _to_run(run: ToolRun, task: str, labels: frozenset[str]) -> Request:
+    """A request to run a tool, without its times."""
+    return Request(
+        id=f"req-{secrets.token_hex(6)}", workspace=run.workspace, inode=0, digest=run.digest, command=_words(run),
+        exit_code=0, created_ns=0, expires_ns=0, state=State.PENDING, effect="run", task=task,
+        taint=tuple(sorted(labels)),
+    )  # fmt: skip
 
 
 def _words(run: ToolRun) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from luminaguard.tools.builtin import Plan
     from luminaguard.workspaces.snapshots import Snapshots
 
-__all__ = ["LocalTasks", "MachineBench", "open_models"]
+__all__ = ["LocalTasks", "MachineBench", "load_models", "open_models"]
 
 _MOST_OUTPUT = 4 << 20
 _NOTHING_WORKS = (
@@ -156,6 +157,15 @@ class MachineBench:
         finally:
             os.close(image)
 
+    def runs_unasked(self, task: Task, call: ToolCall) -> bool:
+        """Whether the rules let a call run without anybody's answer."""
+        from luminaguard.effects.outside import ToolRun
+
+        runtime = self._runtime
+        run = ToolRun(call.name, dict(call.arguments), task.workspace)
+        labels = runtime.tasks.labels(task.id)
+        return runtime.decisions.runs_unasked(run, runtime.policy(Path(task.workspace)), task.id, labels)
+
     async def evaluate(self, task: Task, call: ToolCall, work: Plan) -> Evaluated:
         """Evaluate a call on the task's state, in a machine of its own."""
         from luminaguard.microvm.broker import has_pool
@@ -207,11 +217,13 @@ class MachineBench:
         from luminaguard.runtime.policy import marked_labels
 
         runtime = self._runtime
-        if (why := runtime.tasks.stopped(task.id)) is not None:
+        why, labels = runtime.tasks.standing(task.id)
+        if why is not None:
             raise TaskStopped(task.id, why, kept="Nothing ran.")
         policy = runtime.policy(workspace)
         found = marked_labels(policy, entries)
-        labels = runtime.tasks.add_labels(task.id, found) if found else runtime.tasks.labels(task.id)
+        if not {label for label, _ in found} <= labels:
+            labels = runtime.tasks.add_labels(task.id, found)
         run = ToolRun(call.name, dict(call.arguments), task.workspace)
         runtime.decisions.permit(run, policy, task.id, labels)
 
@@ -234,7 +246,7 @@ class MachineBench:
 
     def collect(self, task: Task) -> None:
         """Delete contents that the task's state does not need."""
-        self._snapshots.collect(task.id, [task.snapshot])
+        self._snapshots.collect(task.id, task.snapshot, task.published, task.unpublished)
 
 
 def _NOTHING() -> Changeset:  # noqa: N802  # a constant whose module is loaded late
@@ -311,6 +323,26 @@ class _TaskCliff:
             if request.task == task.id and request.state in {State.PENDING, State.APPROVED}:
                 with contextlib.suppress(ApprovalError):
                     self._runtime.decisions.deny(request, Answer(Verdict.DENY, "command tasks cancel", reason=why))
+
+
+def load_models(models: str) -> None:
+    """Begin to import, in a thread of its own, what the chosen models need.
+
+    Raises:
+        SettingsError: it names no model.
+    """
+    from luminaguard.reasoning.choice import parse_choices
+
+    providers = {choice.provider for choice in parse_choices(models)} - {"script"} if models else set()
+
+    def run() -> None:
+        from luminaguard.reasoning.providers import load
+
+        for provider in providers:
+            load(provider)
+
+    if providers:
+        threading.Thread(target=run, name="load models").start()
 
 
 @asynccontextmanager

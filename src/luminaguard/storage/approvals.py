@@ -48,13 +48,14 @@ class Transaction:
 
     def __init__(self, connection: Connection, ledger: Ledger) -> None:
         self.connection = connection
-        self.now = ledger.time(connection)
+        self._end = ledger.last(connection)
+        self.now = ledger.now(self._end)
         self.last: Entry | None = None
         self._ledger = ledger
 
     def record(self, kind: str, **body: Any) -> None:
         """Append an entry."""
-        self.last = self._ledger.append_in(self.connection, kind, body)
+        self.last = self._end = self._ledger.append_in(self.connection, kind, body, self._end)
 
     def recorded(self, kind: str) -> Iterator[dict[str, Any]]:
         """What the ledger has of a kind, oldest first."""

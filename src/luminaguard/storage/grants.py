@@ -137,6 +137,11 @@ class Tasks:
         with self._approvals.transaction() as t:
             return frozenset(self._labels(t, task))
 
+    def standing(self, task: str) -> tuple[str | None, frozenset[str]]:
+        """Both at once: :meth:`stopped` and :meth:`labels`."""
+        with self._approvals.transaction() as t:
+            return t.stopped(task), frozenset(self._labels(t, task))
+
     def stopped(self, task: str) -> str | None:
         """Why a person stopped a task; None if nobody did."""
         with self._approvals.transaction() as t:

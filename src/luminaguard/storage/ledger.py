@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = ["Ledger"]
 
 Clock = Callable[[], int]
 _PAGE = 1000
+_CHECKPOINTS = 16
 _MAX_HEAD = 4096
 
 
@@ -51,13 +53,19 @@ class Ledger:
         self.publish_head(entry)
         return entry
 
-    def append_in(self, connection: Connection, kind: str, body: dict[str, Any]) -> Entry:
+    def append_in(self, connection: Connection, kind: str, body: dict[str, Any], last: Entry | None = None) -> Entry:
         """Write one entry inside the caller's transaction; the caller publishes the head after it.
+
+        Args:
+            connection: in a transaction that lets nobody else write.
+            kind: what happened, such as ``request.created``.
+            body: what is told of it.
+            last: the end of the chain, if the caller has read it in this transaction.
 
         Raises:
             LedgerError: the end that was published last is not in the chain any more: going on would hide it.
         """
-        last = self._last(connection)
+        last = last or self.last(connection)
         self._check_head(connection, last)
         return self._extend(connection, last, kind, body)
 
@@ -80,7 +88,7 @@ class Ledger:
             LedgerError: nothing is broken.
         """
         with self._database.write() as connection:
-            last = self._last(connection)
+            last = self.last(connection)
             try:
                 self._check_head(connection, last)
             except LedgerError as error:
@@ -110,7 +118,8 @@ class Ledger:
         connection.execute(insert(tables.ledger).values(**dataclasses.asdict(entry)))
         checkpoint = sign_checkpoint(entry, self._key)
         connection.execute(insert(tables.checkpoints).values(**dataclasses.asdict(checkpoint)))
-        connection.execute(tables.checkpoints.delete().where(tables.checkpoints.c.seq < entry.seq - 16))
+        if entry.seq % _CHECKPOINTS == 0:  # some are kept, and looking for older ones takes its time
+            connection.execute(tables.checkpoints.delete().where(tables.checkpoints.c.seq < entry.seq - _CHECKPOINTS))
         return entry
 
     def now(self, last: Entry | None) -> int:
@@ -119,7 +128,7 @@ class Ledger:
 
     def time(self, connection: Connection) -> int:
         """:meth:`now` against the chain's present end."""
-        return self.now(self._last(connection))
+        return self.now(self.last(connection))
 
     def current_time(self) -> int:
         """:meth:`time` in a transaction of its own: nanoseconds since the epoch that never go back."""
@@ -131,7 +140,7 @@ class Ledger:
         checkpoint = sign_checkpoint(entry, self._key)
         text = json.dumps({"seq": checkpoint.seq, "hash": checkpoint.hash,
                            "signature": base64.b64encode(checkpoint.signature).decode()})  # fmt: skip
-        temporary = self._head.with_name(f".{self._head.name}-{os.getpid()}")
+        temporary = self._head.with_name(f".{self._head.name}-{os.getpid()}-{threading.get_ident()}")
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "w", encoding="ascii") as file:
@@ -183,7 +192,7 @@ class Ledger:
                 raw = json.loads(file.read(_MAX_HEAD))
             return Checkpoint(int(raw["seq"]), str(raw["hash"]), base64.b64decode(raw["signature"], validate=True))
         except FileNotFoundError:
-            if self._last(connection) is None:
+            if self.last(connection) is None:
                 return None
             why = "is missing"
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -196,7 +205,8 @@ class Ledger:
         )
 
     @staticmethod
-    def _last(connection: Connection) -> Entry | None:
+    def last(connection: Connection) -> Entry | None:
+        """The end of the chain."""
         row = connection.execute(select(tables.ledger).order_by(tables.ledger.c.seq.desc()).limit(1)).first()
         return Entry(**row._mapping) if row else None  # noqa: SLF001  # as above
 

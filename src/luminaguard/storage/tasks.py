@@ -105,6 +105,8 @@ class TaskStore:
 
     def output(self, task_id: str, name: str) -> str | None:
         """A long output, whole; None if there is none of that name."""
+        if not name.isascii():  # such as half a surrogate pair, which no database takes
+            return None
         where = (tables.outputs.c.task == task_id) & (tables.outputs.c.name == name)
         with self._approvals.transaction() as t:
             return t.connection.execute(select(tables.outputs.c.text).where(where)).scalar()

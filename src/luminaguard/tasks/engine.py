@@ -17,6 +17,7 @@ import anyio
 
 from luminaguard.approvals.model import Request, State
 from luminaguard.effects.changes import Change, Changeset, LinkEntry
+from luminaguard.effects.text import visible_name
 from luminaguard.errors import (
     ActionInvalid,
     ApprovalNeeded,
@@ -45,7 +46,7 @@ from luminaguard.reasoning.context import (
 from luminaguard.reasoning.messages import Message, ToolCall, ToolSpec
 from luminaguard.reasoning.model import Model
 from luminaguard.storage.tasks import TaskStore
-from luminaguard.tasks.model import Status, Task, open_calls, with_distinct_ids
+from luminaguard.tasks.model import ENDED, Status, Task, open_calls, with_distinct_ids
 from luminaguard.tools.builtin import IN_MACHINE, Plan, plan
 
 __all__ = ["Cliff", "Engine", "Evaluated", "Watcher", "Workbench", "request_id"]
@@ -55,6 +56,7 @@ _MOST_HISTORY = 400_000
 _OF_THE_CALL = (ActionInvalid, ApprovalNeeded, ChangesetRefused, CommandTooLong, Forbidden, GuestProtocolError,
                 GuestUnresponsive)  # fmt: skip
 """Errors that say something about a call, which its model can read; all others are of this machine."""
+_MACHINE = "a machine with a copy of the folder"
 _TOOLS: tuple[ToolSpec, ...] = (
     *(ToolSpec(tool.name, tool.description, tool.parameters) for tool in IN_MACHINE.values()), *HOST_TOOLS)  # fmt: skip
 
@@ -74,6 +76,9 @@ class Workbench(Protocol):
 
     async def begin(self, task: Task) -> None:
         """Keep the first state of the task's workspace; raises WorkspaceError and what machines raise."""
+
+    def runs_unasked(self, task: Task, call: ToolCall) -> bool:
+        """Whether the rules let a call run without anybody's answer; raises PolicyInvalid."""
 
     async def evaluate(self, task: Task, call: ToolCall, work: Plan) -> Evaluated:
         """Evaluate a call on the task's state.
@@ -150,6 +155,8 @@ class Engine:
         self._store, self._bench, self._cliff = store, bench, cliff
         self._parallel = parallel
         self._now_ns = now_ns
+        self._said: tuple[str, int, list[Message]] | None = None
+        """The history of the task that was worked on last, as it was at a step: nobody else saved one since."""
 
     # -- one task -------------------------------------------------------------------------------------
 
@@ -159,7 +166,9 @@ class Engine:
 
     def history(self, task: Task) -> list[Message]:
         """All that was said in it."""
-        return [Message.from_json(raw) for raw in self._store.history(task.id)]
+        if self._said is None or self._said[:2] != (task.id, task.step):
+            self._said = (task.id, task.step, [Message.from_json(raw) for raw in self._store.history(task.id)])
+        return list(self._said[2])
 
     async def create(self, task: Task) -> Task:
         """Store a new task; its first state is kept before that, so that it can always begin."""
@@ -201,14 +210,21 @@ class Engine:
         except ModelUnavailable as error:
             after, added = task.paused(error.message), _Round()
         after = replace(after, usage=after.usage + Usage(seconds=round(time.monotonic() - start, 3)))
-        return self._save(after, added, what="calls" if calls else "model"), True
+        changed = after.snapshot is not task.snapshot
+        return self._save(after, added, what="calls" if calls else "model", changed=changed), True
 
-    def _save(self, task: Task, added: _Round, *, what: str) -> Task:
+    def _save(self, task: Task, added: _Round, *, what: str, changed: bool = True) -> Task:
+        """Save a step; ``changed`` says whether the workspace's state is another one now."""
         messages = [message.to_json() for message in added.messages]
         self._store.save(task, task.status.value, messages, added.outputs, what=what, turns=task.turns,
                          tokens=task.usage.tokens, why=task.why[:200])  # fmt: skip
         saved = replace(task, step=task.step + 1)
-        self._bench.collect(saved)
+        if self._said is not None and self._said[:2] == (task.id, task.step):
+            self._said = (saved.id, saved.step, [*self._said[2], *added.messages])
+        if saved.status in ENDED:
+            self._cliff.withdraw(saved, "its task has ended")
+        if changed or saved.status in ENDED:
+            self._bench.collect(saved)
         return saved
 
     # -- the model --------------------------------------------------------------------------------------
@@ -246,9 +262,10 @@ class Engine:
         if not self._for_machine(first):
             watcher.call(first)
             return self._do_on_host(task, first)
-        batch = []
-        for call in calls[: self._parallel]:
-            if not self._for_machine(call):
+        batch = [first]
+        for call in calls[1 : self._parallel]:
+            # What a person is to be asked about is asked when its turn has come, on the state as it then is.
+            if not self._for_machine(call) or not self._bench.runs_unasked(task, call):
                 break
             batch.append(call)
         return await self._do_in_machines(task, batch, watcher)
@@ -288,46 +305,42 @@ class Engine:
 
     async def _do_in_machines(self, task: Task, batch: Sequence[ToolCall], watcher: Watcher) -> tuple[Task, _Round]:
         """Evaluate calls beside each other on one state, and keep those that mean the same one after the other."""
-        plans: dict[str, Plan] = {}
-        refused: dict[str, LuminaGuardError] = {}
-        for call in batch:
+        plans: dict[int, Plan] = {}
+        done: dict[int, Evaluated | LuminaGuardError] = {}
+        for number, call in enumerate(batch):
             watcher.call(call)
             try:
-                plans[call.id] = plan(call.name, call.arguments)
+                plans[number] = plan(call.name, call.arguments)
             except ActionInvalid as error:
-                refused[call.id] = error
-        done: dict[str, Evaluated | LuminaGuardError] = dict(refused)
-        kept = False
+                done[number] = error
+        taken: set[int] = set()
         try:
             async with anyio.create_task_group() as tasks:
-                for call in batch:
-                    if call.id in plans:
-                        tasks.start_soon(self._evaluate, task, call, plans[call.id], done)
-            after, added, taken = self._accept(task, batch, plans, done, watcher)
-            kept = True
+                for number, work in plans.items():
+                    tasks.start_soon(self._evaluate, task, batch[number], work, number, done)
+            return self._accept(task, batch, plans, done, taken, watcher)
         finally:
-            for call_id, one in done.items():
-                if isinstance(one, Evaluated) and one.owner and not (kept and call_id in taken):
+            for number, one in done.items():
+                if isinstance(one, Evaluated) and one.owner and number not in taken:
                     self._bench.drop(one.owner)
-        return after, added
 
     async def _evaluate(
-        self, task: Task, call: ToolCall, work: Plan, done: dict[str, Evaluated | LuminaGuardError]
+        self, task: Task, call: ToolCall, work: Plan, number: int, done: dict[int, Evaluated | LuminaGuardError]
     ) -> None:
         try:
-            done[call.id] = await self._bench.evaluate(task, call, work)
+            done[number] = await self._bench.evaluate(task, call, work)
         except LuminaGuardError as error:
-            done[call.id] = error  # what is wrong with this call is no reason for the others to end
+            done[number] = error  # what is wrong with this call is no reason for the others to end
 
     def _accept(
-        self, task: Task, batch: Sequence[ToolCall], plans: dict[str, Plan],
-        done: dict[str, Evaluated | LuminaGuardError], watcher: Watcher,
-    ) -> tuple[Task, _Round, set[str]]:  # fmt: skip
+        self, task: Task, batch: Sequence[ToolCall], plans: dict[int, Plan],
+        done: dict[int, Evaluated | LuminaGuardError], taken: set[int], watcher: Watcher,
+    ) -> tuple[Task, _Round]:  # fmt: skip
         """Take outcomes in the order of the calls, as long as none depends on what an earlier one changed."""
-        after, added, taken, changed = task, _Round(), set[str](), Changeset(())
+        after, added, changed = task, _Round(), Changeset(())
         for number, call in enumerate(batch):
-            outcome = done[call.id]
-            if call.id in plans and len(changed) and self._depends(task, plans[call.id], changed, outcome):
+            outcome = done[number]
+            if number in plans and len(changed) and self._depends(task, plans[number], changed, outcome):
                 break  # it is evaluated again, on the state as it then is
             if isinstance(outcome, TaskStopped) or (
                 isinstance(outcome, LuminaGuardError) and not isinstance(outcome, _OF_THE_CALL)
@@ -345,18 +358,16 @@ class Engine:
             text, was_cut = cut(outcome.text, name)
             if was_cut:
                 added.outputs[name] = outcome.text
-            added.messages.append(
-                _answer(call, text, failed=outcome.failed, origin="a machine with a copy of the folder")
-            )
+            added.messages.append(_answer(call, text, failed=outcome.failed, origin=_MACHINE))
             watcher.outcome(call, outcome, "")
             if len(outcome.changes):
                 self._bench.take(task, outcome.owner)
-                taken.add(call.id)
+                taken.add(number)
                 changed = changed.then(outcome.changes)
                 after = replace(after, snapshot=after.snapshot.after(outcome.changes, self._now_ns() // 10**9))
         if after.publish == "per-action" and len(changed) and after.status is Status.RUNNING:
             after = replace(after, status=Status.WAITING, request=request_id(after))
-        return after, added, taken
+        return after, added
 
     def _depends(self, task: Task, work: Plan, changed: Changeset, outcome: Evaluated | LuminaGuardError) -> bool:
         """Whether a call that ran beside others could have come out otherwise after what they changed."""
@@ -388,6 +399,9 @@ class Engine:
             case State.PUBLISHED:
                 watcher.note(outcome)
                 after, added = self._published(running, history, part)
+            case State.APPROVED if request.effect == "changeset":  # it could not be published, or not yet
+                watcher.note(f"{request.id} is approved, and could not be published yet")
+                return task, False
             case State.APPROVED:  # of a tool that a rule held back: it is evaluated now
                 after, added = running, _Round()
             case State.STOPPED:
@@ -427,10 +441,11 @@ class Engine:
         words = f"Published {len(taken)} changes."
         if out:
             after = replace(after, snapshot=after.snapshot.after(Changeset.of(out), self._now_ns() // 10**9))
-            words += f" The person left out, and these were taken back: {', '.join(c.path for c in out[:20])}."
+            names = ", ".join(visible_name(c.path) for c in out[:20])
+            words += f" Left out by the person, and taken back: {names}."
         calls = open_calls(history)
         if calls and calls[0].name == PUBLISH:
-            return after, _Round([_answer(calls[0], words, origin="the person")])
+            return after, _Round([_answer(calls[0], words)])
         return after, _Round()
 
     def _answered_no(
@@ -469,14 +484,14 @@ class Engine:
         return self._save(after, _Round([_answer(call, text, origin="the person")]), what="answer")
 
     def resume(self, task: Task, **changed: object) -> Task:
-        """Let a paused task go on, perhaps with another budget, other models or more turns."""
-        return self._save(replace(task, status=Status.RUNNING, why="", **changed), _Round(), what="resume")  # type: ignore[arg-type]  # fields of a task
+        """Let a paused task go on, perhaps with another budget, models or turns; one that waits still waits."""
+        status = Status.RUNNING if task.status is Status.PAUSED else task.status
+        after: Task = replace(task, status=status, why="", **changed)  # type: ignore[arg-type]  # fields of a task
+        return self._save(after, _Round(), what="resume", changed=False)
 
     def cancel(self, task: Task, why: str) -> Task:
         """End a task; what it asked for is not asked any more."""
-        after = self._save(task.ended(Status.CANCELLED, why), _Round(), what="cancel")
-        self._cliff.withdraw(task, "the task was cancelled")
-        return after
+        return self._save(task.ended(Status.CANCELLED, why), _Round(), what="cancel")
 
 
 def request_id(task: Task) -> str:

@@ -133,7 +133,10 @@ def with_distinct_ids(message: Message) -> Message:
     seen: set[str] = set()
     calls = []
     for number, call in enumerate(message.calls):
-        name = call.id if call.id and call.id not in seen else f"{call.id}#{number}"
+        name, more = call.id[:200] or f"call-{number}", 0
+        while name in seen:
+            more += 1
+            name = f"{call.id[:200]}#{more}"
         seen.add(name)
         calls.append(replace(call, id=name))
     return message if tuple(calls) == message.calls else replace(message, calls=tuple(calls), opaque={})

@@ -6,6 +6,7 @@ what machines really do is tested with machines.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from luminaguard.effects.changes import Change, Changeset, DirEntry, FileEntry
@@ -21,7 +22,7 @@ __all__ = ["PlayedBench"]
 
 
 class PlayedBench(MachineBench):
-    """Plays ``write_file``; of any other tool it says its name, and ``shell`` with ``rm NAME`` deletes a file."""
+    """Plays ``write_file``, and ``shell`` with ``rm NAME`` or ``chmod NAME``; other calls change nothing."""
 
     def __init__(self, runtime: Runtime, snapshots: Snapshots) -> None:
         super().__init__(runtime, snapshots)
@@ -35,6 +36,7 @@ class PlayedBench(MachineBench):
         entries = task.snapshot.changes.applied_to(self._states.first(task.id).entries)
         self.permit(task, call, Path(task.workspace), entries)
         self.evaluated.append(call.id)
+        command = str(call.arguments.get("command", ""))
         owner = f"vm-{task.id}-{task.step}-{call.id}"
         changes = []
         if call.name == "write_file":
@@ -48,7 +50,24 @@ class PlayedBench(MachineBench):
             size, sha256 = writer.end()
             before = entries.get(path)
             changes.append(Change(path, before, FileEntry(0o644, size, sha256)))
-        elif call.name == "shell" and (command := str(call.arguments["command"])).startswith("rm "):
+        elif call.name == "shell" and command.startswith("rm "):
             changes.append(Change(command[3:], entries.get(command[3:]), None))
+        elif call.name == "shell" and command.startswith("chmod "):
+            before = entries[command[6:]]
+            assert isinstance(before, FileEntry)
+            # As a machine does: the whole file comes out, whatever of it was changed.
+            content = self._content(task, before)
+            writer = self._blobs.writer(owner)
+            writer.begin()
+            writer.write(content)
+            writer.end()
+            changes.append(Change(command[6:], before, FileEntry(0o755, before.size, before.sha256)))
         found = Changeset.of(change for change in changes if change.before != change.after)
         return Evaluated(f"played {call.name}", failed=False, changes=found, owner=owner if len(found) else "")
+
+    def _content(self, task: Task, entry: FileEntry) -> bytes:
+        """What a file holds: of the folder, or of an earlier step."""
+        for path in (*Path(task.workspace).rglob("*"), *(self._states.folder / task.id / "contents").iterdir()):
+            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256:
+                return path.read_bytes()
+        raise AssertionError("it is nowhere")

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,18 +171,31 @@ class Snapshots:
     def lend(self, task: str, owner: str, changes: Changeset) -> None:
         """Let a request have the contents that its changes write; both names are the same file."""
         writer = self._blobs.folder / owner
-        for folder in (writer.parent, writer):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        for sha256 in changes.blobs():
-            with contextlib.suppress(FileExistsError):
-                os.link(self.folder / task / _CONTENTS / sha256, writer / sha256)
-        self._blobs.persist(owner)
+        try:
+            for folder in (writer.parent, writer):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            for sha256 in changes.blobs():
+                with contextlib.suppress(FileExistsError):
+                    os.link(self.folder / task / _CONTENTS / sha256, writer / sha256)
+            self._blobs.persist(owner)
+        except OSError as error:
+            raise StorageError(
+                f"What {task} changed cannot be put before a person: {error}.",
+                hint="Check that the state folder has free space and was not edited; then resume the task.",
+            ) from error
 
-    def collect(self, task: str, kept: Iterable[Snapshot]) -> None:
-        """Delete what no state of a task needs any more."""
-        states = list(kept)
-        contents = {sha256 for state in states for sha256 in state.changes.blobs()}
-        layers = {f"layer-{state.key}" for state in states}
+    def collect(self, task: str, snapshot: Snapshot, *more: Changeset) -> None:
+        """Delete what a task needs no more.
+
+        Args:
+            task: its id.
+            snapshot: its present state.
+            more: other changes whose outcomes may be gone back to, or asked for.
+        """
+        # Contents that only a mode was changed of, too: a layer has the whole file.
+        contents = {change.after.sha256 for changes in (snapshot.changes, *more) for change in changes.changes
+                    if isinstance(change.after, FileEntry)}  # fmt: skip
+        layers = {f"layer-{snapshot.key}"}
         folder = self.folder / task
         for blob in (folder / _CONTENTS).iterdir() if (folder / _CONTENTS).is_dir() else ():
             if blob.name not in contents:
