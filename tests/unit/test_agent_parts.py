@@ -190,7 +190,10 @@ def test_a_script_is_played_turn_by_turn(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "turns: 3", "turns: [3]", "x: [", "turns:\n - calls: [shell]", "\x00",
                                   "!!python/object/apply:os.system ['true']", "turns:\n - calls: [{a: {}, b: {}}]",
-                                  "turns:\n - calls: [{shell: ls}]"])  # fmt: skip
+                                  "turns:\n - calls: [{shell: ls}]",
+                                  "turns:\n - calls: [{shell: {command: 2026-01-01}}]",
+                                  "turns:\n - calls: [{shell: {command: !!binary aGk=}}]",
+                                  "turns: &a [*a]"])  # fmt: skip
 def test_what_is_no_script(tmp_path, text):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(SettingsError, match="is no script"):

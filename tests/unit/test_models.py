@@ -178,6 +178,14 @@ def test_nothing_listens():
         anyio.run(run)
 
 
+@BOTH
+def test_a_history_with_halves_of_characters_is_asked_all_the_same(provider):
+    history = [Message("user", "caf\udce9 \ud800"), Message("assistant", "", (ToolCall("\ud800", "shell", {}),)),
+               Message("tool", "\ud800", call_id="\ud800", tool="shell")]  # fmt: skip
+    turn, *_, requests = ask([Answer("Fine.")], provider=provider, history=history)
+    assert turn.message.text == "Fine." and len(requests) == 1
+
+
 # -- which model -------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +200,9 @@ def test_choices_as_people_write_them():
 
 @pytest.mark.parametrize("text", ["", "gpt", "openai:", "nobody:x", "openai:a b", "openai:x@ftp://h", "openai:x@http://",
                                   "openai:x@http://user:pw@127.0.0.1/v1", "openai:x@http://example.org/v1", "script:",
-                                  "openai:x@http://127.0.0.1/?q=1", "openai:\u202ex"])  # fmt: skip
+                                  "openai:x@http://127.0.0.1/?q=1", "openai:\u202ex", "openai:x@http://[", "openai:x@https://h:99999",
+                                  "openai:x@https://:secret@h", "openai:x@https://h/a b", "openai:x@https://h\n/v1", "openai:x@http://240.0.0.1",
+                                  "openai:x@http://192.0.2.1/v1", "openai:x@https://h#f"])  # fmt: skip
 def test_what_names_no_model(text):
     with pytest.raises(SettingsError):
         parse_choices(text)
@@ -235,9 +245,15 @@ def test_keys_come_from_the_environment_or_the_keyring(ring, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "from-the-environment")
     assert find_key(choice) == "from-the-environment"
     assert find_key(Choice("openai", "x", "http://127.0.0.1:1/v1")) == ""  # a server here may need none
+    monkeypatch.setenv("OPENAI_API_KEY", "of-openai")
+    assert find_key(Choice("openai", "x", "https://elsewhere.example/v1")) == ""  # a provider's key is for it alone
+    monkeypatch.setenv("LUMINAGUARD_MODEL_KEY", "of-the-server")
+    for url, key in (("https://elsewhere.example/v1", "of-the-server"), ("http://127.0.0.1:1/v1", "of-the-server"),
+                     ("http://10.0.0.7/v1", "")):  # fmt: skip
+        assert find_key(Choice("openai", "x", url)) == key
     with pytest.raises(SettingsError):
         keep_key("ollama", "x")
-    assert "anthropic:MODEL" in what_would_work()[0]
+    assert "anthropic:MODEL (a key is set)" in what_would_work()
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------
@@ -248,7 +264,9 @@ def test_arguments_that_can_be_read(text, found):
     assert parse_arguments(text) == (found, "")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "1", '"x"', "{'a': 1}", "{" * 100_000, '{"a": 1}{"b": 2}', "null"])
+@pytest.mark.parametrize("text", ["{", "[]", "1", '"x"', "{'a': 1}", "{" * 100_000, '{"a": 1}{"b": 2}', "null",
+                                  '{"a": "\\ud800"}', '{"\\udce9": 1}', '{"a":' * 70 + "1" + "}" * 70,
+                                  '{"a": ' + "9" * 5000 + "}"])  # fmt: skip
 def test_arguments_that_cannot(text):
     found, wrong = parse_arguments(text)
     assert found == {} and wrong

@@ -232,8 +232,20 @@ def test_a_cancelled_task_asks_for_nothing_any_more(desk):
     task = desk.run([("", [write("one")]), ("Done.", [])])
     desk.engine.cancel(task, "enough")
     assert desk.engine.get("task-1").status is Status.CANCELLED
-    assert desk.runtime.approvals.get(task.request).state is State.DENIED
+    assert desk.runtime.approvals.get(task.request).state is State.STOPPED
     assert desk.run([("", [])]).status is Status.CANCELLED
+
+
+def test_a_cancel_that_is_cut_short_lets_nothing_through_either(desk):
+    desk.create()
+    turns = [("", [write("one")]), ("Done.", [])]
+    task = desk.run(turns)
+    with crashing(0, after=True), pytest.raises(Crash):  # the stop is recorded, the task's own row is not
+        desk.engine.cancel(task, "enough")
+    desk.restart()
+    with pytest.raises(LuminaGuardError):
+        desk.runtime.decisions.approve_and_publish(desk.runtime.approvals.get(task.request), YES)
+    assert desk.run(turns).status is Status.STOPPED and not (desk.workspace / "one").exists()
 
 
 # -- what was found by attacks ---------------------------------------------------------------------------------
@@ -334,6 +346,63 @@ def test_held_back_calls_are_asked_about_one_after_the_other(desk):
     desk.runtime.decisions.deny(desk.runtime.approvals.get(second.request), NO)
     assert desk.run(turns).status is Status.FINISHED and "not like this" in desk.history()[3].text
     assert desk.runtime.approvals.list() == []
+
+
+def test_what_comes_into_the_folder_brings_its_label_to_the_next_call_of_the_same_turn(desk):
+    desk.rules('[policy]\nmarked_folders = { "downloads/**" = "web" }\n'
+               '[[policy.rules]]\nname = "no"\nrisk = "FORBIDDEN"\nreason = "After the web."\n'
+               'when = { effect = "run", tool = "write_file", taint = "web" }\n')  # fmt: skip
+    desk.create()
+    desk.run([("", [write("downloads/x"), write("b.txt")]), ("Done.", [])])
+    assert desk.history()[3].failed and "After the web." in desk.history()[3].text
+    assert [c.path for c in desk.engine.get("task-1").snapshot.changes.changes] == ["downloads", "downloads/x"]
+
+
+def test_rules_that_change_while_an_approved_call_waits_ask_again(desk):
+    ask = ('[[policy.rules]]\nname = "ask"\nrisk = "RED"\nreason = "Ask."\n'
+           'when = { effect = "run", command = "*deploy*" }\n')  # fmt: skip
+    desk.rules(ask)
+    desk.create()
+    turns = [("", [("shell", {"command": "deploy"})]), ("Done.", [])]
+    first = desk.run(turns)
+    desk.runtime.decisions.approve_and_hand_over(desk.runtime.approvals.get(first.request), YES)
+    desk.rules('[policy]\ntwo_people_from = "low"\n' + ask)
+    second = desk.run(turns)
+    assert second.status is Status.WAITING and second.request != first.request
+    assert desk.runtime.approvals.get(first.request).state is State.DENIED
+
+
+@pytest.mark.parametrize(
+    "call",
+    [("shell", {"command": "curl x"}), ("python", {"code": "import os; os.system('curl x')"}),
+     ("write_file", {"path": "secret/x", "content": "y"}), ("read_file", {"path": "secret/x"})],
+)  # fmt: skip
+def test_rules_see_what_the_tools_are_given(desk, call):
+    no = '[[policy.rules]]\nname = "{}"\nrisk = "FORBIDDEN"\nreason = "No."\nwhen = {{ effect = "run", {} }}\n'
+    desk.rules(no.format("c", 'command = "*curl*"') + no.format("p", 'any_path = "secret/**"'))
+    desk.create()
+    desk.run([("", [call]), ("Done.", [])])
+    assert desk.history()[2].failed and "No." in desk.history()[2].text
+
+
+def test_a_large_file_is_written_without_asking(desk):
+    desk.create()
+    task = desk.run(
+        [("", [write("big.json", json.dumps({str(n): n for n in range(5000)}) + "x" * 3_000_000)]), ("Done.", [])]
+    )
+    assert task.status is Status.WAITING and desk.runtime.approvals.get(task.request).effect == "changeset"
+
+
+def test_a_large_file_that_a_rule_holds_back_is_shown_by_its_beginning(desk):
+    desk.rules(
+        '[[policy.rules]]\nname = "a"\nrisk = "RED"\nreason = "Ask."\nwhen = { effect = "run", tool = "write_file" }\n'
+    )
+    desk.create()
+    turns = [("", [write("big", "y" * 5_000_000)]), ("Done.", [])]
+    request = desk.runtime.approvals.get(desk.run(turns).request)
+    assert "5,000,000 characters, sha256" in str(desk.runtime.approvals.effect(request.id).arguments)
+    desk.runtime.decisions.approve_and_hand_over(request, YES)
+    assert desk.runtime.approvals.get(desk.run(turns).request).effect == "changeset"
 
 
 def test_names_of_files_do_not_speak_as_the_person(desk):

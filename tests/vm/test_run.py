@@ -126,11 +126,12 @@ def test_a_model_behind_its_protocol_works_and_no_key_is_left_anywhere(home, wor
     key = "sk-very-secret-key-4711"
     with serving(Status(429, (("retry-after", "0"),)), Answer("I write.", calls), Answer("All done.")) as server:
         url = server.openai if provider == "openai" else server.anthropic
-        variables = {f"{provider.upper()}_API_KEY": key}
+        variables = {"LUMINAGUARD_MODEL_KEY": key}
         done = run(home, workspace, "--model", f"{provider}:test-model@{url}", **variables)
     assert (done.code, done.json["answer"]) == (120, "All done.")
     usage = done.json["usage"]
     assert (usage["requests"], usage["input_tokens"], usage["tool_calls"], usage["dollars"]) == (2, 200, 2, 0.0)
+    assert key in str(server.requests[0][1])
     outcome = str(server.requests[2][2]["messages"])
     assert "one\\\\ntwo" in outcome.replace("\\n", "\\\\n") and "PATH=" in outcome and key not in outcome
     left = subprocess.run(["grep", "-ral", key, str(home.folder)], capture_output=True, check=False)

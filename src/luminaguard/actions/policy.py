@@ -153,6 +153,8 @@ def _never_green(action: Action, *, trusted: bool) -> str:
         return "the tool has a name that is not of plain letters and digits"
     if any(map(is_deceptive, (action.tool, action.server, action.host, action.secret))):
         return "a name hides characters or mixes alphabets"
+    if action.effect == "run":  # what it does to files is judged when they are to leave the machine
+        return ""
     if deceptive := next((file.path for file in action.files if is_deceptive(file.path)), None):
         return f"the path {deceptive!a} hides characters or mixes alphabets"
     if own := next((file.path for file in action.files if OWN_FILES & set(file.path.casefold().split("/"))), None):

@@ -316,7 +316,8 @@ class _Matcher:
 
     def command(self, wanted: tuple[str, ...]) -> str:
         arguments = self.action.arguments
-        words = arguments.get("command") if isinstance(arguments, dict) else None
+        name = "code" if self.action.tool == "python" else "command"
+        words = arguments.get(name) if isinstance(arguments, dict) else None
         line = shlex.join(map(str, words)) if isinstance(words, list) else str(words or "")
         return self._named("the command", line, wanted)
 

@@ -12,13 +12,16 @@ from urllib.parse import urlsplit
 
 from luminaguard.errors import ModelUnavailable, SettingsError
 
-__all__ = ["PROVIDERS", "Choice", "find_key", "parse_choices", "what_would_work"]
+__all__ = ["OWN_KEY", "PROVIDERS", "Choice", "find_key", "parse_choices", "what_would_work"]
 
 PROVIDERS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY", "google": "GOOGLE_API_KEY", "ollama": ""}
 """The variables that keys are in; ollama needs none."""
 _LOCAL = {"ollama": "http://127.0.0.1:11434/v1", "openai": "http://127.0.0.1:8080/v1"}
 """Where Ollama and llama.cpp's server listen when nobody says otherwise."""
-_NAME = re.compile(r"[\w.:/+-]{1,200}")
+_NAME = re.compile(r"[\w.:/+-]{1,200}", re.ASCII)
+_URL = re.compile(r"[a-z]+://[\w.:/\[\]~%-]{1,300}", re.ASCII)
+OWN_KEY = "LUMINAGUARD_MODEL_KEY"
+_NEAR = tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")))
 _SERVICE = "luminaguard"
 _DETECT_S = 0.4
 
@@ -67,37 +70,56 @@ def _choice(text: str) -> Choice:
 
 
 def _check_url(url: str) -> None:
-    split = urlsplit(url)
-    near = _is_near(split.hostname or "")
-    if split.scheme not in {"http", "https"} or not split.hostname or split.username or split.query:
+    try:
+        split = urlsplit(url)
+        host, port = split.hostname or "", split.port
+    except ValueError:
+        host, port = "", None
+        split = urlsplit("")
+    del port
+    plain = bool(_URL.fullmatch(url)) and split.username is None and split.password is None
+    if split.scheme not in {"http", "https"} or not host or not plain:
         raise SettingsError(f"{url[:80]!a} is no address of a model.", hint="Write http://127.0.0.1:8080/v1.")
-    if split.scheme == "http" and not near:
+    if split.scheme == "http" and not _is_near(host):
         raise SettingsError(
             f"{url[:80]!a} would send all that the task reads over the network unencrypted.", hint="Use https."
         )
 
 
 def _is_near(host: str) -> bool:
+    """Whether a host is this machine, or in its own network (RFC 1918, RFC 4193)."""
+    if _is_here(host):
+        return True
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
+        return False
+    return any(address in network for network in _NEAR if network.version == address.version)
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
         return host == "localhost"
-    return address.is_loopback or address.is_private
 
 
 def find_key(choice: Choice) -> str:
     """The key for a model: from the environment, or from the keyring of the system; empty where none is needed.
 
+    A provider's own key goes to that provider and to nobody else: a server at an address of its own gets what
+    ``LUMINAGUARD_MODEL_KEY`` holds, if anything, and that neither goes over a network unencrypted.
+
     Raises:
         ModelUnavailable: there is none.
     """
+    if choice.url:
+        key = os.environ.get(OWN_KEY, "")
+        split = urlsplit(choice.url)
+        return key if split.scheme == "https" or _is_here(split.hostname or "") else ""
     variable = PROVIDERS.get(choice.provider, "")
-    if variable and (key := os.environ.get(variable, "")):
+    if key := os.environ.get(variable, "") or _from_keyring(choice.provider):
         return key
-    if key := _from_keyring(choice.provider):
-        return key
-    if not variable or choice.is_local:
-        return ""
     raise ModelUnavailable(
         f"There is no key for {choice.provider}.",
         hint=f"Set {variable}, or keep it in the system's keyring: 'luminaguard models key {choice.provider}'.",

@@ -13,6 +13,7 @@ __all__ = ["Message", "Role", "ToolCall", "ToolSpec", "Turn", "parse_arguments"]
 
 Role = Literal["user", "assistant", "tool"]
 _MAX_ARGUMENTS = 16 << 20
+_MAX_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,22 @@ def parse_arguments(text: str) -> tuple[dict[str, Any], str]:
         if len(text) > _MAX_ARGUMENTS:
             raise ValueError(f"they have more than {_MAX_ARGUMENTS >> 20} MiB")
         found = json.loads(text)
+        if _depth(found) > _MAX_DEPTH:
+            raise ValueError(f"they are nested deeper than {_MAX_DEPTH}")
+        json.dumps(found, ensure_ascii=False).encode()  # raises for halves of characters, which nobody takes back
     except (ValueError, RecursionError) as error:
-        return {}, f"the arguments are no JSON: {error}"
+        return {}, f"the arguments are no JSON: {str(error)[:200]!a}"
     if not isinstance(found, dict):
         return {}, "the arguments are no JSON object"
     return found, ""
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects are nested, without recursion."""
+    deepest, waiting = 0, [(value, 1)]
+    while waiting:
+        found, depth = waiting.pop()
+        deepest = max(deepest, depth)
+        if isinstance(found, dict | list):
+            waiting += [(inner, depth + 1) for inner in (found.values() if isinstance(found, dict) else found)]
+    return deepest

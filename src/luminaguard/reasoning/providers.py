@@ -72,6 +72,10 @@ class ProvidersModel:
             raise Passing(f"it did not answer within {_REQUEST_S:.0f} s") from error
         except (AgentRunError, UserError) as error:
             raise self._sorted(error) from error
+        except (UnicodeError, TypeError, RecursionError) as error:  # while it was written, not while it was read
+            raise ModelRefused(
+                f"{self.name} cannot be asked: {self._without_key(str(error))[:300]}", hint="Cancel the task."
+            ) from error
         except Exception as error:  # whatever a client of a provider raises, it is about this answer alone
             raise Passing(f"its answer broke off: {self._without_key(f'{type(error).__name__}: {error}')}") from error
         return self._turn(response)
@@ -121,12 +125,12 @@ class ProvidersModel:
                     with suppress(ValueError):
                         found += ModelMessagesTypeAdapter.validate_python([whole])
                         continue
-                parts: list[Any] = [TextPart(message.text)] if message.text else []
-                parts += [ToolCallPart(call.name, _sent(call), call.id) for call in message.calls]
+                parts: list[Any] = [TextPart(_text(message.text))] if message.text else []
+                parts += [ToolCallPart(_text(call.name), _sent(call), _text(call.id)) for call in message.calls]
                 found.append(ModelResponse(parts=parts or [TextPart("…")]))
                 continue
-            part = (UserPromptPart(message.text) if message.role == "user"
-                    else ToolReturnPart(message.tool, message.text, message.call_id))  # fmt: skip
+            part = (UserPromptPart(_text(message.text)) if message.role == "user"
+                    else ToolReturnPart(_text(message.tool), _text(message.text), _text(message.call_id)))  # fmt: skip
             if found and isinstance(found[-1], ModelRequest):
                 found[-1].parts = [*found[-1].parts, part]
             else:
@@ -195,7 +199,12 @@ class ProvidersModel:
 
 def _sent(call: ToolCall) -> dict[str, Any]:
     """The arguments as they are said again; what was no JSON cannot be."""
-    return {"unreadable": call.raw} if call.malformed else dict(call.arguments)
+    return {"unreadable": _text(call.raw)} if call.malformed else dict(call.arguments)
+
+
+def _text(text: str) -> str:
+    """A text that can be sent: halves of characters, which nobody takes, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _worth_keeping(response: ModelResponse) -> bool:

@@ -12,6 +12,7 @@ Each turn is the next one of the file; after its last, the script ends the task.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class ScriptModel:
 
         try:
             with path.open("rb") as file:
-                raw = yaml.safe_load(file.read(_MAX_FILE))
+                # What JSON does not have (dates, sets, loops) is no argument either.
+                raw = json.loads(json.dumps(yaml.safe_load(file.read(_MAX_FILE))))
             turns = [(str(turn.get("say", "")), [_call(call) for call in turn.get("calls", ())])
                      for turn in raw["turns"]]  # fmt: skip
         except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError,

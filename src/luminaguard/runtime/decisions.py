@@ -175,8 +175,13 @@ class Decisions:
         for found in self._runtime.approvals.list():
             if (found.effect, found.digest, found.task) == ("run", run.digest, task):
                 if found.state is State.APPROVED:
-                    self.hand_over(found.id)
-                    return
+                    try:
+                        self.hand_over(found.id)
+                        return
+                    except ApprovalError as error:  # such as rules that want another person's answer by now
+                        if self._runtime.approvals.get(found.id).state is State.APPROVED:
+                            self._runtime.approvals.void(found.id, error.message)
+                        continue
                 if found.state is State.PENDING:
                     raise ApprovalNeeded(found.id)
         now = self._runtime.ledger.current_time()

@@ -100,7 +100,9 @@ def action_of(
             return Action.from_json({"effect": "secret", "secret": name, "url": f"https://{host}/" if host else "",
                                      "exact": (("purpose", purpose),), **common})  # fmt: skip
         case ToolRun(tool, arguments, workspace):
-            return Action.from_json(common | {"effect": "run", "tool": tool, "arguments": arguments,
+            path = arguments.get("path")
+            files = [{"path": path}] if isinstance(path, str) and path else []
+            return Action.from_json(common | {"effect": "run", "tool": tool, "arguments": arguments, "files": files,
                                               "workspace": workspace})  # fmt: skip
 
 

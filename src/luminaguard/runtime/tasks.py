@@ -34,6 +34,7 @@ from luminaguard.runtime.decisions import Answer
 from luminaguard.runtime.rehearsal import Background, Prepared, Rehearsal, Stopwatch, prepare_template
 from luminaguard.tasks.engine import Engine, Evaluated, Watcher, Workbench
 from luminaguard.tasks.model import ENDED, Task
+from luminaguard.tools.builtin import as_asked
 from luminaguard.workspaces.locks import Busy, locked
 
 if TYPE_CHECKING:
@@ -157,14 +158,17 @@ class MachineBench:
         finally:
             os.close(image)
 
-    def runs_unasked(self, task: Task, call: ToolCall) -> bool:
-        """Whether the rules let a call run without anybody's answer."""
+    def runs_unasked(self, task: Task, call: ToolCall, changed: Changeset) -> bool:
+        """Whether the rules let a call run without anybody's answer, after these changes."""
         from luminaguard.effects.outside import ToolRun
+        from luminaguard.runtime.policy import marked_labels
 
         runtime = self._runtime
-        run = ToolRun(call.name, dict(call.arguments), task.workspace)
-        labels = runtime.tasks.labels(task.id)
-        return runtime.decisions.runs_unasked(run, runtime.policy(Path(task.workspace)), task.id, labels)
+        policy = runtime.policy(Path(task.workspace))
+        marked = marked_labels(policy, (change.path for change in changed.changes))
+        labels = runtime.tasks.labels(task.id) | {label for label, _ in marked}
+        run = ToolRun(call.name, as_asked(call.name, call.arguments), task.workspace)
+        return runtime.decisions.runs_unasked(run, policy, task.id, labels)
 
     async def evaluate(self, task: Task, call: ToolCall, work: Plan) -> Evaluated:
         """Evaluate a call on the task's state, in a machine of its own."""
@@ -224,7 +228,7 @@ class MachineBench:
         found = marked_labels(policy, entries)
         if not {label for label, _ in found} <= labels:
             labels = runtime.tasks.add_labels(task.id, found)
-        run = ToolRun(call.name, dict(call.arguments), task.workspace)
+        run = ToolRun(call.name, as_asked(call.name, call.arguments), task.workspace)
         runtime.decisions.permit(run, policy, task.id, labels)
 
     def links_on(self, task: Task, path: str) -> bool:
@@ -316,6 +320,10 @@ class _TaskCliff:
             self._runtime.decisions.publish(request_id)
         except LuminaGuardError as error:
             log.event("task.publish", request=request_id, error=repr(error))
+
+    def stop(self, task: Task, why: str) -> None:
+        """Let nothing more be asked, approved or done for a task; what it asked for ends."""
+        self._runtime.approvals.stop_task(task.id, why)
 
     def withdraw(self, task: Task, why: str) -> None:
         """End all requests of a task that still wait."""

@@ -268,6 +268,11 @@ class Approvals:
         if decision.verdict is Verdict.STOP and request.task:
             self._stop_task(t, request.task, decision.reason)
 
+    def stop_task(self, task: str, reason: str) -> None:
+        """Let nothing more be asked, approved or done for a task; what waits ends. Safe to repeat."""
+        with self.transaction() as t:
+            self._stop_task(t, task, reason)
+
     def _stop_task(self, t: Transaction, task: str, reason: str) -> None:
         if t.stopped(task) is None:
             t.record("task.stopped", task=task, reason=visible(reason))

@@ -77,8 +77,8 @@ class Workbench(Protocol):
     async def begin(self, task: Task) -> None:
         """Keep the first state of the task's workspace; raises WorkspaceError and what machines raise."""
 
-    def runs_unasked(self, task: Task, call: ToolCall) -> bool:
-        """Whether the rules let a call run without anybody's answer; raises PolicyInvalid."""
+    def runs_unasked(self, task: Task, call: ToolCall, changed: Changeset) -> bool:
+        """Whether the rules let a call run without anybody's answer, after these changes; raises PolicyInvalid."""
 
     async def evaluate(self, task: Task, call: ToolCall, work: Plan) -> Evaluated:
         """Evaluate a call on the task's state.
@@ -116,6 +116,9 @@ class Cliff(Protocol):
 
     def publish_approved(self, request_id: str) -> None:
         """Publish what was approved, and not published by whoever approved it."""
+
+    def stop(self, task: Task, why: str) -> None:
+        """Let nothing more be asked, approved or done for a task; what it asked for ends. Safe to repeat."""
 
     def withdraw(self, task: Task, why: str) -> None:
         """End all requests of a task that still wait."""
@@ -265,7 +268,7 @@ class Engine:
         batch = [first]
         for call in calls[1 : self._parallel]:
             # What a person is to be asked about is asked when its turn has come, on the state as it then is.
-            if not self._for_machine(call) or not self._bench.runs_unasked(task, call):
+            if not self._for_machine(call) or not self._bench.runs_unasked(task, call, Changeset(())):
                 break
             batch.append(call)
         return await self._do_in_machines(task, batch, watcher)
@@ -342,6 +345,8 @@ class Engine:
             outcome = done[number]
             if number in plans and len(changed) and self._depends(task, plans[number], changed, outcome):
                 break  # it is evaluated again, on the state as it then is
+            if len(changed) and not self._bench.runs_unasked(task, call, changed):
+                break  # what came into the folder brings labels along, under which it is judged otherwise
             if isinstance(outcome, TaskStopped) or (
                 isinstance(outcome, LuminaGuardError) and not isinstance(outcome, _OF_THE_CALL)
             ):
@@ -490,7 +495,8 @@ class Engine:
         return self._save(after, _Round(), what="resume", changed=False)
 
     def cancel(self, task: Task, why: str) -> Task:
-        """End a task; what it asked for is not asked any more."""
+        """End a task; what it asked for is not asked any more, not even if this is interrupted in the middle."""
+        self._cliff.stop(task, why)
         return self._save(task.ended(Status.CANCELLED, why), _Round(), what="cancel")
 
 

@@ -7,6 +7,7 @@ beside each other on the same state and still mean what they would one after the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,13 @@ from typing import Any
 
 from luminaguard.errors import ActionInvalid
 
-__all__ = ["IN_MACHINE", "Plan", "Tool", "check_arguments", "plan"]
+__all__ = ["IN_MACHINE", "Plan", "Tool", "as_asked", "check_arguments", "plan"]
 
 _MAX_ARGUMENTS = 8 << 20
+_MAX_PROGRAM = 64 << 10
+"""Of a command line or a program: all of it is judged by the rules, and shown to whoever is asked."""
+_MOST_ASKED = 2000
+_FILE_TOOLS = frozenset({"read_file", "write_file", "edit_file", "list_files", "search_files"})
 _DEFAULT_TIMEOUT_S, _LONGEST_S = 300, 3600
 
 
@@ -100,6 +105,19 @@ def plan(name: str, arguments: Mapping[str, Any]) -> Plan:
     return Plan(("python3", "-I", "-S", "-X", "utf8", "-c", _script()), asked, timeout_s, _plain(path))
 
 
+def as_asked(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as rules and people see them: long texts as their beginning and their digest."""
+    return {key: _beginning(value) if name in _FILE_TOOLS and isinstance(value, str) else value
+            for key, value in arguments.items()}  # fmt: skip
+
+
+def _beginning(text: str) -> str:
+    if len(text) <= _MOST_ASKED:
+        return text
+    digest = hashlib.sha256(_bytes(text)).hexdigest()
+    return f"{text[:_MOST_ASKED]} … ({len(text):,} characters, sha256 {digest})"
+
+
 def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> None:
     """Check the arguments of a call against the tool's schema, as far as these schemas go.
 
@@ -107,7 +125,7 @@ def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> None:
         ActionInvalid: it says which argument is wrong.
     """
     properties: Mapping[str, Any] = tool.parameters["properties"]
-    if unknown := set(arguments) - set(properties):
+    if unknown := {str(key) for key in arguments} - set(properties):
         raise _wrong(tool, f"has no argument {min(unknown)[:64]!a}")
     if missing := [key for key in tool.parameters["required"] if key not in arguments]:
         raise _wrong(tool, f"needs {missing[0]!a}")
@@ -117,6 +135,8 @@ def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> None:
             raise _wrong(tool, f"takes {key!a} as {kind}, not as {type(value).__name__}")
         if isinstance(value, str) and ("\0" in value or len(value) > _MAX_ARGUMENTS):
             raise _wrong(tool, f"takes no {key!a} that is longer than {_MAX_ARGUMENTS >> 20} MiB or has a NUL in it")
+        if isinstance(value, str) and tool.name not in _FILE_TOOLS and len(value) > _MAX_PROGRAM:
+            raise _wrong(tool, f"takes no {key!a} of more than {_MAX_PROGRAM >> 10} KiB; write it into a file first")
 
 
 def _wrong(tool: Tool, why: str) -> ActionInvalid:
