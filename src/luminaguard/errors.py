@@ -154,7 +154,12 @@ class ImageMissing(Unavailable):
 
 
 class ModelUnavailable(Unavailable):
-    """No language model is set up, or it cannot be reached, or refuses for a while."""
+    """No language model is set up, or it cannot be reached, or refuses for a while.
+
+    ``requests`` is how often it was asked.
+    """
+
+    requests = 0
 
 
 class PackageUnavailable(Unavailable):
@@ -291,9 +296,10 @@ class TaskNotFound(TaskError):
 
 
 class ModelRefused(LuminaGuardError):
-    """A language model will not answer this, however often it is asked."""
+    """A language model will not answer this, however often it is asked; ``requests`` is how often it was."""
 
     exit_code = EXIT_REFUSED
+    requests = 0
 
 
 class StorageError(LuminaGuardError):

@@ -37,7 +37,7 @@ def ask(behaviours, *, provider="openai", history=ASKED, tools=TOOLS):
                     turn = await persistent.turn("Be brief.", history, tools, streamed.append)
                 except LuminaGuardError as error:
                     turn = error
-                    error.requests, error.waits = server.requests, waits
+                    error.seen, error.waits = server.requests, waits
         return turn, streamed, waits, server.requests
 
     turn, *rest = anyio.run(run)
@@ -95,7 +95,7 @@ def test_what_may_pass_is_asked_again_after_a_while(provider, fault):
 def test_what_does_not_pass_ends_after_some_attempts(provider):
     with pytest.raises(ModelUnavailable, match="503") as caught:
         ask([Status(503)], provider=provider)
-    assert len(caught.value.requests) == 4 and len(caught.value.waits) == 3
+    assert len(caught.value.seen) == 4 and len(caught.value.waits) == 3
     assert caught.value.waits == sorted(caught.value.waits)
     assert "resume" in caught.value.hint
 
@@ -106,7 +106,7 @@ def test_what_will_not_be_better_is_not_asked_again(provider, code, hint):
     body = f'{{"error": {{"message": "no: {KEY}", "type": "invalid_request_error"}}}}'
     with pytest.raises(ModelRefused, match=str(code)) as caught:
         ask([Status(code, (), body)], provider=provider)
-    assert len(caught.value.requests) == 1 and hint in caught.value.hint
+    assert len(caught.value.seen) == 1 and hint in caught.value.hint
     assert KEY not in caught.value.message and "(the key)" in caught.value.message
 
 
@@ -154,6 +154,24 @@ def test_an_answer_without_end_is_refused(provider, monkeypatch):
 def test_a_refusal_of_the_model_is_a_refusal():
     with pytest.raises(ModelRefused, match="refuses to answer"):
         ask([Answer("I can", finish="content_filter")])
+
+
+@BOTH
+def test_an_answer_that_was_cut_is_not_taken_for_a_whole_one(provider):
+    finish = "length" if provider == "openai" else "max_tokens"
+    with pytest.raises(ModelRefused, match="cut at its limit") as caught:
+        ask([Status(500), Answer("I will now", finish=finish)], provider=provider)
+    assert caught.value.requests == 2
+    if provider == "anthropic":
+        assert caught.value.args and ask([Answer("x")], provider=provider)[3][0][2]["max_tokens"] == 16_000
+
+
+def test_failed_answers_count(monkeypatch):
+    turn, *_ = ask([Status(500), Status(500), Answer("x")])
+    assert turn.usage.requests == 3
+    with pytest.raises(ModelUnavailable) as caught:
+        ask([Status(500)])
+    assert caught.value.requests == 4
 
 
 def test_the_next_model_is_asked_when_one_does_not_answer():

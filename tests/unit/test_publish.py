@@ -575,3 +575,20 @@ def test_a_changeset_whose_journal_could_not_be_read_again_is_refused_before_any
         publisher.publish(REQUEST, *identity(folder), changeset)
     assert snapshot(folder) == before
     assert publisher.interrupted() == []
+
+
+def test_the_mode_of_a_file_with_other_names_is_not_published(tmp_path):
+    """An approved change of one name must not change a file that lies elsewhere."""
+    folder, outside = tmp_path / "w", tmp_path / "outside.conf"
+    folder.mkdir()
+    (folder / "in.conf").write_bytes(b"x")
+    (folder / "in.conf").chmod(0o600)
+    os.link(folder / "in.conf", outside)
+    changes = Changeset.of([Change("in.conf", entry(b"x", 0o600), entry(b"x", 0o666))])
+    publisher = Publisher(tmp_path / "state", BlobStore(tmp_path / "state"))
+    with pytest.raises(PublishError, match="2 names"):
+        publisher.publish("req-1", str(folder), folder.stat().st_ino, changes)
+    assert outside.stat().st_mode & 0o777 == 0o600
+    outside.unlink()
+    publisher.publish("req-2", str(folder), folder.stat().st_ino, changes)
+    assert (folder / "in.conf").stat().st_mode & 0o777 == 0o666

@@ -8,7 +8,14 @@ import anyio
 import pytest
 
 from luminaguard.approvals import State, Verdict
-from luminaguard.errors import LuminaGuardError, ModelRefused, ModelUnavailable, TaskError, TaskNotFound
+from luminaguard.errors import (
+    LuminaGuardError,
+    ModelRefused,
+    ModelUnavailable,
+    TaskError,
+    TaskNotFound,
+    WorkspaceError,
+)
 from luminaguard.reasoning import Budget, Message, ToolCall, Turn, Usage
 from luminaguard.reasoning.script import ScriptModel
 from luminaguard.runtime import Runtime
@@ -403,6 +410,58 @@ def test_a_large_file_that_a_rule_holds_back_is_shown_by_its_beginning(desk):
     assert "5,000,000 characters, sha256" in str(desk.runtime.approvals.effect(request.id).arguments)
     desk.runtime.decisions.approve_and_hand_over(request, YES)
     assert desk.runtime.approvals.get(desk.run(turns).request).effect == "changeset"
+
+
+def test_what_was_denied_is_let_through_by_no_rule_later(desk):
+    desk.rules('[[policy.rules]]\nname = "few"\nrisk = "GREEN"\nreason = "Many at once are mine."\n'
+               'when = { effect = "changeset", files = { at_least = 2 } }\n')  # fmt: skip
+    desk.create()
+    turns = [("", [write("one"), ("publish", {})]), ("", [write("two")]), ("Done.", [])]
+    desk.runtime.decisions.deny(desk.runtime.approvals.get(desk.run(turns).request), NO)
+    assert desk.run(turns).status is Status.WAITING and not (desk.workspace / "one").exists()
+
+
+def test_an_answer_that_nobody_asked_for_is_refused(desk):
+    desk.create()
+    turns = [("", [("ask_user", {"question": "Which?"})]), ("Thanks.", [])]
+    task = desk.run(turns)
+    answered = desk.engine.answer(task, "This.")
+    for stale in (task, answered):
+        with pytest.raises(TaskError):
+            desk.engine.answer(stale, "Again.")
+
+
+def test_time_that_is_left_bounds_calls_and_models(desk, monkeypatch):
+    limits = []
+
+    async def slow(self, task, call, work):
+        from luminaguard.effects.changes import Changeset
+        from luminaguard.tasks.engine import Evaluated
+
+        limits.append(work.timeout_s)
+        return Evaluated("", failed=False, changes=Changeset(()))
+
+    class Slow(Model):
+        async def turn(self, *_):
+            await anyio.sleep(60)
+
+    monkeypatch.setattr(PlayedBench, "evaluate", slow)
+    desk.create(budget=Budget(seconds=30.0))
+    desk.run([("", [("shell", {"command": "sleep 900"})]), ("Done.", [])])
+    assert 1 <= limits[0] <= 30
+    anyio.run(desk.engine.create, Task("task-2", "x", str(desk.workspace), "m", 5, budget=Budget(seconds=0.2)))
+    assert desk.run(Slow(turn("x")), "task-2").status is Status.PAUSED
+
+
+def test_a_task_whose_folder_is_another_one_does_not_go_on(desk):
+    task = desk.create()
+    desk.tasks.check_folder(task)
+    desk.workspace.rename(desk.workspace.with_name("moved"))
+    with pytest.raises(WorkspaceError, match="is gone"):
+        desk.tasks.check_folder(task)
+    desk.workspace.mkdir()
+    with pytest.raises(WorkspaceError, match="another one"):
+        desk.tasks.check_folder(task)
 
 
 def test_names_of_files_do_not_speak_as_the_person(desk):

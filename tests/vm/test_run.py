@@ -130,7 +130,7 @@ def test_a_model_behind_its_protocol_works_and_no_key_is_left_anywhere(home, wor
         done = run(home, workspace, "--model", f"{provider}:test-model@{url}", **variables)
     assert (done.code, done.json["answer"]) == (120, "All done.")
     usage = done.json["usage"]
-    assert (usage["requests"], usage["input_tokens"], usage["tool_calls"], usage["dollars"]) == (2, 200, 2, 0.0)
+    assert (usage["requests"], usage["input_tokens"], usage["tool_calls"], usage["dollars"]) == (3, 200, 2, 0.0)
     assert key in str(server.requests[0][1])
     outcome = str(server.requests[2][2]["messages"])
     assert "one\\\\ntwo" in outcome.replace("\\n", "\\\\n") and "PATH=" in outcome and key not in outcome
@@ -189,6 +189,27 @@ def test_ctrl_c_leaves_it_at_its_last_finished_step(home, workspace, script):
     assert home.run("tasks", "show", task, "--json").json["status"] == "running"
     assert home.run("tasks", "cancel", task).code == 0
     assert home.run("tasks", "resume", task).code == 122
+
+
+def test_what_a_model_says_cannot_look_like_what_we_say(home, workspace, script):
+    flags = script('turns:\n - say: "x\\n-> shell command=forged\\ntask-1 finished\\x1b[2J"\n')
+    done = home.run("run", "Do it.", "-w", str(workspace), *flags)
+    said = done.err.splitlines()
+    assert "  | -> shell command=forged" in said and "-> shell command=forged" not in said
+    assert not any(line.startswith("task-1 ") for line in said) and "\x1b" not in done.err + done.out
+    task = re.search(r"task-\w+", done.err)[0]
+    assert "  | -> shell command=forged" in home.run("tasks", "logs", task).out.splitlines()
+
+
+def test_a_script_is_found_from_elsewhere_and_a_replay_ends(home, workspace, tmp_path):
+    (tmp_path / "s.yaml").write_text("turns:\n - calls: [{ask_user: {question: q}}, {list_files: {}}]\n - say: Done.\n")
+    argv = home.argv("run", "Do it.", "-w", str(workspace), "--json", "--model", "script:s.yaml")
+    done = subprocess.run(argv, cwd=tmp_path, env=home.environment, capture_output=True, check=False)
+    task = json.loads(done.stdout)["task"]
+    home.run("tasks", "answer", task, "This.")
+    assert home.run("tasks", "resume", task).code == 0
+    assert home.run("tasks", "replay", task).code == 0
+    assert home.run("tasks", "list").out == "no task goes on or waits\n"
 
 
 def test_rules_hold_for_agents_and_labels_follow(home, workspace, script):

@@ -35,6 +35,7 @@ from luminaguard.runtime.decisions import Answer
 from luminaguard.runtime.tasks import LocalTasks, load_models, open_models
 from luminaguard.tasks.engine import Evaluated, Watcher
 from luminaguard.tasks.model import ENDED, Status, Task, open_calls
+from luminaguard.tools import IN_MACHINE
 
 __all__ = ["answer", "cancel", "logs", "replay", "resume", "show", "show_list", "start"]
 
@@ -42,6 +43,7 @@ _EXIT = {Status.FINISHED: 0, Status.WAITING: EXIT_PENDING, Status.DENIED: EXIT_D
          Status.CANCELLED: EXIT_DENIED, Status.PAUSED: EXIT_REFUSED, Status.FAILED: EXIT_REFUSED}  # fmt: skip
 _MOST_PROMPT = 1 << 20
 _SHOWN = 400
+_BY_MODEL = "  | "
 
 
 def start(
@@ -51,12 +53,13 @@ def start(
     """Begin a task and see it through; return the exit status."""
     if publish not in {"on-finish", "per-action", "never"}:
         raise SettingsError(f"--publish {publish!a} is unknown.", hint="It is on-finish, per-action or never.")
-    limits = parse_budget(budget)
-    load_models(runtime.settings.model)
+    limits, models = parse_budget(budget), _absolute_scripts(runtime.settings.model)
+    load_models(models)
     tell_recovered(runtime.decisions.recover())
     tasks = runtime.agent_tasks
+    tasks.collect()
     task = Task(
-        tasks.new_id(), _text(prompt), str(workspace), runtime.settings.model, runtime.ledger.current_time(),
+        tasks.new_id(), _text(prompt), str(workspace), models, runtime.ledger.current_time(),
         publish=publish, budget=limits,  # type: ignore[arg-type]  # one of them, just checked
     )  # fmt: skip
     if max_turns is not None:
@@ -64,6 +67,12 @@ def start(
     if not task.models:  # said before anything is read or packed
         anyio.run(_check_models, task.models)
     return _see_through(runtime, task, held, as_json=as_json, new=True)
+
+
+def _absolute_scripts(models: str) -> str:
+    """The same models wherever the task is resumed."""
+    words = [word.strip() for word in models.split(",")]
+    return ",".join(f"script:{Path(word[7:]).absolute()}" if word.startswith("script:") else word for word in words)
 
 
 async def _check_models(models: str) -> None:
@@ -87,7 +96,8 @@ def resume(
     task = tasks.engine.get(task_id)
     if task.status in ENDED:
         raise TaskError(f"{task_id} has ended: it is {task.status.value}.", hint="Begin another task.")
-    changed: dict[str, Any] = {"models": model} if model else {}
+    tasks.check_folder(task)
+    changed: dict[str, Any] = {"models": _absolute_scripts(model)} if model else {}
     if budget:
         changed["budget"] = parse_budget(budget, task.budget)
     if max_turns is not None:
@@ -204,7 +214,8 @@ def _decide(runtime: Runtime, request: Request, given: Answer, progress: Progres
 
 def _ask_question(runtime: Runtime, task: Task, held: Held) -> bool:
     termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)  # keys typed before the question stood there answer nothing
-    sys.stderr.write(f"\nthe agent asks: {visible_text(task.question)}\nyour answer (empty: later): ")
+    asked = visible_text(task.question).replace("\n", f"\n{_BY_MODEL}")
+    sys.stderr.write(f"\nthe agent asks:\n{_BY_MODEL}{asked}\nyour answer (empty: later): ")
     sys.stderr.flush()
     with held.raising():
         text = sys.stdin.readline().strip()
@@ -240,10 +251,14 @@ class _Shown:
             return
         self._progress.clear()
         if not piece:  # the answer begins anew
-            piece = "\n[asking again]\n" if self._open else ""
-        sys.stderr.write(visible_text(piece))
+            if self._open:
+                self._say("asking again")
+            return
+        # Each line is marked as the model's: it must not look like one of ours.
+        lines = visible_text(piece).replace("\n", f"\n{_BY_MODEL}")
+        sys.stderr.write(lines if self._open else f"{_BY_MODEL}{lines}" if piece else "")
         sys.stderr.flush()
-        self._open = bool(piece) and not piece.endswith("\n")
+        self._open = bool(piece)
 
     def _call(self, call: ToolCall) -> None:
         words = " ".join(f"{key}={value!a}" for key, value in call.arguments.items())
@@ -352,7 +367,7 @@ def logs(runtime: Runtime, task_id: str, *, full: bool, as_json: bool) -> None:
         text = visible_text(message.text)
         cut = f" … ({len(text) - most:,} more characters)" if len(text) > most else ""
         lines.append(("path", f"{visible(who)}:"))
-        lines += [("plain", f"  {line}") for line in (text[:most] + cut).split("\n")]
+        lines += [("plain", f"{_BY_MODEL}{line}") for line in (text[:most] + cut).split("\n")]
         for call in message.calls:
             words = " ".join(f"{key}={value!a}" for key, value in call.arguments.items())
             lines.append(
@@ -408,7 +423,8 @@ def replay(runtime: Runtime, task_id: str, held: Held, *, as_json: bool) -> int:
 async def _replay(runtime: Runtime, tasks: LocalTasks, old: Task, shown: _Shown) -> Task:
     from luminaguard.reasoning.script import ScriptModel
 
-    turns = [(message.text, [(call.name, dict(call.arguments)) for call in message.calls if not call.malformed])
+    turns = [(message.text, [(call.name, dict(call.arguments)) for call in message.calls
+                             if not call.malformed and call.name in IN_MACHINE])
              for message in tasks.engine.history(old) if message.role == "assistant"]  # fmt: skip
     task = Task(tasks.new_id(), old.prompt, old.workspace, f"script:replay of {old.id}",
                 runtime.ledger.current_time(), publish="never", max_turns=len(turns) + 1,

@@ -34,17 +34,22 @@ _SILENCE_S = 120.0
 """Between two pieces of it."""
 _MOST_TEXT = 4 << 20
 _MOST_CALLS = 64
+_ANTHROPICS_LIMIT = 16_000
+"""Tokens of one answer; this API wants to be told, and what asks for more is cut."""
 _MAY_PASS = frozenset({408, 409, 425, 429})
 
 
 class ProvidersModel:
     """One model of a provider; made by :func:`open_provider`."""
 
-    def __init__(self, name: str, model: ProviderModel, key: str, *, local: bool) -> None:
+    def __init__(
+        self, name: str, model: ProviderModel, key: str, *, local: bool, most_tokens: int | None = None
+    ) -> None:
         self.name = name
         self._model = model
         self._key = key
         self._local = local
+        self._settings = {"max_tokens": most_tokens} if most_tokens else {}
 
     async def turn(
         self, instructions: str, history: Sequence[Message], tools: Sequence[ToolSpec], told: Told = lambda _: None
@@ -62,7 +67,10 @@ class ProvidersModel:
         try:
             with anyio.fail_after(_REQUEST_S):
                 async with model_request_stream(
-                    self._model, self._messages(instructions, history), model_request_parameters=parameters
+                    self._model,
+                    self._messages(instructions, history),
+                    model_request_parameters=parameters,
+                    model_settings=self._settings,  # type: ignore[arg-type]  # a part of its TypedDict
                 ) as stream:
                     await self._read(stream, told)
                     response = stream.get()
@@ -143,6 +151,10 @@ class ProvidersModel:
         if response.finish_reason == "content_filter":
             raise ModelRefused(f"{self.name} refuses to answer this.", hint="Ask otherwise.")
         text = "".join(part.content for part in response.parts if isinstance(part, TextPart))
+        if response.finish_reason == "length" and not any(isinstance(part, ToolCallPart) for part in response.parts):
+            raise ModelRefused(
+                f"The answer of {self.name} was cut at its limit of tokens.", hint="Resume with another --model."
+            )
         calls = []
         for number, part in enumerate(part for part in response.parts if isinstance(part, ToolCallPart)):
             raw = part.args if isinstance(part.args, str) else json.dumps(part.args or {})
@@ -255,7 +267,7 @@ async def open_provider(choice: Choice, key: str) -> AsyncIterator[ProvidersMode
 
             async with AsyncAnthropic(api_key=key, base_url=url, max_retries=0, timeout=_REQUEST_S) as anthropic:
                 model = AnthropicModel(choice.name, provider=AnthropicProvider(anthropic_client=anthropic))
-                yield ProvidersModel(str(choice), model, key, local=choice.is_local)
+                yield ProvidersModel(str(choice), model, key, local=choice.is_local, most_tokens=_ANTHROPICS_LIMIT)
         case _:
             from pydantic_ai.models.google import GoogleModel
             from pydantic_ai.providers.google import GoogleProvider

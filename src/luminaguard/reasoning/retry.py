@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import anyio
 
 from luminaguard import log
 from luminaguard.errors import ModelRefused, ModelUnavailable
+from luminaguard.reasoning.budget import Usage
 from luminaguard.reasoning.messages import Message, ToolSpec, Turn
 from luminaguard.reasoning.model import Model, Told
 
@@ -58,9 +60,11 @@ class Persistent:
         """
         said: list[str] = []
         refused: ModelRefused | None = None
+        asked = [0]
         for model in self._models:
             try:
-                return await self._ask(model, instructions, history, tools, told)
+                turn = await self._ask(model, instructions, history, tools, told, asked)
+                return replace(turn, usage=turn.usage + Usage(requests=asked[0] - 1))
             except Passing as error:
                 said.append(f"{model.name}: {error.why}")
             except ModelRefused as error:
@@ -68,17 +72,22 @@ class Persistent:
                 refused = error
             told("")
         if refused is not None and len(self._models) == 1:
+            refused.requests = asked[0]
             raise refused
-        raise ModelUnavailable(
+        unavailable = ModelUnavailable(
             f"No model answered: {'; '.join(said)}",
             hint="Run the task on later with 'luminaguard tasks resume', or choose another --model.",
             kept="All finished steps were kept.",
         )
+        unavailable.requests = asked[0]
+        raise unavailable
 
     async def _ask(
-        self, model: Model, instructions: str, history: Sequence[Message], tools: Sequence[ToolSpec], told: Told
-    ) -> Turn:
+        self, model: Model, instructions: str, history: Sequence[Message], tools: Sequence[ToolSpec], told: Told,
+        asked: list[int],
+    ) -> Turn:  # fmt: skip
         for attempt in range(1, _ATTEMPTS + 1):
+            asked[0] += 1
             try:
                 return await model.turn(instructions, history, tools, told)
             except Passing as error:

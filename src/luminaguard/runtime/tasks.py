@@ -27,6 +27,7 @@ from luminaguard.errors import (
     RequestNotFound,
     TaskError,
     TaskStopped,
+    WorkspaceError,
 )
 from luminaguard.reasoning.messages import ToolCall
 from luminaguard.reasoning.model import Model
@@ -112,6 +113,22 @@ class LocalTasks:
         with self.worker(task.id):
             return await self.engine.run(self.engine.get(task.id), model, watcher)
 
+    def check_folder(self, task: Task) -> None:
+        """Refuse to go on with a task whose folder is gone, or is another one.
+
+        Raises:
+            WorkspaceError: so it is.
+        """
+        try:
+            found = os.stat(task.workspace, follow_symlinks=False).st_ino
+        except OSError:
+            found = -1
+        if found != self.snapshots.first(task.id).inode:
+            raise WorkspaceError(
+                f"The folder of {task.id}, {task.workspace}, is gone or is another one.",
+                hint=f"Put it back where it was, or end the task: 'luminaguard tasks cancel {task.id}'.",
+            )
+
     def stopped_at(self, task: Task) -> Request | None:
         """The request that a task waits for, if it is stored."""
         try:
@@ -141,7 +158,9 @@ class MachineBench:
         self._runtime, self._snapshots = runtime, snapshots
 
     async def begin(self, task: Task) -> None:
-        """Keep the first state of the task's workspace."""
+        """Keep the first state of the task's workspace; one that is kept stays."""
+        if task.id in self._snapshots.tasks():
+            return
         await anyio.to_thread.run_sync(self._begin, task)
 
     def _begin(self, task: Task) -> None:
@@ -298,7 +317,7 @@ class _TaskCliff:
         except Forbidden:
             runtime.blobs.forget(request_id)
             raise
-        if answer := runtime.decisions.without_asking(asked):
+        if not task.denied and (answer := runtime.decisions.without_asking(asked)):
             # What comes of it stands with the request; a refusal there is the task's to read, not to raise.
             with contextlib.suppress(LuminaGuardError):
                 return runtime.decisions.approve_and_publish(asked, answer)

@@ -8,6 +8,7 @@ cliff, whose requests bear ids that follow from the task and its step: the same 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from luminaguard.errors import (
     LuminaGuardError,
     ModelRefused,
     ModelUnavailable,
+    TaskError,
     TaskStopped,
 )
 from luminaguard.reasoning.budget import Usage
@@ -208,10 +210,9 @@ class Engine:
                 after, added = await self._ask_model(task, history, model, watcher)
         except TaskStopped as error:
             after, added = task.ended(Status.STOPPED, error.message), _Round()
-        except ModelRefused as error:
+        except (ModelRefused, ModelUnavailable) as error:
             after, added = task.paused(f"{error.message} {error.hint}"), _Round()
-        except ModelUnavailable as error:
-            after, added = task.paused(error.message), _Round()
+            after = replace(after, usage=after.usage + Usage(requests=error.requests))
         after = replace(after, usage=after.usage + Usage(seconds=round(time.monotonic() - start, 3)))
         changed = after.snapshot is not task.snapshot
         return self._save(after, added, what="calls" if calls else "model", changed=changed), True
@@ -242,9 +243,17 @@ class Engine:
         fit, gone = fitted(history, _MOST_HISTORY)
         if gone:
             watcher.note(f"{gone} messages are left out of what the model reads, to fit")
-        turn = await model.turn(INSTRUCTIONS, fit, _TOOLS, watcher.text)
+        with anyio.move_on_after(self._left_s(task)) as scope:
+            turn = await model.turn(INSTRUCTIONS, fit, _TOOLS, watcher.text)
+        if scope.cancelled_caught:
+            return task.paused(f"the budget of {task.budget.seconds:,.0f} seconds is used up"), _Round()
         message = with_distinct_ids(turn.message)
         return replace(task, turns=task.turns + 1, usage=task.usage + turn.usage), _Round([message])
+
+    @staticmethod
+    def _left_s(task: Task) -> float:
+        """Seconds that the budget has left."""
+        return math.inf if task.budget.seconds is None else max(0.0, task.budget.seconds - task.usage.seconds)
 
     def _finish(self, task: Task) -> Task:
         """The model has answered; what it changed goes to the cliff, if a person wants to be asked."""
@@ -313,7 +322,8 @@ class Engine:
         for number, call in enumerate(batch):
             watcher.call(call)
             try:
-                plans[number] = plan(call.name, call.arguments)
+                work = plan(call.name, call.arguments)
+                plans[number] = replace(work, timeout_s=max(1.0, min(work.timeout_s, self._left_s(task))))
             except ActionInvalid as error:
                 done[number] = error
         taken: set[int] = set()
@@ -465,7 +475,9 @@ class Engine:
             words: what the model reads.
             final: whether a no to the whole outcome ends the task.
         """
-        after, calls = replace(task, status=Status.RUNNING, request=""), open_calls(history)
+        # What a person did not want goes through no rule and no grant later on, as a part of something else.
+        after = replace(task, status=Status.RUNNING, request="", denied=task.denied or effect == "changeset")
+        calls = open_calls(history)
         if calls and (effect == "run" or calls[0].name == PUBLISH):
             return after, _Round([_failed(calls[0], words)])
         if history[-1].role == "assistant" and not calls:
@@ -474,7 +486,7 @@ class Engine:
             return after, _Round([Message("user", words)])
         # What single calls changed was asked about: it is taken back, and so is what was to build on it.
         back = Changeset.of(Change(c.path, c.after, c.before) for c in task.unpublished.changes)
-        after = replace(after, snapshot=task.snapshot.after(back, self._now_ns() // 10**9))
+        after = replace(after, snapshot=task.snapshot.after(back, self._now_ns() // 10**9), denied=task.denied)
         words = f"{words} The changes were taken back."
         if calls:
             return after, _Round([_failed(call, f"This was not run. {words}") for call in calls])
@@ -484,9 +496,11 @@ class Engine:
 
     def answer(self, task: Task, text: str) -> Task:
         """Answer the question that a task asks; it can go on then."""
-        (call, *_) = open_calls(self.history(task))
+        calls = open_calls(self.history(task))
+        if task.status is not Status.WAITING or not task.question or not calls:
+            raise TaskError(f"{task.id} asks no question.", hint=f"See 'luminaguard tasks show {task.id}'.")
         after = replace(task, status=Status.RUNNING, question="")
-        return self._save(after, _Round([_answer(call, text, origin="the person")]), what="answer")
+        return self._save(after, _Round([_answer(calls[0], text, origin="the person")]), what="answer")
 
     def resume(self, task: Task, **changed: object) -> Task:
         """Let a paused task go on, perhaps with another budget, models or turns; one that waits still waits."""

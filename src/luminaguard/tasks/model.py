@@ -60,6 +60,8 @@ class Task:
         request: the request at the cliff that it waits for; it may not be stored yet.
         question: what the model asks a person.
         why: how it ended, or why it does not go on.
+        denied: a person said no to changes that are still in the snapshot: the next time a person is asked, whatever
+            rules and grants say.
         created_ns, updated_ns: nanoseconds since the epoch.
     """
 
@@ -80,6 +82,7 @@ class Task:
     request: str = ""
     question: str = ""
     why: str = ""
+    denied: bool = False
     updated_ns: int = 0
 
     @property
@@ -101,7 +104,7 @@ class Task:
             "prompt": self.prompt, "models": self.models, "turns": self.turns, "max_turns": self.max_turns,
             "publish": self.publish, "budget": self.budget.to_json(), "usage": self.usage.to_json(),
             "snapshot": self.snapshot.to_json(), "published": self.published.to_json(), "request": self.request,
-            "question": self.question, "why": self.why,
+            "question": self.question, "why": self.why, "denied": self.denied,
         }  # fmt: skip
 
     @classmethod
@@ -114,6 +117,7 @@ class Task:
             budget=Budget.from_json(raw["budget"]), usage=Usage.from_json(raw["usage"]),
             snapshot=Snapshot.from_json(raw["snapshot"]), published=Changeset.from_json(raw["published"]),
             request=str(raw["request"]), question=str(raw["question"]), why=str(raw["why"]),
+            denied=bool(raw["denied"]),
         )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from luminaguard.effects.changes import (
     Changeset,
     DirEntry,
+    FileEntry,
 )
 from luminaguard.errors import (
     Conflict,
@@ -177,6 +178,8 @@ class Publisher:
                 change.before is None and something_at(root, change.path)
             ):
                 raise conflict(f"{change.path!a} was changed on the host since the command ran")
+            if change.kind == "mode" and isinstance(change.before, FileEntry):
+                _refuse_other_names(root, change.path)
         gone = {c.path for c in changeset.changes if c.after is None or not isinstance(c.after, DirEntry)}
         for change in changeset.changes:
             if isinstance(change.before, DirEntry) and change.path in gone:
@@ -192,6 +195,17 @@ class Publisher:
                         os.close(fd)
                 if left:
                     raise conflict(f"the folder {change.path!a} has contents that the command did not see")
+
+
+def _refuse_other_names(root: int, path: str) -> None:
+    """A mode belongs to a file, not to its name: other names of it, wherever they are, would get it, too."""
+    with parent_of(root, path) as (parent, name):
+        count = os.stat(name, dir_fd=parent, follow_symlinks=False).st_nlink
+    if count > 1:
+        raise PublishError(
+            f"The mode of {path!a} cannot be published: the file has {count} names (hard links), and all would get it.",
+            hint="Give it a copy of its own first (cp FILE COPY; mv COPY FILE), then run the command again.",
+        )
 
 
 def _failure(error: OSError | LuminaGuardError) -> LuminaGuardError:
