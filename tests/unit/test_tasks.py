@@ -12,6 +12,7 @@ from luminaguard.errors import (
     LuminaGuardError,
     ModelRefused,
     ModelUnavailable,
+    StorageError,
     TaskError,
     TaskNotFound,
     WorkspaceError,
@@ -462,6 +463,49 @@ def test_a_task_whose_folder_is_another_one_does_not_go_on(desk):
     desk.workspace.mkdir()
     with pytest.raises(WorkspaceError, match="another one"):
         desk.tasks.check_folder(task)
+
+
+def test_a_no_to_an_action_is_not_taken_for_one_to_the_publish_that_follows(desk):
+    desk.create(publish="per-action")
+    turns = [("", [write("one"), ("publish", {})]), ("", [write("two")]), ("Done.", [])]
+    desk.runtime.decisions.deny(desk.runtime.approvals.get(desk.run(turns).request), NO)
+    task = desk.run(turns)
+    assert "This was not run." in desk.history()[3].text and desk.history()[3].tool == "publish"
+    assert [c.path for c in desk.runtime.approvals.changeset(task.request).changes] == ["two"]
+
+
+def test_what_is_left_out_of_an_action_is_told(desk):
+    desk.create(publish="per-action")
+    turns = [("", [write("one"), write("two"), ("list_files", {})]), ("Done.", [])]
+    task = desk.run(turns)
+    answer = Answer(Verdict.APPROVE, "t", part=("one",))
+    desk.runtime.decisions.approve_and_publish(desk.runtime.approvals.get(task.request), answer)
+    assert desk.run(turns).status is Status.FINISHED
+    assert any("taken back: two" in m.text for m in desk.history())
+
+
+def test_what_the_agent_was_asked_is_no_command_line(desk):
+    desk.rules('[[policy.rules]]\nname = "format"\nrisk = "GREEN"\nreason = "The formatter."\n'
+               'when = { effect = "changeset", command = "*Do it*" }\n')  # fmt: skip
+    desk.create()
+    task = desk.run([("", [write("one")]), ("Done.", [])])
+    assert task.status is Status.WAITING and not (desk.workspace / "one").exists()
+    assert desk.runtime.decisions.action(desk.runtime.approvals.get(task.request)).tool == "run"
+
+
+def test_damaged_rows_do_not_hide_the_others(desk):
+    desk.create()
+    anyio.run(desk.engine.create, Task("task-2", "x", str(desk.workspace), "m", 5))
+    with desk.runtime._database.write() as connection:
+        connection.exec_driver_sql("UPDATE tasks SET body = '{' WHERE id = 'task-2'")
+        connection.exec_driver_sql("UPDATE messages SET body = '{}' WHERE task = 'task-1'")
+    found, damaged = desk.tasks.store.all(Task.from_json)
+    assert ([task.id for task in found], damaged) == (["task-1"], ["task-2"])
+    for name in ("task-1", "task-2"):
+        with pytest.raises(StorageError, match="cannot be read"):
+            desk.run([("x", [])], name)
+    desk.tasks.collect()
+    assert desk.tasks.snapshots.tasks() == ["task-1", "task-2"]
 
 
 def test_names_of_files_do_not_speak_as_the_person(desk):

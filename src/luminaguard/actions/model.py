@@ -165,13 +165,17 @@ class Action(BaseModel):
     def of_changeset(
         cls, changeset: Changeset, *, workspace: str, command: tuple[str, ...], task: str = "",
         taint: frozenset[str] = frozenset(), lines: int | None = None,
-        seen: dict[str, frozenset[str]] | None = None,
+        seen: dict[str, frozenset[str]] | None = None, tool: str = "exec",
     ) -> Action:  # fmt: skip
-        """What publishing a changeset is. ``seen`` are the marks that only contents show, by path."""
+        """What publishing a changeset is. ``seen`` are the marks that only contents show, by path.
+
+        What an agent did is of the tool ``run`` and of no command: what it was asked for is no command line.
+        """
         seen = seen or {}
         files = tuple(FileFact.of(change, seen.get(change.path, frozenset())) for change in changeset.changes)
         return cls.model_construct(
-            effect="changeset", tool="exec", arguments={"command": list(command)}, files=files, lines=lines,
+            effect="changeset", tool=tool, arguments={"command": list(command)} if command else {}, files=files,
+            lines=lines,
             workspace=workspace, task=task, taint=taint,
         )  # fmt: skip
 

@@ -316,16 +316,19 @@ def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
     """Print the tasks, oldest first."""
     tasks = runtime.agent_tasks
     going = [status.value for status in Status if status not in ENDED]
-    found = tasks.store.all(Task.from_json, () if everything else going)
+    found, damaged = tasks.store.all(Task.from_json, () if everything else going)
     if as_json:
-        print_json({"tasks": [_json(runtime, task, []) | {"prompt": task.prompt} for task in found]})
+        rows = [_json(runtime, task, []) | {"prompt": task.prompt} for task in found]
+        print_json({"tasks": rows, "damaged": damaged})
         return
     now = runtime.ledger.current_time()
     for task in found:
         age = duration((now - task.created_ns) / 1e9)
         print(f"{task.id}  {task.status.value:9}  {age:>6}  {task.turns:>3} turns  {visible(task.workspace)}  "
               f"{visible(task.prompt)[:60]}")  # fmt: skip
-    if not found:
+    for task_id in damaged:
+        print(f"{task_id}  DAMAGED: its row cannot be read")
+    if not found and not damaged:
         print("no tasks" if everything else "no task goes on or waits")
 
 

@@ -10,6 +10,7 @@ import datetime as dt
 import hashlib
 import json
 import os
+import re
 import stat
 from importlib import resources
 from pathlib import Path
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["BUILT_IN", "action_of", "built_in_rules", "judge", "load_policy", "marked_labels"]
 
 BUILT_IN = "built-in rules"
+_AGENT = re.compile(r"task-\w{1,20}")
+"""Ids of tasks that agents work on."""
 
 
 def built_in_rules() -> RulesFile:
@@ -84,8 +87,10 @@ def action_of(
                 seen = {c.path: mark_words(item.marks) for c, item in zip(effect.changes, card.items, strict=True)}
                 if card.compared:  # what was not compared has no number of lines, and none is not zero
                     lines = card.summary.lines_added + card.summary.lines_removed
-            return Action.of_changeset(effect, workspace=request.workspace, command=request.command, task=request.task,
-                                       taint=taint, lines=lines, seen=seen)  # fmt: skip
+            agent = bool(_AGENT.fullmatch(request.task)) and request.command[:1] == ("run",)
+            return Action.of_changeset(effect, workspace=request.workspace, command=() if agent else request.command,
+                                       task=request.task, taint=taint, lines=lines, seen=seen,
+                                       tool="run" if agent else "exec")  # fmt: skip
         case RemoteCall(server, tool, arguments, definition):
             return Action.from_json({"effect": "call", "server": server, "tool": tool, "arguments": arguments,
                                      "annotations": _hints(definition),

@@ -138,11 +138,14 @@ class LocalTasks:
 
     def collect(self) -> None:
         """Delete the states of tasks that nobody can go on with: of none, or of ones that ended a while ago."""
-        known = {task.id: task for task in self.store.all(Task.from_json)}
+        found, damaged = self.store.all(Task.from_json)
+        known = {task.id: task for task in found}
         for name in self.snapshots.tasks():
             task = known.get(name)
+            if name in damaged:  # its states may be all that is left of it
+                continue
             age_s = time.time() - (task.updated_ns / 1e9 if task else self._touched(name))
-            if (task is None or task.status in ENDED) and age_s > (_KEPT_S if task else 3600):
+            if (task is None or task.status in ENDED) and age_s > _KEPT_S:
                 self.snapshots.forget(name)
 
     def _touched(self, name: str) -> float:
@@ -302,7 +305,7 @@ class _TaskCliff:
         self._runtime, self._snapshots = runtime, snapshots
 
     def ask_to_publish(self, task: Task, request_id: str, changes: Changeset) -> Request:
-        """Ask to publish changes, or find that it was asked; what needs nobody is published at once."""
+        """Ask to publish changes."""
         runtime = self._runtime
         self._snapshots.lend(task.id, request_id, changes)
         now = runtime.ledger.current_time()
@@ -313,15 +316,10 @@ class _TaskCliff:
             taint=tuple(sorted(runtime.tasks.labels(task.id))),
         )  # fmt: skip
         try:
-            asked = runtime.decisions.ask(request, changes)
+            return runtime.decisions.ask(request, changes)
         except Forbidden:
             runtime.blobs.forget(request_id)
             raise
-        if not task.denied and (answer := runtime.decisions.without_asking(asked)):
-            # What comes of it stands with the request; a refusal there is the task's to read, not to raise.
-            with contextlib.suppress(LuminaGuardError):
-                return runtime.decisions.approve_and_publish(asked, answer)
-        return runtime.approvals.get(request_id)
 
     def look(self, request_id: str) -> tuple[Request | None, str, tuple[str, ...] | None]:
         """A request as it stands, how it ended in words, and the part that was approved."""
@@ -333,12 +331,18 @@ class _TaskCliff:
         part = next((one.part for one in decisions if one.verdict is Verdict.APPROVE), None)
         return request, self._runtime.approvals.outcome(request_id), part
 
-    def publish_approved(self, request_id: str) -> None:
-        """Publish what was approved, and not published by whoever approved it."""
+    def let_through(self, task: Task, request: Request) -> None:
+        """Publish what was approved and not published yet, or what rules and grants let through."""
+        decisions = self._runtime.decisions
         try:
-            self._runtime.decisions.publish(request_id)
-        except LuminaGuardError as error:
-            log.event("task.publish", request=request_id, error=repr(error))
+            if request.state is State.APPROVED:
+                decisions.publish(request.id)
+                return
+            request = decisions.looked_at(request)
+            if not task.denied and (answer := decisions.without_asking(request)):
+                decisions.approve_and_publish(request, answer)
+        except LuminaGuardError as error:  # what came of it stands with the request, where the task reads it
+            log.event("task.publish", request=request.id, error=repr(error))
 
     def stop(self, task: Task, why: str) -> None:
         """Let nothing more be asked, approved or done for a task; what it asked for ends."""

@@ -36,6 +36,7 @@ class Stored(Protocol):
 
 
 T = TypeVar("T", bound=Stored)
+M = TypeVar("M")
 Read = Callable[[Any, Any], T]
 
 
@@ -87,21 +88,34 @@ class TaskStore:
             raise TaskNotFound(f"There is no task '{visible(task_id[:64])}'.", hint="See 'luminaguard tasks list'.")
         return self._read(row, read)
 
-    def all(self, read: Read[T], statuses: Sequence[str] = ()) -> list[T]:
-        """Tasks, oldest first: all, or those of some statuses."""
+    def all(self, read: Read[T], statuses: Sequence[str] = ()) -> tuple[list[T], list[str]]:
+        """Tasks, oldest first: all, or those of some statuses; and the ids of those that cannot be read."""
         query = select(tables.tasks).order_by(tables.tasks.c.created_ns)
         if statuses:
             query = query.where(tables.tasks.c.status.in_(statuses))
         with self._approvals.transaction() as t:
             rows = t.connection.execute(query).all()
-        return [self._read(row, read) for row in rows]
+        found, damaged = [], []
+        for row in rows:
+            try:
+                found.append(self._read(row, read))
+            except StorageError:
+                damaged.append(visible(str(row.id)[:64]))
+        return found, damaged
 
-    def history(self, task_id: str) -> list[Any]:
-        """What was said, oldest first."""
+    def history(self, task_id: str, read: Callable[[Any], M]) -> list[M]:
+        """What was said, oldest first.
+
+        Raises:
+            StorageError: a message cannot be read.
+        """
         query = select(tables.messages.c.body).where(tables.messages.c.task == task_id)
         with self._approvals.transaction() as t:
             rows = t.connection.execute(query.order_by(tables.messages.c.seq)).all()
-        return [json.loads(row.body) for row in rows]
+        try:
+            return [read(json.loads(row.body)) for row in rows]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(task_id, error) from error
 
     def output(self, task_id: str, name: str) -> str | None:
         """A long output, whole; None if there is none of that name."""
@@ -125,8 +139,12 @@ class TaskStore:
         try:
             return read(row, json.loads(row.body))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ChangesetRefused) as error:
-            raise StorageError(
-                f"The task {visible(str(row.id)[:64])} in the database cannot be read ({error}).",
-                hint="The database was damaged or edited: restore it from a backup.",
-                kept="Nothing was deleted.",
-            ) from error
+            raise _damaged(str(row.id), error) from error
+
+
+def _damaged(task_id: str, error: Exception) -> StorageError:
+    return StorageError(
+        f"The task {visible(task_id[:64])} in the database cannot be read ({error}).",
+        hint="The database was damaged or edited: restore it from a backup.",
+        kept="Nothing was deleted.",
+    )

@@ -107,7 +107,7 @@ class Cliff(Protocol):
     """Where effects are asked for."""
 
     def ask_to_publish(self, task: Task, request_id: str, changes: Changeset) -> Request:
-        """Ask to publish changes, or find that it was asked; what needs nobody is published at once.
+        """Ask to publish changes, or find that it was asked.
 
         Raises:
             Forbidden: a rule forbids it, or the task was stopped.
@@ -116,8 +116,8 @@ class Cliff(Protocol):
     def look(self, request_id: str) -> tuple[Request | None, str, tuple[str, ...] | None]:
         """A request as it stands, how it ended in words, and the part that was approved."""
 
-    def publish_approved(self, request_id: str) -> None:
-        """Publish what was approved, and not published by whoever approved it."""
+    def let_through(self, task: Task, request: Request) -> None:
+        """Publish what was approved and not published yet, or what rules and grants let through."""
 
     def stop(self, task: Task, why: str) -> None:
         """Let nothing more be asked, approved or done for a task; what it asked for ends. Safe to repeat."""
@@ -172,7 +172,7 @@ class Engine:
     def history(self, task: Task) -> list[Message]:
         """All that was said in it."""
         if self._said is None or self._said[:2] != (task.id, task.step):
-            self._said = (task.id, task.step, [Message.from_json(raw) for raw in self._store.history(task.id)])
+            self._said = (task.id, task.step, self._store.history(task.id, Message.from_json))
         return list(self._said[2])
 
     async def create(self, task: Task) -> Task:
@@ -259,7 +259,7 @@ class Engine:
         """The model has answered; what it changed goes to the cliff, if a person wants to be asked."""
         if task.publish == "never" or not len(task.unpublished):
             return task.ended(Status.FINISHED)
-        return replace(task, status=Status.WAITING, request=request_id(task))
+        return replace(task, status=Status.WAITING, request=request_id(task), asked_for="finish")
 
     # -- calls ------------------------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class Engine:
             case "publish" if task.publish == "never":
                 return task, _Round([_failed(call, "Nothing of this task is to be published, the person said.")])
             case "publish":
-                return replace(task, status=Status.WAITING, request=request_id(task)), _Round()
+                return replace(task, status=Status.WAITING, request=request_id(task), asked_for="publish"), _Round()
             case "ask_user" if isinstance(question := call.arguments.get("question"), str) and question.strip():
                 return replace(task, status=Status.WAITING, question=question[:20_000]), _Round()
             case "read_output":
@@ -363,7 +363,7 @@ class Engine:
                 raise outcome
             if isinstance(outcome, ApprovalNeeded):
                 if not added.messages:
-                    after = replace(after, status=Status.WAITING, request=outcome.request_id)
+                    after = replace(after, status=Status.WAITING, request=outcome.request_id, asked_for="run")
                 break
             if isinstance(outcome, LuminaGuardError):
                 added.messages.append(_failed(call, f"{outcome.message} {outcome.hint}"))
@@ -381,7 +381,7 @@ class Engine:
                 changed = changed.then(outcome.changes)
                 after = replace(after, snapshot=after.snapshot.after(outcome.changes, self._now_ns() // 10**9))
         if after.publish == "per-action" and len(changed) and after.status is Status.RUNNING:
-            after = replace(after, status=Status.WAITING, request=request_id(after))
+            after = replace(after, status=Status.WAITING, request=request_id(after), asked_for="action")
         return after, added
 
     def _depends(self, task: Task, work: Plan, changed: Changeset, outcome: Evaluated | LuminaGuardError) -> bool:
@@ -405,33 +405,31 @@ class Engine:
         except TaskStopped as error:
             return self._save(task.ended(Status.STOPPED, error.message), _Round(), what="stopped"), True
         except Forbidden as error:
-            after, added = self._answered_no(task, history, "changeset", f"{error.message} {error.hint}")
+            after, added = self._answered_no(task, history, f"{error.message} {error.hint}")
             return self._save(after, added, what="cliff"), True
-        running, calls = replace(task, status=Status.RUNNING, request=""), open_calls(history)
         match request.state:
             case State.PENDING | State.CLAIMED | State.UNKNOWN:
                 return task, False
             case State.PUBLISHED:
                 watcher.note(outcome)
-                after, added = self._published(running, history, part)
-            case State.APPROVED if request.effect == "changeset":  # it could not be published, or not yet
+                after, added = self._published(task, history, part)
+            case State.APPROVED if task.asked_for != "run":  # it could not be published, or not yet
                 watcher.note(f"{request.id} is approved, and could not be published yet")
                 return task, False
-            case State.APPROVED:  # of a tool that a rule held back: it is evaluated now
-                after, added = running, _Round()
+            case State.APPROVED:  # it is evaluated now
+                after, added = task.running(), _Round()
             case State.STOPPED:
                 after, added = task.ended(Status.STOPPED, outcome), _Round()
             case State.RETURNED:
                 words = f"The person wants something different: {outcome}"
-                after, added = self._answered_no(task, history, request.effect, words, final=False)
+                after, added = self._answered_no(task, history, words, final=False)
             case State.EXPIRED:
-                words = "Nobody answered in time, which is a denial."
-                after, added = self._answered_no(task, history, request.effect, words)
-            case State.REFUSED if not calls:  # nobody said no: it could not be done, and can be asked for again
-                after, added = replace(running, status=Status.PAUSED, why=f"not published: {outcome}"), _Round()
+                after, added = self._answered_no(task, history, "Nobody answered in time, which is a denial.")
+            case State.REFUSED if task.asked_for == "finish":  # nobody said no: it can be asked for again
+                after, added = task.running().paused(f"not published: {outcome}"), _Round()
             case _:
                 words = f"{request.state.value}: {outcome}" if outcome else request.state.value
-                after, added = self._answered_no(task, history, request.effect, f"It was not done; {words}.")
+                after, added = self._answered_no(task, history, f"It was not done; {words}.")
         return self._save(after, added, what="cliff"), True
 
     def _asked(self, task: Task) -> tuple[Request, str, tuple[str, ...] | None]:
@@ -441,56 +439,54 @@ class Engine:
             self._cliff.ask_to_publish(task, task.request, task.unpublished)
             request, outcome, part = self._cliff.look(task.request)
         assert request is not None
-        if request.state is State.APPROVED and request.effect == "changeset":
-            self._cliff.publish_approved(request.id)
+        if task.asked_for != "run" and request.state in {State.PENDING, State.APPROVED}:
+            self._cliff.let_through(task, request)
             request, outcome, part = self._cliff.look(task.request)
             assert request is not None
         return request, outcome, part
 
     def _published(self, task: Task, history: Sequence[Message], part: tuple[str, ...] | None) -> tuple[Task, _Round]:
         """What was approved is in the folder; what was left out of it is taken back here, too."""
-        whole = task.unpublished
+        whole, calls = task.unpublished, open_calls(history)
         taken = whole if part is None else whole.part(part)
         out = [Change(c.path, c.after, c.before) for c in whole.changes if part is not None and c.path not in set(part)]
-        after = replace(task, published=task.published.then(taken))
+        after = replace(task.running(), published=task.published.then(taken))
         words = f"Published {len(taken)} changes."
         if out:
             after = replace(after, snapshot=after.snapshot.after(Changeset.of(out), self._now_ns() // 10**9))
             names = ", ".join(visible_name(c.path) for c in out[:20])
             words += f" Left out by the person, and taken back: {names}."
-        calls = open_calls(history)
-        if calls and calls[0].name == PUBLISH:
+        if task.asked_for == "publish":
             return after, _Round([_answer(calls[0], words)])
+        if out and task.asked_for == "action":
+            return after, _Round(_not_run(calls, words))
         return after, _Round()
 
     def _answered_no(
-        self, task: Task, history: Sequence[Message], effect: str, words: str, *, final: bool = True
+        self, task: Task, history: Sequence[Message], words: str, *, final: bool = True
     ) -> tuple[Task, _Round]:
-        """A person, a rule or the time has said no: to a call, to what calls changed, or to the whole outcome.
+        """A person, a rule or the time has said no.
 
         Args:
             task: what asked.
             history: all that was said in it.
-            effect: what it asked for.
             words: what the model reads.
             final: whether a no to the whole outcome ends the task.
         """
-        # What a person did not want goes through no rule and no grant later on, as a part of something else.
-        after = replace(task, status=Status.RUNNING, request="", denied=task.denied or effect == "changeset")
         calls = open_calls(history)
-        if calls and (effect == "run" or calls[0].name == PUBLISH):
-            return after, _Round([_failed(calls[0], words)])
-        if history[-1].role == "assistant" and not calls:
-            if final:
+        # What a person did not want goes through no rule and no grant later on, as a part of something else.
+        after = replace(task.running(), denied=task.denied or task.asked_for in {"publish", "finish"})
+        match task.asked_for:
+            case "run" | "publish":
+                return after, _Round([_failed(calls[0], words)])
+            case "finish" if final:
                 return task.ended(Status.DENIED, words), _Round()
-            return after, _Round([Message("user", words)])
+            case "finish":
+                return after, _Round([Message("user", words)])
         # What single calls changed was asked about: it is taken back, and so is what was to build on it.
         back = Changeset.of(Change(c.path, c.after, c.before) for c in task.unpublished.changes)
-        after = replace(after, snapshot=task.snapshot.after(back, self._now_ns() // 10**9), denied=task.denied)
-        words = f"{words} The changes were taken back."
-        if calls:
-            return after, _Round([_failed(call, f"This was not run. {words}") for call in calls])
-        return after, _Round([Message("user", f"About your last changes: {words}")])
+        after = replace(after, snapshot=task.snapshot.after(back, self._now_ns() // 10**9))
+        return after, _Round(_not_run(calls, f"{words} The changes were taken back."))
 
     # -- people -------------------------------------------------------------------------------------------
 
@@ -522,6 +518,13 @@ def request_id(task: Task) -> str:
 def _answer(call: ToolCall, text: str, *, failed: bool = False, origin: str = "LuminaGuard") -> Message:
     shown = as_data(call.name, origin, text) if origin not in {"LuminaGuard", "the person"} else text
     return Message("tool", shown, call_id=call.id, tool=call.name, failed=failed, origin=origin)
+
+
+def _not_run(calls: Sequence[ToolCall], words: str) -> list[Message]:
+    """What a model reads where calls changed something, and it was not let in: to the calls after them, or alone."""
+    if calls:
+        return [_failed(call, f"This was not run. {words}") for call in calls]
+    return [Message("user", f"About your last changes: {words}")]
 
 
 def _failed(call: ToolCall, text: str) -> Message:

@@ -24,10 +24,14 @@ from luminaguard.reasoning.budget import Budget, Usage
 from luminaguard.reasoning.messages import Message, ToolCall
 from luminaguard.workspaces.snapshots import Snapshot
 
-__all__ = ["ENDED", "Publish", "Status", "Task", "open_calls", "with_distinct_ids"]
+__all__ = ["ENDED", "AskedFor", "Publish", "Status", "Task", "open_calls", "with_distinct_ids"]
 
 Publish = Literal["on-finish", "per-action", "never"]
 """When a person is asked to let changes into the folder."""
+
+
+AskedFor = Literal["", "finish", "publish", "action", "run"]
+"""The outcome of all, a call of ``publish``, what single calls changed, or a call that a rule holds back."""
 
 
 class Status(Enum):
@@ -58,6 +62,7 @@ class Task:
         snapshot: the state of the workspace that the next call works on.
         published: what of it is in the folder already.
         request: the request at the cliff that it waits for; it may not be stored yet.
+        asked_for: what that request is about.
         question: what the model asks a person.
         why: how it ended, or why it does not go on.
         denied: a person said no to changes that are still in the snapshot: the next time a person is asked, whatever
@@ -80,6 +85,7 @@ class Task:
     snapshot: Snapshot = field(default_factory=Snapshot)
     published: Changeset = field(default_factory=lambda: Changeset(()))
     request: str = ""
+    asked_for: AskedFor = ""
     question: str = ""
     why: str = ""
     denied: bool = False
@@ -90,9 +96,13 @@ class Task:
         """What a person has not let into the folder yet."""
         return self.snapshot.changes.since(self.published)
 
+    def running(self) -> Task:
+        """The task after what it waited for."""
+        return replace(self, status=Status.RUNNING, request="", asked_for="")
+
     def ended(self, status: Status, why: str = "") -> Task:
         """The task after its end."""
-        return replace(self, status=status, why=why, request="", question="")
+        return replace(self, status=status, why=why, request="", asked_for="", question="")
 
     def paused(self, why: str) -> Task:
         """The task where it can go on later, by a person's command."""
@@ -104,7 +114,7 @@ class Task:
             "prompt": self.prompt, "models": self.models, "turns": self.turns, "max_turns": self.max_turns,
             "publish": self.publish, "budget": self.budget.to_json(), "usage": self.usage.to_json(),
             "snapshot": self.snapshot.to_json(), "published": self.published.to_json(), "request": self.request,
-            "question": self.question, "why": self.why, "denied": self.denied,
+            "asked_for": self.asked_for, "question": self.question, "why": self.why, "denied": self.denied,
         }  # fmt: skip
 
     @classmethod
@@ -116,7 +126,7 @@ class Task:
             turns=int(raw["turns"]), max_turns=int(raw["max_turns"]), publish=raw["publish"],
             budget=Budget.from_json(raw["budget"]), usage=Usage.from_json(raw["usage"]),
             snapshot=Snapshot.from_json(raw["snapshot"]), published=Changeset.from_json(raw["published"]),
-            request=str(raw["request"]), question=str(raw["question"]), why=str(raw["why"]),
+            request=str(raw["request"]), asked_for=raw["asked_for"], question=str(raw["question"]), why=str(raw["why"]),
             denied=bool(raw["denied"]),
         )  # fmt: skip
 
