@@ -32,7 +32,7 @@ from luminaguard.reasoning.budget import Budget, parse_budget
 from luminaguard.reasoning.messages import Message, ToolCall
 from luminaguard.runtime import Runtime
 from luminaguard.runtime.decisions import Answer
-from luminaguard.runtime.tasks import LocalTasks, load_models, open_models
+from luminaguard.runtime.tasks import LocalTasks, check_models, open_models
 from luminaguard.tasks.engine import Evaluated, Watcher
 from luminaguard.tasks.model import ENDED, Status, Task, open_calls
 from luminaguard.tools import IN_MACHINE
@@ -54,7 +54,7 @@ def start(
     if publish not in {"on-finish", "per-action", "never"}:
         raise SettingsError(f"--publish {publish!a} is unknown.", hint="It is on-finish, per-action or never.")
     limits, models = parse_budget(budget), _absolute_scripts(runtime.settings.model)
-    load_models(models)
+    check_models(models)
     tell_recovered(runtime.decisions.recover())
     tasks = runtime.agent_tasks
     tasks.collect()
@@ -64,20 +64,13 @@ def start(
     )  # fmt: skip
     if max_turns is not None:
         task = replace(task, max_turns=max_turns)
-    if not task.models:  # said before anything is read or packed
-        anyio.run(_check_models, task.models)
     return _see_through(runtime, task, held, as_json=as_json, new=True)
 
 
 def _absolute_scripts(models: str) -> str:
     """The same models wherever the task is resumed."""
-    words = [word.strip() for word in models.split(",")]
+    words = [word.strip() for word in models.split(",")] if models else []
     return ",".join(f"script:{Path(word[7:]).absolute()}" if word.startswith("script:") else word for word in words)
-
-
-async def _check_models(models: str) -> None:
-    async with open_models(models):
-        pass
 
 
 def _text(prompt: str) -> str:
@@ -150,12 +143,13 @@ def _work(runtime: Runtime, task: Task, held: Held, shown: _Shown, *, new: bool)
     async def work() -> Task:
         nonlocal task
         tasks = runtime.agent_tasks
-        async with open_models(task.models) as model, anyio.create_task_group() as group:
+        async with anyio.create_task_group() as group:
             group.start_soon(watch, group.cancel_scope)
             if new:
                 task = await tasks.engine.create(task)
                 shown.began(task)
-            task = await tasks.run(task, model, shown.watcher())
+            async with open_models(task.models) as model:
+                task = await tasks.run(task, model, shown.watcher())
             group.cancel_scope.cancel()
         return task
 

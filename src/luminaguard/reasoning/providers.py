@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from luminaguard.reasoning.choice import Choice
 
-__all__ = ["ProvidersModel", "load", "open_provider"]
+__all__ = ["ProvidersModel", "open_provider"]
 
 _REQUEST_S = 600.0
 """All of one answer, from the first byte that is sent to the last that comes."""
@@ -229,21 +229,6 @@ def _after(header: str | None) -> float | None:
         return max(0.0, float(header)) if header else None
     except ValueError:
         return None  # a date: the usual back-off does
-
-
-def load(provider: str) -> None:
-    """Import what a provider's models need, which takes most of a second: something else can be done beside it."""
-    import pydantic_ai.direct  # it is there afterwards
-
-    match provider:
-        case "openai" | "ollama":
-            import openai  # noqa: F401
-            import pydantic_ai.models.openai
-        case "anthropic":
-            import anthropic  # noqa: F401
-            import pydantic_ai.models.anthropic
-        case _:
-            import pydantic_ai.models.google  # noqa: F401
 
 
 @asynccontextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from luminaguard.tools.builtin import Plan
     from luminaguard.workspaces.snapshots import Snapshots
 
-__all__ = ["LocalTasks", "MachineBench", "load_models", "open_models"]
+__all__ = ["LocalTasks", "MachineBench", "check_models", "open_models"]
 
 _MOST_OUTPUT = 4 << 20
 _NOTHING_WORKS = (
@@ -356,55 +355,49 @@ class _TaskCliff:
                     self._runtime.decisions.deny(request, Answer(Verdict.DENY, "command tasks cancel", reason=why))
 
 
-def load_models(models: str) -> None:
-    """Begin to import, in a thread of its own, what the chosen models need.
+def check_models(models: str) -> None:
+    """Check, without loading their libraries, that models could be opened.
 
     Raises:
-        SettingsError: it names no model.
-    """
-    from luminaguard.reasoning.choice import parse_choices
-
-    providers = {choice.provider for choice in parse_choices(models)} - {"script"} if models else set()
-
-    def run() -> None:
-        from luminaguard.reasoning.providers import load
-
-        for provider in providers:
-            load(provider)
-
-    if providers:
-        threading.Thread(target=run, name="load models").start()
-
-
-@asynccontextmanager
-async def open_models(models: str, script_folder: Path | None = None) -> AsyncIterator[Model]:
-    """The models that a person chose, in their order; their connections end with this context.
-
-    Args:
-        models: as it was written; see :mod:`luminaguard.reasoning.choice`.
-        script_folder: where the file of a script is, if its name does not say.
-
-    Raises:
-        SettingsError: it names none, or a script that cannot be read.
+        SettingsError: it names no model, or a script that cannot be read.
         ModelUnavailable: none was chosen, or a key is missing.
     """
     from luminaguard.reasoning.choice import find_key, parse_choices, what_would_work
-    from luminaguard.reasoning.retry import Persistent
     from luminaguard.reasoning.script import ScriptModel
 
     if not models:
-        found = await anyio.to_thread.run_sync(what_would_work)
-        works = "; ".join(found) or _NOTHING_WORKS
+        works = "; ".join(what_would_work()) or _NOTHING_WORKS
         raise ModelUnavailable(
             "No language model is chosen.",
             hint=f"Give --model PROVIDER:NAME, or set model in luminaguard.toml. On this machine: {works}.",
         )
+    for choice in parse_choices(models):
+        if choice.provider == "script":
+            ScriptModel.load(Path(choice.name))
+        else:
+            find_key(choice)
+
+
+@asynccontextmanager
+async def open_models(models: str) -> AsyncIterator[Model]:
+    """The models that a person chose, in their order; their connections end with this context.
+
+    Args:
+        models: as it was written; see :mod:`luminaguard.reasoning.choice`.
+
+    Raises:
+        SettingsError: it names none, or a script that cannot be read.
+        ModelUnavailable: a key is missing.
+    """
+    from luminaguard.reasoning.choice import find_key, parse_choices
+    from luminaguard.reasoning.retry import Persistent
+    from luminaguard.reasoning.script import ScriptModel
+
     async with AsyncExitStack() as stack:
         opened: list[Model] = []
         for choice in parse_choices(models):
             if choice.provider == "script":
-                path = (script_folder or Path()) / choice.name
-                opened.append(await anyio.to_thread.run_sync(ScriptModel.load, path))
+                opened.append(await anyio.to_thread.run_sync(ScriptModel.load, Path(choice.name)))
                 continue
             from luminaguard.reasoning.providers import open_provider
 
