@@ -2,7 +2,7 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: help setup image demo test test-unit test-slow test-hardened kernel soak firecracker-lab coverage lint fmt bench agentdojo lock clean
+.PHONY: help setup image demo test test-unit test-slow test-hardened test-llm kernel soak firecracker-lab coverage lint fmt bench agentdojo lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test-slow: setup ## tests that take long: large files and memories, set-up inter
 
 test-hardened: setup ## all tests again, on a kernel that is built here (about 25 minutes)
 	@tools/test-hardened
+
+test-llm: setup ## the agent loop with a real model server and a model of random weights (builds it: 10 minutes)
+	@tools/test-llm
 
 kernel: setup ## build the guest image with a small hardened kernel of its own (10 minutes)
 	@tools/setup-kernel && $(BIN)/luminaguard image build --kernel hardened
@@ -56,6 +59,7 @@ lock: ## resolve the Python dependencies anew (needs uv)
 	@uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml --group dev -o requirements/dev.lock
 	@uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml -c requirements/dev.lock -o requirements/runtime.lock
 	@echo agentdojo==0.1.35 | uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate - -o requirements/agentdojo.lock
+	@echo gguf==0.19.0 | uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate - -o requirements/llm.lock
 
 clean: ## remove .venv and caches
-	@rm -rf .venv .venv-agentdojo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-agentdojo .venv-llm .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -39,6 +39,7 @@ raises; only the command line exits.
     ├── TaskError                        122  a task cannot do what was asked of it
     │   └── TaskNotFound
     ├── ModelRefused                     122  a language model will not answer this
+    │   └── HistoryTooLong                    it does not take so much at once
     ├── StorageError                     125  the database or a state file cannot be used
     └── LedgerError                      122  the ledger does not verify
 """
@@ -64,6 +65,7 @@ __all__ = [
     "Forbidden",
     "GuestProtocolError",
     "GuestUnresponsive",
+    "HistoryTooLong",
     "HypervisorUnavailable",
     "ImageBuildFailed",
     "ImageError",
@@ -300,6 +302,10 @@ class ModelRefused(LuminaGuardError):
 
     exit_code = EXIT_REFUSED
     requests = 0
+
+
+class HistoryTooLong(ModelRefused):
+    """A language model does not take so much at once."""
 
 
 class StorageError(LuminaGuardError):

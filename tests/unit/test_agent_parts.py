@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from luminaguard.errors import ActionInvalid, SettingsError
 from luminaguard.reasoning import Budget, Message, ToolCall, Usage
 from luminaguard.reasoning.budget import parse_budget
-from luminaguard.reasoning.context import MOST_SHOWN, as_data, cut, fitted, page
+from luminaguard.reasoning.context import (
+    MOST_SHOWN,
+    as_data,
+    as_read,
+    cut,
+    page,
+    summary_of,
+    summary_request,
+    to_summarise,
+)
 from luminaguard.reasoning.script import ScriptModel
 from luminaguard.tools import IN_MACHINE, plan
 
@@ -151,16 +160,21 @@ def histories(draw):
     return said
 
 
-@given(histories(), st.integers(0, 3000))
-def test_a_history_that_was_shortened_has_its_task_and_no_result_without_its_call(history, most):
-    kept, gone = fitted(history, most)
-    assert len(kept) == len(history) - gone and kept[0].text.startswith(history[0].text)
-    assert kept[-1] == history[-1] or gone == 0 or len(kept) == 1
+@given(histories(), st.lists(st.integers(0, 1500), max_size=3))
+def test_a_summary_stands_for_whole_rounds_and_the_task_and_the_last_round_stay(history, limits):
+    for most in limits:  # summaries of summaries
+        covers = to_summarise(history, most)
+        if covers > max((message.covers for message in history), default=0):
+            assert summary_request(history, covers)[0].text.count(history[0].text)
+            history = [*history, summary_of("short", covers)]
+    read = as_read(history)
+    assert read[0] == history[0] and sum(bool(message.covers) for message in read) <= 1
     asked = set()
-    for message in kept:
+    for message in read:
         if message.role == "tool":
             assert message.call_id in asked
         asked |= {one.id for one in message.calls}
+    assert [m for m in history if not m.covers][-1] in read
 
 
 @given(histories())

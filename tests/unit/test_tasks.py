@@ -9,6 +9,7 @@ import pytest
 
 from luminaguard.approvals import State, Verdict
 from luminaguard.errors import (
+    HistoryTooLong,
     LuminaGuardError,
     ModelRefused,
     ModelUnavailable,
@@ -399,6 +400,7 @@ def test_a_large_file_is_written_without_asking(desk):
         [("", [write("big.json", json.dumps({str(n): n for n in range(5000)}) + "x" * 3_000_000)]), ("Done.", [])]
     )
     assert task.status is Status.WAITING and desk.runtime.approvals.get(task.request).effect == "changeset"
+    assert len(desk.history()[1].calls[0].arguments["content"]) > 3_000_000  # stored whole, and read in short
 
 
 def test_a_large_file_that_a_rule_holds_back_is_shown_by_its_beginning(desk):
@@ -631,6 +633,47 @@ def test_a_long_outcome_is_cut_and_can_be_read_on(desk, monkeypatch):
     cut, page = desk.history()[2].text, desk.history()[4].text
     assert len(cut) < 16_000 and 'read_output(name="out-1-0", offset=10000)' in cut
     assert long[10_000:26_000] in page and "offset 26000" in page
+
+
+class Window(Model):
+    """Takes so many characters, and no more."""
+
+    def __init__(self, most, *answers):
+        super().__init__(*answers)
+        self.most, self.summaries = most, 0
+
+    async def turn(self, instructions, history, tools, told=lambda _: None):
+        if not tools:
+            self.summaries += 1
+            return turn("A summary.", input_tokens=7)
+        if sum(len(message.text) for message in history) > self.most:
+            raise HistoryTooLong("too long", hint="")
+        return await super().turn(instructions, history, tools, told)
+
+
+def test_a_full_window_is_summarised_and_that_is_recorded(desk, monkeypatch):
+    async def much(self, task, call, work):
+        from luminaguard.effects.changes import Changeset
+        from luminaguard.tasks.engine import Evaluated
+
+        return Evaluated("y" * 3000, failed=False, changes=Changeset(()))
+
+    monkeypatch.setattr(PlayedBench, "evaluate", much)
+    desk.create()
+    model = Window(12_000, *[turn("", ToolCall(f"c{n}", "list_files")) for n in range(12)], turn("Done."))
+    task = desk.run(model)
+    assert task.status is Status.FINISHED and model.summaries >= 2
+    history = desk.history()
+    assert len([m for m in history if m.role == "tool"]) == 12  # nothing is lost
+    assert [m.origin for m in history if m.covers] == ["summary"] * model.summaries
+    kinds = [json.loads(e.body).get("what") for e in desk.runtime.ledger.entries() if e.kind == "task.step"]
+    assert kinds.count("summary") == model.summaries and task.usage.input_tokens == 7 * model.summaries
+
+
+def test_what_cannot_be_summarised_any_more_pauses_it(desk):
+    desk.create()
+    task = desk.run(Window(3, turn("x")))
+    assert task.status is Status.PAUSED and "too long" in task.why
 
 
 # -- beside each other -------------------------------------------------------------------------------------------------

@@ -159,3 +159,17 @@ def test_at_the_size_of_a_small_window_the_question_is_plain(home, workspace):
         small.until("pending")
     finally:
         small.close()
+
+
+def test_an_agents_changes_are_looked_at_and_approved_in_full_screen(home, workspace, terminal, tmp_path):
+    script = tmp_path / "s.yaml"
+    script.write_text("turns:\n - calls: [{write_file: {path: made.txt, content: by-an-agent}}]\n - say: I made it.\n")
+    terminal.type(command(home, "run", "Make it.", "-w", str(workspace), "--model", f"script:{script}"))
+    terminal.until("Approve")
+    terminal.until(r"\+ made\.txt")
+    terminal.until(r"\+by-an-agent")
+    assert terminal.in_alternate_screen() and not (workspace / "made.txt").exists()
+    terminal.keys("a")
+    terminal.until("task-[0-9a-f]+ finished")
+    assert (workspace / "made.txt").read_text() == "by-an-agent"
+    terminal.is_put_back()

@@ -62,6 +62,7 @@ class Message:
         call_id, tool: which call a tool's message answers.
         failed: the call did not do what it should.
         origin: where a tool's outcome comes from; it is data, and untrusted, in any case.
+        covers: of a summary: so many messages after the first one it stands for.
         opaque: what a provider wants back with its own message, such as a signed thought; by its name.
     """
 
@@ -72,13 +73,14 @@ class Message:
     tool: str = ""
     failed: bool = False
     origin: str = ""
+    covers: int = 0
     opaque: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For storage."""
         return {"role": self.role, "text": self.text, "calls": [call.to_json() for call in self.calls],
                 "call_id": self.call_id, "tool": self.tool, "failed": self.failed, "origin": self.origin,
-                "opaque": dict(self.opaque)}  # fmt: skip
+                "covers": self.covers, "opaque": dict(self.opaque)}  # fmt: skip
 
     @classmethod
     def from_json(cls, raw: Any) -> Message:
@@ -86,7 +88,8 @@ class Message:
         if raw["role"] not in {"user", "assistant", "tool"}:
             raise ValueError(f"{raw['role']!r} is no role")
         return cls(raw["role"], str(raw["text"]), tuple(map(ToolCall.from_json, raw["calls"])), str(raw["call_id"]),
-                   str(raw["tool"]), bool(raw["failed"]), str(raw["origin"]), dict(raw["opaque"]))  # fmt: skip
+                   str(raw["tool"]), bool(raw["failed"]), str(raw["origin"]), int(raw["covers"]),
+                   dict(raw["opaque"]))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

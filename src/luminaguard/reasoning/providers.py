@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from luminaguard.effects.text import visible
-from luminaguard.errors import ModelRefused
+from luminaguard.errors import HistoryTooLong, ModelRefused
 from luminaguard.reasoning.budget import Usage
 from luminaguard.reasoning.messages import Message, ToolCall, ToolSpec, Turn, parse_arguments
 from luminaguard.reasoning.model import Told
@@ -190,7 +190,7 @@ class ProvidersModel:
 
         words = self._without_key(str(error))[:500]
         if isinstance(error, ModelContextWindowExceededError):
-            return ModelRefused(f"{self.name}: the history is too long for it.", hint="Begin a new task, or summarise.")
+            return HistoryTooLong(f"{self.name}: the history is too long for it.", hint="Resume with another --model.")
         if isinstance(error, ContentFilterError):
             return ModelRefused(f"{self.name} refuses to answer this: {words}", hint="Ask otherwise.")
         if isinstance(error, ModelHTTPError):

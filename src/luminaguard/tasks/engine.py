@@ -27,6 +27,7 @@ from luminaguard.errors import (
     Forbidden,
     GuestProtocolError,
     GuestUnresponsive,
+    HistoryTooLong,
     LuminaGuardError,
     ModelRefused,
     ModelUnavailable,
@@ -40,10 +41,15 @@ from luminaguard.reasoning.context import (
     INSTRUCTIONS,
     PUBLISH,
     READ_OUTPUT,
+    SUMMARISE,
     as_data,
+    as_read,
     cut,
-    fitted,
     page,
+    size_of,
+    summary_of,
+    summary_request,
+    to_summarise,
 )
 from luminaguard.reasoning.messages import Message, ToolCall, ToolSpec
 from luminaguard.reasoning.model import Model
@@ -215,7 +221,8 @@ class Engine:
             after = replace(after, usage=after.usage + Usage(requests=error.requests))
         after = replace(after, usage=after.usage + Usage(seconds=round(time.monotonic() - start, 3)))
         changed = after.snapshot is not task.snapshot
-        return self._save(after, added, what="calls" if calls else "model", changed=changed), True
+        what = "summary" if any(message.covers for message in added.messages) else "calls" if calls else "model"
+        return self._save(after, added, what=what, changed=changed), True
 
     def _save(self, task: Task, added: _Round, *, what: str, changed: bool = True) -> Task:
         """Save a step; ``changed`` says whether the workspace's state is another one now."""
@@ -240,15 +247,33 @@ class Engine:
             return task.paused(why), _Round()
         if task.turns >= task.max_turns:
             return task.paused(f"{task.max_turns} turns were made"), _Round()
-        fit, gone = fitted(history, _MOST_HISTORY)
-        if gone:
-            watcher.note(f"{gone} messages are left out of what the model reads, to fit")
-        with anyio.move_on_after(self._left_s(task)) as scope:
-            turn = await model.turn(INSTRUCTIONS, fit, _TOOLS, watcher.text)
-        if scope.cancelled_caught:
-            return task.paused(f"the budget of {task.budget.seconds:,.0f} seconds is used up"), _Round()
-        message = with_distinct_ids(turn.message)
-        return replace(task, turns=task.turns + 1, usage=task.usage + turn.usage), _Round([message])
+        size = size_of(history)
+        with anyio.move_on_after(self._left_s(task)):
+            if size > _MOST_HISTORY:
+                return await self._summarise(task, history, _MOST_HISTORY // 2, model, watcher)
+            try:
+                turn = await model.turn(INSTRUCTIONS, as_read(history), _TOOLS, watcher.text)
+            except HistoryTooLong:
+                return await self._summarise(task, history, size // 3, model, watcher)
+            message = with_distinct_ids(turn.message)
+            return replace(task, turns=task.turns + 1, usage=task.usage + turn.usage), _Round([message])
+        return task.paused(f"the budget of {task.budget.seconds:,.0f} seconds is used up"), _Round()
+
+    async def _summarise(
+        self, task: Task, history: Sequence[Message], most: int, model: Model, watcher: Watcher
+    ) -> tuple[Task, _Round]:
+        """Let the model put what happened into fewer words; the history stays, and the summary becomes part of it.
+
+        Raises:
+            HistoryTooLong: there is nothing left that could be summarised.
+        """
+        covers = to_summarise(history, most)
+        if covers <= max((message.covers for message in history), default=0):
+            raise HistoryTooLong("What came last is too long for the model.", hint="Resume with another --model.")
+        watcher.note(f"the history is long: the model summarises {covers} messages of it")
+        turn = await model.turn(SUMMARISE, summary_request(history, covers), (), watcher.text)
+        after = replace(task, usage=task.usage + turn.usage)
+        return after, _Round([summary_of(turn.message.text, covers)])
 
     @staticmethod
     def _left_s(task: Task) -> float:
