@@ -248,8 +248,8 @@ def test_two_people_answer_one_after_the_other(runtime, workspace):
 
 
 def test_two_columns_are_moved_sideways_together(runtime, workspace):
-    (workspace / "a.txt").write_text("old " + "x" * 200 + " END1\n")
-    ask_for_changes(runtime, workspace, {"a.txt": b"new " + b"y" * 200 + b" END2\n"})
+    (workspace / "a.txt").write_text("old " + "x" * 50 + " END1\n")
+    ask_for_changes(runtime, workspace, {"a.txt": b"new " + b"y" * 50 + b" END2\n"})
 
     async def steps(app, pilot):
         await opened(app, pilot)
@@ -258,7 +258,7 @@ def test_two_columns_are_moved_sideways_together(runtime, workspace):
         view.focus()
         await until(pilot, lambda: view.two_columns)
         assert not any("END" in row for row in text_of(view))
-        for _ in range(400):
+        for _ in range(80):
             await pilot.press("right")
             if any("END1" in row and "END2" in row for row in text_of(view)):
                 return

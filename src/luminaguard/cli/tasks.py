@@ -125,7 +125,7 @@ def _see_through(runtime: Runtime, task: Task, held: Held, *, as_json: bool, new
     if as_json:
         print_outcome(_json(runtime, task, history))
     else:
-        _tell_end(task, history)
+        _tell_end(task, history, shown.last)
     return _EXIT.get(task.status, EXIT_REFUSED)
 
 
@@ -228,6 +228,8 @@ class _Shown:
     def __init__(self, progress: Progress, *, quiet: bool) -> None:
         self._progress, self._quiet = progress, quiet
         self._open = False
+        self.last = ""
+        """What the model said last, as far as it was shown."""
 
     def began(self, task: Task) -> None:
         """A new task."""
@@ -247,7 +249,9 @@ class _Shown:
         if not piece:  # the answer begins anew
             if self._open:
                 self._say("asking again")
+            self.last = ""
             return
+        self.last += piece
         # Each line is marked as the model's: it must not look like one of ours.
         lines = visible_text(piece).replace("\n", f"\n{_BY_MODEL}")
         sys.stderr.write(lines if self._open else f"{_BY_MODEL}{lines}" if piece else "")
@@ -255,6 +259,7 @@ class _Shown:
         self._open = bool(piece)
 
     def _call(self, call: ToolCall) -> None:
+        self.last = ""
         words = " ".join(f"{key}={value!a}" for key, value in call.arguments.items())
         self._say(f"-> {visible(call.name)} {visible(words)[:_SHOWN]}")
         self._progress(f"{visible(call.name)[:40]} in a machine")
@@ -277,7 +282,7 @@ class _Shown:
         self._open = False
 
 
-def _tell_end(task: Task, history: list[Message]) -> None:
+def _tell_end(task: Task, history: list[Message], shown: str) -> None:
     final = history[-1].text if history and history[-1].role == "assistant" and not open_calls(history) else ""
     told = {
         Status.FINISHED: "finished", Status.DENIED: "finished; its changes were not published",
@@ -289,7 +294,8 @@ def _tell_end(task: Task, history: list[Message]) -> None:
     sys.stderr.write(f"\n{task.id} {told}{why}\n  used: {task.usage.words()}\n")
     if task.status is Status.WAITING and task.request:
         sys.stderr.write(f"  then: luminaguard tasks resume {task.id}\n")
-    if final and task.status in {Status.FINISHED, Status.DENIED, Status.WAITING}:
+    seen = sys.stdout.isatty() and sys.stderr.isatty() and shown == final  # it stands there already
+    if final and not seen and task.status in {Status.FINISHED, Status.DENIED, Status.WAITING}:
         print(visible_text(final))
 
 
