@@ -15,8 +15,8 @@ import anyio
 from luminaguard.reasoning.script import ScriptModel
 from luminaguard.runtime import Runtime
 from luminaguard.runtime.tasks import LocalTasks
-from luminaguard.tasks.engine import Watcher
 from luminaguard.tasks.model import Task
+from luminaguard.tasks.ports import Watcher
 from luminaguard.testing.bench import PlayedBench
 from luminaguard.testing.model_server import Answer, ModelServer, serve_models
 

@@ -49,7 +49,7 @@ def run(
     """Let an agent work on a copy of the folder; publish what you approve."""
     with signals.held() as held:
         from luminaguard.cli.paths import absolute
-        from luminaguard.cli.tasks import start
+        from luminaguard.cli.run import start
 
         runtime = open_runtime(as_json=as_json, model=model)
         sys.exit(start(runtime, task, absolute(workspace), held, publish=publish, max_turns=max_turns,
@@ -104,10 +104,10 @@ def tasks_resume(
 ) -> None:
     """Go on with a task that was interrupted, is paused, or has its answer."""
     with signals.held() as held:
-        from luminaguard.cli import tasks
+        from luminaguard.cli import run
 
         runtime = open_runtime(as_json=as_json)
-        sys.exit(tasks.resume(runtime, task_id, held, model=model or "", max_turns=max_turns, budget=budget or [],
+        sys.exit(run.resume(runtime, task_id, held, model=model or "", max_turns=max_turns, budget=budget or [],
                               as_json=as_json))  # fmt: skip
 
 
@@ -126,9 +126,9 @@ def tasks_answer(
 def tasks_replay(task_id: TaskId, as_json: Json = False) -> None:
     """Do a task's calls again, on the state that it began with, without a model; compare what changes."""
     with signals.held() as held:
-        from luminaguard.cli import tasks
+        from luminaguard.cli import run
 
-        sys.exit(tasks.replay(open_runtime(as_json=as_json), task_id, held, as_json=as_json))
+        sys.exit(run.replay(open_runtime(as_json=as_json), task_id, held, as_json=as_json))
 
 
 @models_app.command("list")

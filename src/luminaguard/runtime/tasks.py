@@ -1,4 +1,4 @@
-"""Tasks on this machine: their calls in machines of this runtime, their effects at its cliff, their models."""
+"""Tasks on this machine, in this process: the store, the states and the engine, and their effects at the cliff."""
 
 from __future__ import annotations
 
@@ -6,50 +6,37 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
-
-import anyio
-import anyio.to_thread
 
 from luminaguard import log
 from luminaguard.approvals.model import Request, State, Verdict
-from luminaguard.effects.changes import DirEntry, LinkEntry
 from luminaguard.errors import (
     ApprovalError,
     Forbidden,
     LuminaGuardError,
-    ModelUnavailable,
     RequestNotFound,
     TaskError,
-    TaskStopped,
     WorkspaceError,
 )
-from luminaguard.reasoning.messages import ToolCall
 from luminaguard.reasoning.model import Model
+from luminaguard.runtime.bench import MachineBench
 from luminaguard.runtime.decisions import Answer
-from luminaguard.runtime.rehearsal import Background, Prepared, Rehearsal, Stopwatch, prepare_template
-from luminaguard.tasks.engine import Engine, Evaluated, Watcher, Workbench
+from luminaguard.tasks.engine import Engine
 from luminaguard.tasks.model import ENDED, Task
-from luminaguard.tools.builtin import as_asked
+from luminaguard.tasks.ports import Watcher, Workbench
 from luminaguard.workspaces.locks import Busy, locked
 
 if TYPE_CHECKING:
-    from luminaguard.effects.changes import Changeset, Entry
+    from luminaguard.effects.changes import Changeset
     from luminaguard.runtime.core import Runtime
     from luminaguard.storage.tasks import TaskStore
-    from luminaguard.tools.builtin import Plan
     from luminaguard.workspaces.snapshots import Snapshots
 
-__all__ = ["LocalTasks", "MachineBench", "check_models", "open_models"]
+__all__ = ["LocalTasks"]
 
-_MOST_OUTPUT = 4 << 20
-_NOTHING_WORKS = (
-    "nothing yet: set ANTHROPIC_API_KEY, OPENAI_API_KEY or GOOGLE_API_KEY, or start Ollama or llama.cpp's server"
-)
 _KEPT_S = 7 * 86400
 """How long the first states of tasks that ended are kept, for replays."""
 
@@ -153,150 +140,6 @@ class LocalTasks:
         return time.time()
 
 
-class MachineBench:
-    """Evaluates calls in machines of the runtime."""
-
-    def __init__(self, runtime: Runtime, snapshots: Snapshots) -> None:
-        self._runtime, self._snapshots = runtime, snapshots
-
-    async def begin(self, task: Task) -> None:
-        """Keep the first state of the task's workspace; one that is kept stays."""
-        if task.id in self._snapshots.tasks():
-            return
-        await anyio.to_thread.run_sync(self._begin, task)
-
-    def _begin(self, task: Task) -> None:
-        from luminaguard.workspaces.pack import WorkspaceImages
-        from luminaguard.workspaces.state import read_state
-
-        runtime, workspace = self._runtime, Path(task.workspace)
-        runtime.policy(workspace)  # rules that cannot be read stop it here
-        state = read_state(workspace, runtime.limits("workspace"), own=runtime.own_paths(workspace),
-                           indexes=runtime.folders.cache / "indexes")  # fmt: skip
-        image = WorkspaceImages(runtime.folders.cache).open(state)
-        try:
-            self._snapshots.begin(task.id, state, image)
-        finally:
-            os.close(image)
-
-    def runs_unasked(self, task: Task, call: ToolCall, changed: Changeset) -> bool:
-        """Whether the rules let a call run without anybody's answer, after these changes."""
-        from luminaguard.effects.outside import ToolRun
-        from luminaguard.runtime.policy import marked_labels
-
-        runtime = self._runtime
-        policy = runtime.policy(Path(task.workspace))
-        marked = marked_labels(policy, (change.path for change in changed.changes))
-        labels = runtime.tasks.labels(task.id) | {label for label, _ in marked}
-        run = ToolRun(call.name, as_asked(call.name, call.arguments), task.workspace)
-        return runtime.decisions.runs_unasked(run, policy, task.id, labels)
-
-    async def evaluate(self, task: Task, call: ToolCall, work: Plan) -> Evaluated:
-        """Evaluate a call on the task's state, in a machine of its own."""
-        from luminaguard.microvm.broker import has_pool
-        from luminaguard.microvm.channel import Call, CallFailed
-        from luminaguard.microvm.machine import Command
-
-        runtime, workspace = self._runtime, Path(task.workspace)
-        said = _Said()
-
-        async def feed(running: Call) -> None:
-            await running.write(work.stdin)
-            await running.write_eof()
-
-        async with AsyncExitStack() as stack:
-            prepared = Prepared(stack)
-            prepared.image = runtime.images.current()
-            disks, entries = await anyio.to_thread.run_sync(self._snapshots.open, task.id, task.snapshot)
-            prepared.disks = tuple(prepared.keep(fd) for fd in disks)
-            self.permit(task, call, workspace, entries)
-            if not has_pool(runtime.folders.run):
-                await prepare_template(runtime, prepared, lambda _: None)
-                if prepared.failures:
-                    raise prepared.failures[0]
-            command = Command(work.argv, processes=runtime.settings.processes, profile=runtime.settings.profile)
-            rehearsal = Rehearsal(runtime, workspace, command, entries, said.take, feed,
-                                  timeout_s=min(work.timeout_s, runtime.settings.timeout_s))  # fmt: skip
-            with Background(lambda: runtime.ledger) as opening:
-                try:
-                    execution, _, writer = await rehearsal.once(prepared, opening, Stopwatch(), task.id)
-                except CallFailed as error:
-                    return Evaluated(f"It could not be started ({error.code}).", failed=True, changes=_NOTHING())
-        outcome, changes = execution.outcome, execution.changeset
-        if outcome.timed_out or not len(changes):
-            writer.discard()
-            changes = _NOTHING()
-        text = said.text()
-        if outcome.timed_out:
-            text += f"\n[stopped after {work.timeout_s:.0f} s; nothing that it changed was kept]"
-        elif outcome.exit_code:
-            text += f"\n[exit status {outcome.exit_code}]"
-        if outcome.out_of_memory:
-            text += "\n[the machine ran out of memory]"
-        return Evaluated(text, failed=outcome.timed_out or outcome.exit_code != 0, changes=changes,
-                         owner=execution.vm_id if len(changes) else "")  # fmt: skip
-
-    def permit(self, task: Task, call: ToolCall, workspace: Path, entries: dict[str, Entry]) -> None:
-        """Judge the call, with all the untrusted input that the task has read by now."""
-        from luminaguard.effects.outside import ToolRun
-        from luminaguard.runtime.policy import marked_labels
-
-        runtime = self._runtime
-        why, labels = runtime.tasks.standing(task.id)
-        if why is not None:
-            raise TaskStopped(task.id, why, kept="Nothing ran.")
-        policy = runtime.policy(workspace)
-        found = marked_labels(policy, entries)
-        if not {label for label, _ in found} <= labels:
-            labels = runtime.tasks.add_labels(task.id, found)
-        run = ToolRun(call.name, as_asked(call.name, call.arguments), task.workspace)
-        runtime.decisions.permit(run, policy, task.id, labels)
-
-    def links_on(self, task: Task, path: str) -> bool:
-        """Whether a path goes through a link in the task's state."""
-        entries = task.snapshot.changes.applied_to(self._snapshots.first(task.id).entries)
-        parts = path.split("/")
-        found = [entries.get("/".join(parts[: count + 1])) for count in range(len(parts))]
-        return any(isinstance(entry, LinkEntry) for entry in found) or not all(
-            isinstance(entry, DirEntry) or entry is None for entry in found[:-1]
-        )
-
-    def take(self, task: Task, owner: str) -> None:
-        """Make the contents of an evaluation part of the task."""
-        self._snapshots.take(task.id, owner)
-
-    def drop(self, owner: str) -> None:
-        """Forget the contents of an evaluation."""
-        self._runtime.blobs.forget(owner)
-
-    def collect(self, task: Task) -> None:
-        """Delete contents that the task's state does not need."""
-        self._snapshots.collect(task.id, task.snapshot, task.published, task.unpublished)
-
-
-def _NOTHING() -> Changeset:  # noqa: N802  # a constant whose module is loaded late
-    from luminaguard.effects.changes import Changeset
-
-    return Changeset(())
-
-
-class _Said:
-    """What a command prints, both streams as they come, the first of it."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-        self._lost = 0
-
-    async def take(self, _stream: int, data: bytes) -> None:
-        room = _MOST_OUTPUT - len(self._data)
-        self._data += data[:room]
-        self._lost += max(0, len(data) - room)
-
-    def text(self) -> str:
-        text = self._data.decode("utf-8", "replace").rstrip("\n")
-        return f"{text}\n[{self._lost:,} more bytes were not kept]" if self._lost else text
-
-
 class _TaskCliff:
     """The cliff of the runtime, for tasks."""
 
@@ -353,54 +196,3 @@ class _TaskCliff:
             if request.task == task.id and request.state in {State.PENDING, State.APPROVED}:
                 with contextlib.suppress(ApprovalError):
                     self._runtime.decisions.deny(request, Answer(Verdict.DENY, "command tasks cancel", reason=why))
-
-
-def check_models(models: str) -> None:
-    """Check, without loading their libraries, that models could be opened.
-
-    Raises:
-        SettingsError: it names no model, or a script that cannot be read.
-        ModelUnavailable: none was chosen, or a key is missing.
-    """
-    from luminaguard.reasoning.choice import find_key, parse_choices, what_would_work
-    from luminaguard.reasoning.script import ScriptModel
-
-    if not models:
-        works = "; ".join(what_would_work()) or _NOTHING_WORKS
-        raise ModelUnavailable(
-            "No language model is chosen.",
-            hint=f"Give --model PROVIDER:NAME, or set model in luminaguard.toml. On this machine: {works}.",
-        )
-    for choice in parse_choices(models):
-        if choice.provider == "script":
-            ScriptModel.load(Path(choice.name))
-        else:
-            find_key(choice)
-
-
-@asynccontextmanager
-async def open_models(models: str) -> AsyncIterator[Model]:
-    """The models that a person chose, in their order; their connections end with this context.
-
-    Args:
-        models: as it was written; see :mod:`luminaguard.reasoning.choice`.
-
-    Raises:
-        SettingsError: it names none, or a script that cannot be read.
-        ModelUnavailable: a key is missing.
-    """
-    from luminaguard.reasoning.choice import find_key, parse_choices
-    from luminaguard.reasoning.retry import Persistent
-    from luminaguard.reasoning.script import ScriptModel
-
-    async with AsyncExitStack() as stack:
-        opened: list[Model] = []
-        for choice in parse_choices(models):
-            if choice.provider == "script":
-                opened.append(await anyio.to_thread.run_sync(ScriptModel.load, Path(choice.name)))
-                continue
-            from luminaguard.reasoning.providers import open_provider
-
-            key = await anyio.to_thread.run_sync(partial(find_key, choice))
-            opened.append(await stack.enter_async_context(open_provider(choice, key)))
-        yield Persistent(opened)

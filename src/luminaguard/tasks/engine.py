@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import anyio
 
@@ -55,9 +54,10 @@ from luminaguard.reasoning.messages import Message, ToolCall, ToolSpec
 from luminaguard.reasoning.model import Model
 from luminaguard.storage.tasks import TaskStore
 from luminaguard.tasks.model import ENDED, Status, Task, open_calls, with_distinct_ids
+from luminaguard.tasks.ports import Cliff, Evaluated, Watcher, Workbench
 from luminaguard.tools.builtin import IN_MACHINE, Plan, plan
 
-__all__ = ["Cliff", "Engine", "Evaluated", "Watcher", "Workbench", "request_id"]
+__all__ = ["Engine", "request_id"]
 
 _MOST_HISTORY = 400_000
 """Characters; about 100,000 tokens, which the models of these years take."""
@@ -67,79 +67,6 @@ _OF_THE_CALL = (ActionInvalid, ApprovalNeeded, ChangesetRefused, CommandTooLong,
 _MACHINE = "a machine with a copy of the folder"
 _TOOLS: tuple[ToolSpec, ...] = (
     *(ToolSpec(tool.name, tool.description, tool.parameters) for tool in IN_MACHINE.values()), *HOST_TOOLS)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """What came of one call in a machine; its contents are kept under ``owner`` until they are taken or dropped."""
-
-    text: str
-    failed: bool
-    changes: Changeset
-    owner: str = ""
-
-
-class Workbench(Protocol):
-    """Where calls are evaluated, each in a machine of its own."""
-
-    async def begin(self, task: Task) -> None:
-        """Keep the first state of the task's workspace; raises WorkspaceError and what machines raise."""
-
-    def runs_unasked(self, task: Task, call: ToolCall, changed: Changeset) -> bool:
-        """Whether the rules let a call run without anybody's answer, after these changes; raises PolicyInvalid."""
-
-    async def evaluate(self, task: Task, call: ToolCall, work: Plan) -> Evaluated:
-        """Evaluate a call on the task's state.
-
-        Raises:
-            Forbidden: a rule forbids it.
-            ApprovalNeeded: a person must be asked first.
-        """
-
-    def links_on(self, task: Task, path: str) -> bool:
-        """Whether a path goes through a link in the task's state."""
-
-    def take(self, task: Task, owner: str) -> None:
-        """Make the contents of an evaluation part of the task."""
-
-    def drop(self, owner: str) -> None:
-        """Forget the contents of an evaluation."""
-
-    def collect(self, task: Task) -> None:
-        """Delete contents that the task's state does not need; all of them once it has ended."""
-
-
-class Cliff(Protocol):
-    """Where effects are asked for."""
-
-    def ask_to_publish(self, task: Task, request_id: str, changes: Changeset) -> Request:
-        """Ask to publish changes, or find that it was asked.
-
-        Raises:
-            Forbidden: a rule forbids it, or the task was stopped.
-        """
-
-    def look(self, request_id: str) -> tuple[Request | None, str, tuple[str, ...] | None]:
-        """A request as it stands, how it ended in words, and the part that was approved."""
-
-    def let_through(self, task: Task, request: Request) -> None:
-        """Publish what was approved and not published yet, or what rules and grants let through."""
-
-    def stop(self, task: Task, why: str) -> None:
-        """Let nothing more be asked, approved or done for a task; what it asked for ends. Safe to repeat."""
-
-    def withdraw(self, task: Task, why: str) -> None:
-        """End all requests of a task that still wait."""
-
-
-@dataclass(slots=True)
-class Watcher:
-    """Told what happens, for people; it changes nothing."""
-
-    text: Callable[[str], None] = lambda _: None
-    call: Callable[[ToolCall], None] = lambda _: None
-    outcome: Callable[[ToolCall, Evaluated | None, str], None] = lambda *_: None
-    note: Callable[[str], None] = lambda _: None
 
 
 @dataclass(slots=True)

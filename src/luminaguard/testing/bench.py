@@ -11,10 +11,10 @@ from pathlib import Path
 
 from luminaguard.effects.changes import Change, Changeset, DirEntry, FileEntry
 from luminaguard.reasoning.messages import ToolCall
+from luminaguard.runtime.bench import MachineBench
 from luminaguard.runtime.core import Runtime
-from luminaguard.runtime.tasks import MachineBench
-from luminaguard.tasks.engine import Evaluated
 from luminaguard.tasks.model import Task
+from luminaguard.tasks.ports import Evaluated
 from luminaguard.tools.builtin import Plan
 from luminaguard.workspaces.snapshots import Snapshots
 
