@@ -174,15 +174,20 @@ def test_failed_answers_count(monkeypatch):
     assert caught.value.requests == 4
 
 
-def test_the_next_model_is_asked_when_one_does_not_answer():
+def test_the_next_model_is_asked_when_one_does_not_answer_and_first_from_then_on():
+    told = []
+
     async def run():
         async with (serve_models([Status(500)]) as broken, serve_models([Answer("I do.")]) as works,
                     open_provider(Choice("openai", "a", broken.openai), "") as one,
                     open_provider(Choice("anthropic", "b", works.anthropic), "k") as two):  # fmt: skip
-            return await Persistent([one, two], lambda _: anyio.lowlevel.checkpoint()).turn("", ASKED, TOOLS)
+            both = Persistent([one, two], lambda _: anyio.lowlevel.checkpoint(), note=told.append)
+            turns = [await both.turn("", ASKED, TOOLS) for _ in range(2)]
+            return turns, len(broken.requests)
 
-    turn = anyio.run(run)
-    assert turn.message.text == "I do." and turn.model.startswith("anthropic:b@")
+    turns, asked = anyio.run(run)
+    assert [turn.message.text for turn in turns] == ["I do."] * 2 and turns[0].model.startswith("anthropic:b@")
+    assert asked == 4 and len(told) == 1 and "asking anthropic:b" in told[0]
 
 
 def test_nothing_listens():

@@ -186,7 +186,9 @@ def test_ctrl_c_leaves_it_at_its_last_finished_step(home, workspace, script):
         assert process.wait(30) == 130
     task = re.search(r"interrupted: (task-\w+) goes on with", said)[1]
     assert "Traceback" not in said and home.run("vm", "list", "--json").json["vms"] == []
-    assert home.run("tasks", "show", task, "--json").json["status"] == "running"
+    shown = home.run("tasks", "show", task, "--json").json
+    assert (shown["status"], shown["worked_on"]) == ("running", False)
+    assert f"{task}: interrupted" in home.run("tasks", "show", task).out
     assert home.run("tasks", "cancel", task).code == 0
     assert home.run("tasks", "resume", task).code == 122
 
@@ -202,14 +204,18 @@ def test_what_a_model_says_cannot_look_like_what_we_say(home, workspace, script)
 
 
 def test_a_script_is_found_from_elsewhere_and_a_replay_ends(home, workspace, tmp_path):
-    (tmp_path / "s.yaml").write_text("turns:\n - calls: [{ask_user: {question: q}}, {list_files: {}}]\n - say: Done.\n")
+    (tmp_path / "s.yaml").write_text("turns:\n - calls: [{ask_user: {question: q}}]\n"
+                                     " - calls: [{write_file: {path: n, content: x}}]\n - say: Done.\n")  # fmt: skip
     argv = home.argv("run", "Do it.", "-w", str(workspace), "--json", "--model", "script:s.yaml")
     done = subprocess.run(argv, cwd=tmp_path, env=home.environment, capture_output=True, check=False)
     task = json.loads(done.stdout)["task"]
     home.run("tasks", "answer", task, "This.")
-    assert home.run("tasks", "resume", task).code == 0
-    assert home.run("tasks", "replay", task).code == 0
-    assert home.run("tasks", "list").out == "no task goes on or waits\n"
+    waiting = home.run("tasks", "resume", task)
+    assert waiting.code == 120 and "approvals show req-" in waiting.err
+    assert "it waits for req-" in home.run("tasks", "show", task).out
+    again = home.run("tasks", "replay", task)
+    assert again.code == 0 and "the same changes" in again.out
+    assert home.run("tasks", "list").out.count("\n") == 1
 
 
 def test_rules_hold_for_agents_and_labels_follow(home, workspace, script):

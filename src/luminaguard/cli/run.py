@@ -117,6 +117,7 @@ def _see_through(runtime: Runtime, task: Task, held: Held, *, as_json: bool, new
     if as_json:
         print_outcome(task_json(runtime, task, history))
     else:
+        shown.end()
         _tell_end(task, history, shown.last)
     return _EXIT.get(task.status, EXIT_REFUSED)
 
@@ -140,7 +141,7 @@ def _work(runtime: Runtime, task: Task, held: Held, shown: _Shown, *, new: bool)
             if new:
                 task = await tasks.engine.create(task)
                 shown.began(task)
-            async with open_models(task.models) as model:
+            async with open_models(task.models, shown.watcher().note) as model:
                 task = await tasks.run(task, model, shown.watcher())
             group.cancel_scope.cancel()
         return task
@@ -247,18 +248,25 @@ class _Shown:
     def _call(self, call: ToolCall) -> None:
         self.last = ""
         words = " ".join(f"{key}={value!a}" for key, value in call.arguments.items())
-        self._say(f"-> {visible(call.name)} {visible(words)[:SHOWN]}")
-        self._progress(f"{visible(call.name)[:40]} in a machine")
+        self._say(f"-> {visible(call.name)} {visible(words)[:SHOWN]}".rstrip())
+        if call.name in IN_MACHINE:
+            self._progress(f"{call.name} in a machine")
 
     def _outcome(self, call: ToolCall, outcome: Evaluated | None, refused: str) -> None:
         if outcome is None:
             self._say(f"   {visible(call.name)}: refused: {visible(refused)}")
             return
         lines = outcome.text.splitlines()
-        first = visible(lines[0])[:100] if lines else ""
+        first = visible(lines[0])[:100] if lines else "(no output)"
         more = f" (and {len(lines) - 1} more lines)" if len(lines) > 1 else ""
         changes = f"; {len(outcome.changes)} changes" if len(outcome.changes) else ""
-        self._say(f"   {'failed: ' if outcome.failed else ''}{first}{more}{changes}")
+        self._say(f"   {call.name}: {'failed: ' if outcome.failed else ''}{first}{more}{changes}")
+
+    def end(self) -> None:
+        """What comes next begins on a line of its own."""
+        if self._open:
+            sys.stderr.write("\n")
+            self._open = False
 
     def _say(self, line: str) -> None:
         if self._quiet:
@@ -268,18 +276,33 @@ class _Shown:
         self._open = False
 
 
+def _waits_for(task: Task) -> list[str]:
+    """What a task waits for, and how it is answered."""
+    resume = f"then: luminaguard tasks resume {task.id}"
+    if task.question:
+        asked = visible_text(task.question).replace("\n", f"\n{BY_MODEL}")
+        return [
+            "waits for an answer; it asks:",
+            f"| {asked}",
+            f"answer with: luminaguard tasks answer {task.id} TEXT",
+            resume,
+        ]
+    return [f"waits for a decision: {task.request}", f"look at it: luminaguard approvals show {task.request}",
+            f"decide: luminaguard approvals approve {task.request}   (or: deny, return)", resume]  # fmt: skip
+
+
 def _tell_end(task: Task, history: list[Message], shown: str) -> None:
     final = history[-1].text if history and history[-1].role == "assistant" and not open_calls(history) else ""
-    told = {
-        Status.FINISHED: "finished", Status.DENIED: "finished; its changes were not published",
-        Status.WAITING: f"waits for an answer: luminaguard approvals approve {task.request}" if task.request
-        else f"waits for an answer: luminaguard tasks answer {task.id} TEXT",
-        Status.PAUSED: f"paused; go on with: luminaguard tasks resume {task.id}",
-    }.get(task.status, task.status.value)  # fmt: skip
     why = f" ({visible(task.why)})" if task.why else ""
-    sys.stderr.write(f"\n{task.id} {told}{why}\n  used: {task.usage.words()}\n")
-    if task.status is Status.WAITING and task.request:
-        sys.stderr.write(f"  then: luminaguard tasks resume {task.id}\n")
+    lines = {
+        Status.FINISHED: [f"finished{why}"], Status.DENIED: [f"finished; its changes were not published{why}"],
+        Status.PAUSED: [f"paused: {visible(task.why)}", f"go on with: luminaguard tasks resume {task.id}",
+                        "(with more of what was used up: --max-turns N, --budget NAME=LIMIT)"],
+        Status.WAITING: _waits_for(task),
+    }.get(task.status, [f"{task.status.value}{why}"])  # fmt: skip
+    sys.stderr.write(
+        f"{task.id} {lines[0]}\n" + "".join(f"  {line}\n" for line in [*lines[1:], f"used: {task.usage.words()}"])
+    )
     seen = sys.stdout.isatty() and sys.stderr.isatty() and shown == final  # it stands there already
     if final and not seen and task.status in {Status.FINISHED, Status.DENIED, Status.WAITING}:
         print(visible_text(final))
@@ -293,6 +316,7 @@ def replay(runtime: Runtime, task_id: str, held: Held, *, as_json: bool) -> int:
     shown = _Shown(progress, quiet=as_json)
     new = anyio.run(_replay, runtime, tasks, old, shown)
     progress.clear()
+    shown.end()
     same = new.snapshot.changes.digest == old.snapshot.changes.digest
     signals.over()
     held.take()
@@ -309,11 +333,13 @@ def replay(runtime: Runtime, task_id: str, held: Held, *, as_json: bool) -> int:
 async def _replay(runtime: Runtime, tasks: LocalTasks, old: Task, shown: _Shown) -> Task:
     from luminaguard.reasoning.script import ScriptModel
 
+    answers = [message for message in tasks.engine.history(old) if message.role == "assistant"]
+    # What a person was asked is not asked again: only what ran in machines is done again, all of it.
     turns = [(message.text, [(call.name, dict(call.arguments)) for call in message.calls
-                             if not call.malformed and call.name in IN_MACHINE])
-             for message in tasks.engine.history(old) if message.role == "assistant"]  # fmt: skip
+                             if not call.malformed and call.name in IN_MACHINE]) for message in answers]  # fmt: skip
+    turns = [turn for turn in turns if turn[1]]
     task = Task(tasks.new_id(), old.prompt, old.workspace, f"script:replay of {old.id}",
-                runtime.ledger.current_time(), publish="never", max_turns=len(turns) + 1,
+                runtime.ledger.current_time(), publish="never", max_turns=len(turns) + 2,
                 budget=Budget(requests=None, tool_calls=None))  # fmt: skip
     tasks.snapshots.copy_first(old.id, task.id)
     task = await tasks.engine.create(task)

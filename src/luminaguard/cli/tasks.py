@@ -35,7 +35,8 @@ def task_json(runtime: Runtime, task: Task, history: list[Message]) -> dict[str,
     request = runtime.agent_tasks.stopped_at(task)
     final = history[-1].text if history and history[-1].role == "assistant" and not open_calls(history) else None
     return {
-        "task": task.id, "status": task.status.value, "why": task.why, "answer": final, "workspace": task.workspace,
+        "task": task.id, "status": task.status.value, "worked_on": runtime.agent_tasks.is_worked_on(task.id),
+        "why": task.why, "answer": final, "workspace": task.workspace,
         "models": task.models, "turns": task.turns, "steps": task.step, "usage": task.usage.to_json(),
         "budget": task.budget.to_json(), "request_id": request.id if request else None,
         "question": task.question or None, "created_ns": task.created_ns, "updated_ns": task.updated_ns,
@@ -56,12 +57,19 @@ def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
     now = runtime.ledger.current_time()
     for task in found:
         age = duration((now - task.created_ns) / 1e9)
-        print(f"{task.id}  {task.status.value:9}  {age:>6}  {task.turns:>3} turns  {visible(task.workspace)}  "
+        print(f"{task.id}  {_stands(runtime, task):11}  {age:>6}  {task.turns:>3} turns  {visible(task.workspace)}  "
               f"{visible(task.prompt)[:60]}")  # fmt: skip
     for task_id in damaged:
         print(f"{task_id}  DAMAGED: its row cannot be read")
     if not found and not damaged:
         print("no tasks" if everything else "no task goes on or waits")
+
+
+def _stands(runtime: Runtime, task: Task) -> str:
+    """Where a task stands; one that nobody works on any more was interrupted."""
+    if task.status is Status.RUNNING and not runtime.agent_tasks.is_worked_on(task.id):
+        return "interrupted"
+    return task.status.value
 
 
 def show(runtime: Runtime, task_id: str, *, as_json: bool) -> None:
@@ -72,7 +80,8 @@ def show(runtime: Runtime, task_id: str, *, as_json: bool) -> None:
     if as_json:
         print_json(task_json(runtime, task, history) | {"prompt": task.prompt})
         return
-    lines: list[Any] = [("title", f"{task.id}: {task.status.value}" + (f" ({visible(task.why)})" if task.why else ""))]
+    why = f" ({visible(task.why)})" if task.why else ""
+    lines: list[Any] = [("title", f"{task.id}: {_stands(runtime, task)}{why}")]
     lines += [("plain", line) for line in (
         f"task: {visible(task.prompt)[:SHOWN]}", f"folder: {visible(task.workspace)}",
         f"models: {visible(task.models)}", f"{task.turns} turns, {task.step} steps; used: {task.usage.words()}",
@@ -80,7 +89,11 @@ def show(runtime: Runtime, task_id: str, *, as_json: bool) -> None:
     if task.question:
         lines.append(("loud", f"it asks: {visible(task.question)}"))
     if task.request:
-        lines.append(("loud", f"it waits for {task.request}: luminaguard approvals show {task.request}"))
+        request = runtime.agent_tasks.stopped_at(task)
+        state = request.state.value if request else "not asked yet"
+        lines.append(("loud", f"it waits for {task.request} ({state}): luminaguard approvals show {task.request}"))
+    if task.status not in ENDED:
+        lines.append(("plain", f"go on with: luminaguard tasks resume {task.id}"))
     changes = task.snapshot.changes
     lines.append(("plain", f"{len(changes)} changes so far, {len(task.unpublished)} of them not published"))
     lines += [("path", f"  {change.kind} {visible(change.path)}") for change in changes.changes[:50]]

@@ -37,7 +37,7 @@ class Usage:
         return Usage(
             self.requests + other.requests, self.input_tokens + other.input_tokens,
             self.output_tokens + other.output_tokens, dollars, self.tool_calls + other.tool_calls,
-            self.seconds + other.seconds,
+            round(self.seconds + other.seconds, 3),
         )  # fmt: skip
 
     @property

@@ -36,13 +36,15 @@ class Persistent:
     Args:
         models: in the order in which they are asked.
         sleep, draw: time and chance (a number from 0 to 1), for tests.
+        note: told when another model is asked.
     """
 
     def __init__(
-        self, models: Sequence[Model], sleep: Sleep = anyio.sleep, draw: Callable[[], float] = random.random
-    ) -> None:
+        self, models: Sequence[Model], sleep: Sleep = anyio.sleep, draw: Callable[[], float] = random.random,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         self._models = tuple(models)
-        self._sleep, self._draw = sleep, draw
+        self._sleep, self._draw, self._note = sleep, draw, note
 
     @property
     def name(self) -> str:
@@ -61,9 +63,13 @@ class Persistent:
         said: list[str] = []
         refused: ModelRefused | None = None
         asked = [0]
-        for model in self._models:
+        for number, model in enumerate(self._models):
+            if said:
+                self._note(f"{said[-1]}; asking {model.name}")
             try:
                 turn = await self._ask(model, instructions, history, tools, told, asked)
+                # Who answered is asked first from here on, and who did not after all the others.
+                self._models = (*self._models[number:], *self._models[:number])
                 return replace(turn, usage=turn.usage + Usage(requests=asked[0] - 1))
             except Passing as error:
                 said.append(f"{model.name}: {error.why}")

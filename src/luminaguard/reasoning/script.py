@@ -54,7 +54,11 @@ class ScriptModel:
                 raw = json.loads(json.dumps(yaml.safe_load(file.read(_MAX_FILE))))
             turns = [(str(turn.get("say", "")), [_call(call) for call in turn.get("calls", ())])
                      for turn in raw["turns"]]  # fmt: skip
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError,
+        except OSError as error:
+            raise SettingsError(
+                f"The script {str(path)!a} cannot be read: {error.strerror}.", hint="Check the path after script:."
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError,
                 RecursionError) as error:  # fmt: skip
             raise SettingsError(
                 f"{str(path)!a} is no script: {error}.",

@@ -168,7 +168,7 @@ class Decisions:
             self._runtime.ledger.append("run.forbidden", tool=run.tool, workspace=run.workspace, task=task,
                                         digest=run.digest, rule=judgement.rule, reason=judgement.reason)  # fmt: skip
             raise Forbidden(
-                f"A rule forbids to run it: {judgement.reason} ({judgement.rule}).",
+                f"A rule forbids to run it ({judgement.rule}): {judgement.reason}",
                 hint="'luminaguard policy explain' shows how the rules came to that; change the rule if it is wrong.",
                 kept="Nothing ran.",
             )

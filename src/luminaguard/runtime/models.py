@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -44,11 +44,12 @@ def check_models(models: str) -> None:
 
 
 @asynccontextmanager
-async def open_models(models: str) -> AsyncIterator[Model]:
+async def open_models(models: str, note: Callable[[str], None] = lambda _: None) -> AsyncIterator[Model]:
     """The models that a person chose, in their order; their connections end with this context.
 
     Args:
         models: as it was written; see :mod:`luminaguard.reasoning.choice`.
+        note: told when another one is asked.
 
     Raises:
         SettingsError: it names none, or a script that cannot be read.
@@ -68,4 +69,4 @@ async def open_models(models: str) -> AsyncIterator[Model]:
 
             key = await anyio.to_thread.run_sync(partial(find_key, choice))
             opened.append(await stack.enter_async_context(open_provider(choice, key)))
-        yield Persistent(opened)
+        yield Persistent(opened, note=note)

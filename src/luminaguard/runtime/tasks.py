@@ -94,6 +94,14 @@ class LocalTasks:
                 f"Another process works on {task_id}.", hint=f"See 'luminaguard tasks show {task_id}'."
             ) from None
 
+    def is_worked_on(self, task_id: str) -> bool:
+        """Whether a process works on a task now."""
+        try:
+            with self.worker(task_id):
+                return False
+        except TaskError:
+            return True
+
     async def run(self, task: Task, model: Model, watcher: Watcher) -> Task:
         """Move a task on, as the only worker; see :meth:`luminaguard.tasks.engine.Engine.run`."""
         with self.worker(task.id):

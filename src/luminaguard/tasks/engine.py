@@ -306,7 +306,8 @@ class Engine:
         for number, call in enumerate(batch):
             outcome = done[number]
             if number in plans and len(changed) and self._depends(task, plans[number], changed, outcome):
-                break  # it is evaluated again, on the state as it then is
+                watcher.note(f"{call.name} is done again, on what changed before it")
+                break
             if len(changed) and not self._bench.runs_unasked(task, call, changed):
                 break  # what came into the folder brings labels along, under which it is judged otherwise
             if isinstance(outcome, TaskStopped) or (
@@ -374,6 +375,7 @@ class Engine:
                 after, added = task.ended(Status.STOPPED, outcome), _Round()
             case State.RETURNED:
                 words = f"The person wants something different: {outcome}"
+                watcher.note(words)
                 after, added = self._answered_no(task, history, words, final=False)
             case State.EXPIRED:
                 after, added = self._answered_no(task, history, "Nobody answered in time, which is a denial.")
@@ -381,6 +383,7 @@ class Engine:
                 after, added = task.running().paused(f"not published: {outcome}"), _Round()
             case _:
                 words = f"{request.state.value}: {outcome}" if outcome else request.state.value
+                watcher.note(words)
                 after, added = self._answered_no(task, history, f"It was not done; {words}.")
         return self._save(after, added, what="cliff"), True
 
