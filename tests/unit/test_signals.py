@@ -88,9 +88,9 @@ def test_ctrl_c_at_any_moment_of_the_start_shows_no_traceback(bare_home):
             time.sleep(0.035 + step * 0.01)  # before, it is Python that starts
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
-        assert b"luminaguard" not in err, err
+        assert b"/luminaguard/" not in err, err  # no line of ours
         if process.returncode == 130:
             assert json.loads(out)["error"]["type"] == "Interrupted"
         else:
             # Where it is slow, it is still Python itself that starts.
-            assert process.returncode in {0, -signal.SIGINT} or b"Could not import runpy" in err, err
+            assert process.returncode in {0, -signal.SIGINT} or b"KeyboardInterrupt" in err, err
