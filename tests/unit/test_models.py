@@ -4,8 +4,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from luminaguard.actions.tools import ToolSpec
 from luminaguard.errors import LuminaGuardError, ModelRefused, ModelUnavailable, SettingsError
-from luminaguard.reasoning import Message, ToolCall, ToolSpec, providers
+from luminaguard.reasoning import Message, ToolCall, providers
 from luminaguard.reasoning.choice import Choice, find_key, keep_key, parse_choices, what_would_work
 from luminaguard.reasoning.messages import parse_arguments
 from luminaguard.reasoning.providers import open_provider

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from luminaguard.actions.tools import ToolSpec
 from luminaguard.effects.text import visible_text
-from luminaguard.reasoning.messages import Message, ToolSpec
+from luminaguard.reasoning.messages import Message
 
 __all__ = ["ASK_USER", "HOST_TOOLS", "INSTRUCTIONS", "PUBLISH", "READ_OUTPUT", "SUMMARISE", "as_data", "as_read", "cut",
            "page", "size_of", "summary_of", "summary_request", "to_summarise"]  # fmt: skip

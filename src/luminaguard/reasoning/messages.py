@@ -9,20 +9,11 @@ from typing import Any, Literal
 
 from luminaguard.reasoning.budget import Usage
 
-__all__ = ["Message", "Role", "ToolCall", "ToolSpec", "Turn", "parse_arguments"]
+__all__ = ["Message", "Role", "ToolCall", "Turn", "parse_arguments"]
 
 Role = Literal["user", "assistant", "tool"]
 _MAX_ARGUMENTS = 16 << 20
 _MAX_DEPTH = 64
-
-
-@dataclass(frozen=True, slots=True)
-class ToolSpec:
-    """A tool as a model is told of it; ``parameters`` is a JSON schema of an object."""
-
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from luminaguard.reasoning.messages import Message, ToolSpec, Turn
+from luminaguard.actions.tools import ToolSpec
+from luminaguard.reasoning.messages import Message, Turn
 
 __all__ = ["Model", "Told"]
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from luminaguard.actions.tools import ToolSpec
 from luminaguard.effects.text import visible
 from luminaguard.errors import HistoryTooLong, ModelRefused
 from luminaguard.reasoning.budget import Usage
-from luminaguard.reasoning.messages import Message, ToolCall, ToolSpec, Turn, parse_arguments
+from luminaguard.reasoning.messages import Message, ToolCall, Turn, parse_arguments
 from luminaguard.reasoning.model import Told
 from luminaguard.reasoning.retry import Passing
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 import anyio
 
 from luminaguard import log
+from luminaguard.actions.tools import ToolSpec
 from luminaguard.errors import ModelRefused, ModelUnavailable
 from luminaguard.reasoning.budget import Usage
-from luminaguard.reasoning.messages import Message, ToolSpec, Turn
+from luminaguard.reasoning.messages import Message, Turn
 from luminaguard.reasoning.model import Model, Told
 
 __all__ = ["Passing", "Persistent"]

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from luminaguard.actions.tools import ToolSpec
 from luminaguard.errors import SettingsError
 from luminaguard.reasoning.budget import Usage
-from luminaguard.reasoning.messages import Message, ToolCall, ToolSpec, Turn
+from luminaguard.reasoning.messages import Message, ToolCall, Turn
 from luminaguard.reasoning.model import Told
 
 __all__ = ["ScriptModel"]

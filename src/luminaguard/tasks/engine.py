@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import anyio
 
+from luminaguard.actions.tools import ToolSpec
 from luminaguard.approvals.model import Request, State
 from luminaguard.effects.changes import Change, Changeset, LinkEntry
 from luminaguard.effects.text import visible_name
@@ -50,7 +51,7 @@ from luminaguard.reasoning.context import (
     summary_request,
     to_summarise,
 )
-from luminaguard.reasoning.messages import Message, ToolCall, ToolSpec
+from luminaguard.reasoning.messages import Message, ToolCall
 from luminaguard.reasoning.model import Model
 from luminaguard.storage.tasks import TaskStore
 from luminaguard.tasks.model import ENDED, Status, Task, open_calls, with_distinct_ids
@@ -66,7 +67,7 @@ _OF_THE_CALL = (ActionInvalid, ApprovalNeeded, ChangesetRefused, CommandTooLong,
 """Errors that say something about a call, which its model can read; all others are of this machine."""
 _MACHINE = "a machine with a copy of the folder"
 _TOOLS: tuple[ToolSpec, ...] = (
-    *(ToolSpec(tool.name, tool.description, tool.parameters) for tool in IN_MACHINE.values()), *HOST_TOOLS)  # fmt: skip
+    *IN_MACHINE.values(), *HOST_TOOLS)  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -15,9 +15,10 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from luminaguard.actions.tools import ToolSpec
 from luminaguard.errors import ActionInvalid
 
-__all__ = ["IN_MACHINE", "Plan", "Tool", "as_asked", "check_arguments", "plan"]
+__all__ = ["IN_MACHINE", "Plan", "as_asked", "check_arguments", "plan"]
 
 _MAX_ARGUMENTS = 8 << 20
 _MAX_PROGRAM = 64 << 10
@@ -25,15 +26,6 @@ _MAX_PROGRAM = 64 << 10
 _MOST_ASKED = 2000
 _FILE_TOOLS = frozenset({"read_file", "write_file", "edit_file", "list_files", "search_files"})
 _DEFAULT_TIMEOUT_S, _LONGEST_S = 300, 3600
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """What a model is told of a tool; ``parameters`` is a JSON schema of an object."""
-
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +44,16 @@ class Plan:
     reads: str | None
 
 
-def _tool(name: str, description: str, **properties: tuple[str, str]) -> Tool:
+def _tool(name: str, description: str, **properties: tuple[str, str]) -> ToolSpec:
     """A tool whose parameters are told as ``name=(type, what for)``; one that may be left out ends with ``?``."""
     required = [key for key, (kind, _) in properties.items() if not kind.endswith("?")]
     shapes = {key: {"type": kind.removesuffix("?"), "description": text} for key, (kind, text) in properties.items()}
-    return Tool(name, description, {"type": "object", "properties": shapes, "required": required,
+    return ToolSpec(name, description, {"type": "object", "properties": shapes, "required": required,
                                     "additionalProperties": False})  # fmt: skip
 
 
 _PATH = "relative to the workspace"
-IN_MACHINE: Mapping[str, Tool] = {tool.name: tool for tool in (
+IN_MACHINE: Mapping[str, ToolSpec] = {tool.name: tool for tool in (
     _tool("shell", "Run a command line with bash in the workspace. There is no network. Changes of files are kept "
           "for the next calls; processes, and files elsewhere, are not.",
           command=("string", "the command line"),
@@ -118,7 +110,7 @@ def _beginning(text: str) -> str:
     return f"{text[:_MOST_ASKED]} … ({len(text):,} characters, sha256 {digest})"
 
 
-def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> None:
+def check_arguments(tool: ToolSpec, arguments: Mapping[str, Any]) -> None:
     """Check the arguments of a call against the tool's schema, as far as these schemas go.
 
     Raises:
@@ -139,7 +131,7 @@ def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> None:
             raise _wrong(tool, f"takes no {key!a} of more than {_MAX_PROGRAM >> 10} KiB; write it into a file first")
 
 
-def _wrong(tool: Tool, why: str) -> ActionInvalid:
+def _wrong(tool: ToolSpec, why: str) -> ActionInvalid:
     return ActionInvalid(f"{tool.name} {why}.", hint=f"Its arguments: {', '.join(tool.parameters['properties'])}.")
 
 

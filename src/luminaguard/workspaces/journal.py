@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from luminaguard.effects.changes import Changeset
 from luminaguard.errors import PublishError, StorageError
+from luminaguard.workspaces.opening import sync_folder
 
 __all__ = ["Journal", "Phase"]
 
@@ -77,12 +78,12 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def remove(self) -> None:
         """The publish has ended, one way or the other, and the database knows it."""
         self.path.unlink(missing_ok=True)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     @classmethod
     def load(cls, path: Path) -> Journal:
@@ -107,11 +108,3 @@ class Journal:
                 hint="A publish was interrupted. Compare the workspace with your backup, then move the journal away.",
                 kept="The journal and the staged files beside the workspace were kept.",
             ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

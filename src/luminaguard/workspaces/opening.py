@@ -13,7 +13,7 @@ from pathlib import Path
 from luminaguard.effects.changes import DirEntry, Entry, FileEntry, LinkEntry, encode
 from luminaguard.errors import WorkspaceError
 
-__all__ = ["entry_at", "hash_fd", "open_folder", "open_root", "parent_of"]
+__all__ = ["entry_at", "hash_fd", "open_folder", "open_root", "parent_of", "sync_folder"]
 
 _CHUNK = 1 << 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -64,6 +64,15 @@ def open_folder(root: int, path: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed and removed in a folder of ours survive a power cut; raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextmanager

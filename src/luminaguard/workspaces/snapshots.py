@@ -27,6 +27,7 @@ from luminaguard.effects.changes import Changeset, DirEntry, Entry, FileEntry, L
 from luminaguard.errors import StorageError
 from luminaguard.workspaces.blobs import BlobStore
 from luminaguard.workspaces.layers import Base, difference
+from luminaguard.workspaces.opening import sync_folder
 from luminaguard.workspaces.squash import changed, squash
 from luminaguard.workspaces.state import WorkspaceState
 
@@ -165,7 +166,7 @@ class Snapshots:
         self._blobs.persist(owner)
         for blob in source.iterdir():
             blob.replace(target / blob.name)  # the same content under the same name, if it is there already
-        _sync(target)
+        sync_folder(target)
         self._blobs.forget(owner)
 
     def lend(self, task: str, owner: str, changes: Changeset) -> None:
@@ -308,12 +309,4 @@ def _write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_folder(path.parent)
