@@ -19,6 +19,7 @@ from luminaguard.microvm.qemu.probe import probe_kvm
 from luminaguard.runtime import Runtime
 from luminaguard.settings import Folders, load_settings
 from luminaguard.testing import Home
+from luminaguard.testing.postgres import Postgres, find_postgres, running_postgres
 
 # On a busy machine slow is no finding; what a test claims never depends on time.
 settings.register_profile("luminaguard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -64,6 +65,21 @@ def cache(tmp_path_factory) -> Path:
     warm = home.exec(folder, "true", timeout_s=300)  # builds the template, so that no test waits for it
     assert warm.code == 0, warm
     return base / "cache"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL, for as long as the tests of this process run; tools/test installs it."""
+    if (programs := find_postgres()) is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with running_postgres(programs) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request, tmp_path) -> Path | str:
+    """Where a database is to be: a file, and once more in a real PostgreSQL."""
+    return tmp_path / "db" if request.param == "sqlite" else request.getfixturevalue("postgres").create()
 
 
 @pytest.fixture

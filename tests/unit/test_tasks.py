@@ -36,13 +36,13 @@ YES, NO = Answer(Verdict.APPROVE, "test"), Answer(Verdict.DENY, "test", reason="
 class Desk:
     """One home, with a task store that can be opened again as after a crash."""
 
-    def __init__(self, base, workspace):
-        self.base, self.workspace = base, workspace
+    def __init__(self, base, workspace, url=""):
+        self.base, self.workspace, self.url = base, workspace, url
         self.open()
 
     def open(self):
         folders = Folders(self.base / "config", self.base / "state", self.base / "cache", self.base / "run").ensure()
-        self.runtime = Runtime(load_settings(folders), folders)
+        self.runtime = Runtime(load_settings(folders, {"database_url": self.url or None}), folders)
         self.tasks = LocalTasks(self.runtime, PlayedBench)
         self.engine = self.tasks.engine
 
@@ -52,7 +52,8 @@ class Desk:
         return self.runtime.decisions.recover()
 
     def task(self, **more):
-        return Task("task-1", "Do it.", str(self.workspace), "script:x", self.runtime.ledger.current_time(), **more)
+        return Task("task-1", "Do it.", str(self.workspace), "script:x", self.runtime.ledger.current_time(),
+                    **{"home": self.runtime.host} | more)  # fmt: skip
 
     def create(self, **more):
         return anyio.run(self.engine.create, self.task(**more))
@@ -69,8 +70,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path, workspace):
-    made = Desk(tmp_path / "home", workspace)
+def desk(tmp_path, workspace, place):
+    made = Desk(tmp_path / "home", workspace, place if isinstance(place, str) else "")
     yield made
     made.runtime.close()
 
@@ -795,7 +796,7 @@ def test_a_crash_at_any_write_changes_nothing_of_what_comes_out(tmp_path, worksp
 
 def test_two_workers_on_one_task_do_not_both_save(desk, tmp_path):
     task = desk.create()
-    other = Desk(desk.base, desk.workspace)
+    other = Desk(desk.base, desk.workspace, desk.url)
     desk.run([("", [("list_files", {})]), ("Done.", [])])
     with pytest.raises(TaskError, match="another process"):
         other.engine.cancel(task, "too late")

@@ -94,6 +94,7 @@ class Request:
         command: the command line, or the tool, that asks.
         created_ns, expires_ns: nanoseconds since the epoch.
         taint: labels of untrusted input that the task had read.
+        home: the host that has the folder; empty where there is one host only.
     """
 
     id: str
@@ -109,6 +110,7 @@ class Request:
     task: str = ""
     taint: tuple[str, ...] = ()
     judged: Judged = Judged()
+    home: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def start(
     tasks.collect()
     task = Task(
         tasks.new_id(), text_of(prompt), str(workspace), models, runtime.ledger.current_time(),
-        publish=publish, budget=limits,  # type: ignore[arg-type]  # one of them, just checked
+        publish=publish, home=runtime.host, budget=limits,  # type: ignore[arg-type]  # one of them, just checked
     )  # fmt: skip
     if max_turns is not None:
         task = replace(task, max_turns=max_turns)
@@ -339,7 +339,7 @@ async def _replay(runtime: Runtime, tasks: LocalTasks, old: Task, shown: _Shown)
                              if not call.malformed and call.name in IN_MACHINE]) for message in answers]  # fmt: skip
     turns = [turn for turn in turns if turn[1]]
     task = Task(tasks.new_id(), old.prompt, old.workspace, f"script:replay of {old.id}",
-                runtime.ledger.current_time(), publish="never", max_turns=len(turns) + 2,
+                runtime.ledger.current_time(), publish="never", home=runtime.host, max_turns=len(turns) + 2,
                 budget=Budget(requests=None, tool_calls=None))  # fmt: skip
     tasks.snapshots.copy_first(old.id, task.id)
     task = await tasks.engine.create(task)

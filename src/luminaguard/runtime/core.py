@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,8 @@ import anyio.to_thread
 from luminaguard.settings import Folders, Settings
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from luminaguard.actions.policy import Policy
     from luminaguard.images.build import ImageStore
     from luminaguard.microvm.machine import Command
@@ -42,10 +45,19 @@ class Runtime:
         self.settings = settings
         self.folders = folders.ensure()
         self._closing = ExitStack()
+        self.guard: Callable[[Connection], None] | None = None
+        """Of a worker: refuses to write anything once its lease is lost. Set before the database is used."""
 
     def close(self) -> None:
         """Close what was opened; the runtime is of no more use."""
         self._closing.close()
+
+    @property
+    def host(self) -> str:
+        """What this host is called in its fleet; empty where there is none."""
+        if not self.settings.database_url:
+            return ""
+        return self.settings.host or socket.gethostname().lower()[:63]
 
     # -- the parts ------------------------------------------------------------------------------
 
@@ -103,7 +115,7 @@ class Runtime:
         from luminaguard.storage.keys import load_key
         from luminaguard.storage.ledger import Ledger
 
-        self._database = Database.open(self.folders.state / "luminaguard.db")
+        self._database = Database.open(self.settings.database_url or self.folders.state / "luminaguard.db")
         self._closing.callback(self._database.close)
         key = load_key(self.folders.state / "keys", "ledger")
         return Ledger(self._database, key, self.folders.state / "ledger-head.json")
@@ -114,7 +126,7 @@ class Runtime:
         from luminaguard.storage.approvals import Approvals
 
         ledger = self.ledger
-        return Approvals(self._database, ledger)
+        return Approvals(self._database, ledger, self.guard, self.host)
 
     @cached_property
     def grants(self) -> Grants:

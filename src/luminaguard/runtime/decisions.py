@@ -138,7 +138,8 @@ class Decisions:
                                         digest=request.digest, effect=request.effect, task=request.task,
                                         rule=judgement.rule, reason=judgement.reason, policy=judged.policy)  # fmt: skip
             raise _forbidden(judged)
-        stored = dataclasses.replace(request, judged=judged)
+        home = request.home or (self._runtime.host if request.effect == "changeset" else "")
+        stored = dataclasses.replace(request, judged=judged, home=home)
         self._runtime.approvals.create(stored, effect)
         return stored
 

@@ -43,7 +43,8 @@ class Recovery:
         self._forget_orphans()
         for request in self._runtime.approvals.list():
             journal = self._runtime.folders.state / "journal" / f"{request.id}.json"
-            if request.state is State.CLAIMED and not journal.exists():
+            here = request.home == self._runtime.host or request.effect != "changeset"
+            if here and request.state is State.CLAIMED and not journal.exists():
                 told += self._settle_claimed(request.id, request.workspace, files=request.effect == "changeset")
         for sentence in told:
             log.event("publish.recovered", what=sentence)

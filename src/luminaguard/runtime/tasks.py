@@ -163,6 +163,7 @@ class _TaskCliff:
             id=request_id, workspace=task.workspace, inode=self._snapshots.first(task.id).inode, digest=changes.digest,
             command=("run", task.prompt[:500]), exit_code=0, created_ns=now,
             expires_ns=now + runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING, task=task.id,
+            home=task.home,
             taint=tuple(sorted(runtime.tasks.labels(task.id))),
         )  # fmt: skip
         try:

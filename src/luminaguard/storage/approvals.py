@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -32,13 +32,14 @@ from luminaguard.errors import (
     TaskStopped,
 )
 from luminaguard.ledger.chain import Entry
-from luminaguard.storage import database as tables
+from luminaguard.storage import schema as tables
 from luminaguard.storage.database import Database
 from luminaguard.storage.ledger import Ledger
 
 __all__ = ["Approvals", "Transaction"]
 
 T = TypeVar("T")
+Guard = Callable[[Connection], None]
 _OPEN = (State.PENDING.value, State.APPROVED.value)
 _WAITING = (*_OPEN, State.CLAIMED.value, State.UNKNOWN.value)
 
@@ -72,17 +73,27 @@ class Transaction:
 
 
 class Approvals:
-    """Requests and their decisions."""
+    """Requests and their decisions.
 
-    def __init__(self, database: Database, ledger: Ledger) -> None:
+    Args:
+        database, ledger: where they are kept.
+        host: the name of this one in a fleet; what lies on another one is not claimed here.
+        guard: called in each transaction before anything else; what it raises ends it.
+    """
+
+    def __init__(self, database: Database, ledger: Ledger, guard: Guard | None = None, host: str = "") -> None:
         self._database = database
         self._ledger = ledger
+        self._guard = guard
+        self.host = host
 
     @contextmanager
     def transaction(self, refusals_of: str = "") -> Iterator[Transaction]:
         """A transaction whose records are published at its end; with a request's id, refusals are recorded, too."""
         try:
             with self._database.write() as connection:
+                if self._guard is not None:
+                    self._guard(connection)
                 transaction = Transaction(connection, self._ledger)
                 yield transaction
         except LuminaGuardError as error:
@@ -90,6 +101,12 @@ class Approvals:
             raise
         if transaction.last is not None:
             self._ledger.publish_head(transaction.last)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction for whoever only looks."""
+        with self._database.read() as connection:
+            yield connection
 
     def refused(self, request_id: str, error: LuminaGuardError) -> None:
         """Record that something was refused about a request; nothing of what there is no request for."""
@@ -105,14 +122,14 @@ class Approvals:
             "id": request.id, "workspace": request.workspace, "inode": request.inode, "digest": request.digest,
             "command": json.dumps(request.command), "exit_code": request.exit_code, "created_ns": request.created_ns,
             "expires_ns": request.expires_ns, "state": request.state.value, "body": json.dumps(effect.to_json()),
-            "outcome": "", "effect": request.effect, "task": request.task, "taint": json.dumps(request.taint),
-            **_judged_values(judged),
+            "outcome": "", "home": request.home, "effect": request.effect, "task": request.task,
+            "taint": json.dumps(request.taint), **_judged_values(judged),
         }  # fmt: skip
         with self.transaction() as t:
             t.refuse_stopped(request.task)
             t.connection.execute(insert(tables.requests).values(**values))
             t.record("request.created", request=request.id, workspace=request.workspace, digest=request.digest,
-                     effect=request.effect, task=request.task, taint=list(request.taint),
+                     effect=request.effect, task=request.task, taint=list(request.taint), home=request.home,
                      changes=len(effect) if isinstance(effect, Changeset) else 1, **_told(judged))  # fmt: skip
 
     def get(self, request_id: str) -> Request:
@@ -342,6 +359,11 @@ class Approvals:
                 )
             t.refuse_stopped(request.task)
             _check_asked(t, request)
+            if request.effect == "changeset" and request.home != self.host:
+                raise ApprovalError(
+                    f"The folder of {request_id} lies on another host: {visible(request.home) or 'one of no fleet'}.",
+                    hint="That host publishes what was approved.",
+                )
             if any(body["request"] == request_id for body in t.recorded("request.claimed")):
                 raise ApprovalError(f"The approval of {request_id} was used before.", hint="Ask again.")
             for decision in decisions:
@@ -411,7 +433,8 @@ class Approvals:
 def _check_asked(t: Transaction, request: Request) -> None:
     """What is stored now must be what the ledger says was asked for."""
     asked = next((body for body in t.recorded("request.created") if body["request"] == request.id), None)
-    if asked is None or (asked["digest"], asked["workspace"]) != (request.digest, request.workspace):
+    stored = (request.digest, request.workspace, request.home)
+    if asked is None or (asked["digest"], asked["workspace"], asked.get("home", "")) != stored:
         raise ApprovalError(
             f"{request.id} is not what was asked for by the ledger's record.",
             hint="The database was edited. Deny the request and run the command again.",
@@ -474,6 +497,7 @@ def _request(row: Row[Any]) -> Request:
             effect=row.effect, task=_as(str, row.task), taint=tuple(_as(str, one) for one in json.loads(row.taint)),
             judged=Judged(Risk(row.risk), Severity(row.severity), _as(str, row.reason), _as(str, row.rule),
                           _as(str, row.policy), _as(int, row.people)),
+            home=_as(str, row.home),
         )  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _unreadable(f"The request {visible(str(row.id)[:64])}", error) from error

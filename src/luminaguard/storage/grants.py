@@ -16,7 +16,7 @@ from luminaguard.approvals.model import Judged
 from luminaguard.approvals.signing import Keys, verify_grant
 from luminaguard.effects.text import visible
 from luminaguard.errors import ApprovalError, RequestNotFound, StorageError
-from luminaguard.storage import database as tables
+from luminaguard.storage import schema as tables
 from luminaguard.storage.approvals import Approvals, Transaction
 
 __all__ = ["Grants", "Standing", "Tasks"]

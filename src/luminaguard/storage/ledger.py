@@ -26,7 +26,7 @@ from luminaguard.ledger.chain import (
     verify_checkpoint,
     verify_entry,
 )
-from luminaguard.storage import database as tables
+from luminaguard.storage import schema as tables
 from luminaguard.storage.database import Database
 
 __all__ = ["Ledger"]

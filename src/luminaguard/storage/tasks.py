@@ -8,16 +8,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import Connection, exists, func, insert, select, update
 
 from luminaguard.effects.text import visible
 from luminaguard.errors import ChangesetRefused, StorageError, TaskError, TaskNotFound
-from luminaguard.storage import database as tables
+from luminaguard.storage import schema as tables
 from luminaguard.storage.approvals import Approvals, Transaction
 
-__all__ = ["Stored", "TaskStore"]
+__all__ = ["Due", "Needs", "Stored", "TaskStore"]
+
+Needs = Literal["turn", "machine", "folder"]
+"""What the next step of a task needs: a model, a machine, or the host that has the folder."""
+_MOST_DUE = 1000
+_ANSWERED = ("pending", "claimed", "unknown")
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A step that can be done now.
+
+    Attributes:
+        task: of which task.
+        step: its number, which is how many are saved.
+        needs: what it needs.
+        home: the host that has the task's folder.
+    """
+
+    task: str
+    step: int
+    needs: Needs
+    home: str
+
+
+Enqueue = Callable[[Connection, Due], None]
 
 
 class Stored(Protocol):
@@ -31,6 +57,10 @@ class Stored(Protocol):
     def step(self) -> int: ...  # noqa: D102
     @property
     def created_ns(self) -> int: ...  # noqa: D102
+    @property
+    def request(self) -> str: ...  # noqa: D102
+    @property
+    def home(self) -> str: ...  # noqa: D102
     def to_json(self) -> dict[str, Any]:
         """What is kept beside the columns."""
 
@@ -41,33 +71,41 @@ Read = Callable[[Any, Any], T]
 
 
 class TaskStore:
-    """The tasks of a database."""
+    """The tasks of a database.
 
-    def __init__(self, approvals: Approvals) -> None:
+    Args:
+        approvals: whose transactions are used.
+        enqueue: told in the same transaction of each step that can be done from then on.
+    """
+
+    def __init__(self, approvals: Approvals, enqueue: Enqueue | None = None) -> None:
         self._approvals = approvals
+        self._enqueue = enqueue
 
     def create(self, task: Stored, status: str, messages: Sequence[dict[str, Any]], **told: Any) -> None:
         """Store a new task with the beginning of its history."""
         with self._approvals.transaction() as t:
             t.connection.execute(insert(tables.tasks).values(
                 id=task.id, workspace=task.workspace, status=status, step=task.step, created_ns=task.created_ns,
-                updated_ns=t.now, body=json.dumps(task.to_json()),
+                updated_ns=t.now, body=json.dumps(task.to_json()), waits_for=task.request, home=task.home, needs="turn",
             ))  # fmt: skip
             self._say(t, task.id, messages)
+            self._next(t, Due(task.id, task.step, "turn", task.home), status)
             t.record("task.created", task=task.id, workspace=task.workspace, **told)
 
     def save(
         self, task: Stored, status: str, messages: Sequence[dict[str, Any]] = (),
-        outputs: dict[str, str] | None = None, **told: Any,
+        outputs: dict[str, str] | None = None, *, needs: Needs = "turn", **told: Any,
     ) -> None:  # fmt: skip
-        """Store a task after a step; ``task.step`` is the number that it was read at.
+        """Store a task after a step; ``task.step`` is the number that it was read at, ``needs`` is about the next.
 
         Raises:
             TaskError: somebody else saved a step of it meanwhile; nothing was stored.
         """
         with self._approvals.transaction() as t:
             where = (tables.tasks.c.id == task.id) & (tables.tasks.c.step == task.step)
-            values = {"status": status, "step": task.step + 1, "updated_ns": t.now, "body": json.dumps(task.to_json())}
+            values = {"status": status, "step": task.step + 1, "updated_ns": t.now, "body": json.dumps(task.to_json()),
+                      "waits_for": task.request, "needs": needs}  # fmt: skip
             if t.connection.execute(update(tables.tasks).where(where).values(**values)).rowcount != 1:
                 raise TaskError(
                     f"{task.id} was worked on by another process meanwhile.",
@@ -76,14 +114,17 @@ class TaskStore:
                 )
             self._say(t, task.id, messages)
             for name, text in (outputs or {}).items():
-                t.connection.execute(insert(tables.outputs).values(task=task.id, name=name, text=text))
+                # PostgreSQL stores no NUL: what cannot be shown is not kept either.
+                kept = text.replace("\0", "\ufffd")
+                t.connection.execute(insert(tables.outputs).values(task=task.id, name=name, text=kept))
+            self._next(t, Due(task.id, task.step + 1, needs, task.home), status)
             t.record("task.step", task=task.id, step=task.step + 1, status=status, **told)
 
     def get(self, task_id: str, read: Read[T]) -> T:
         """One task; raises TaskNotFound."""
-        with self._approvals.transaction() as t:
+        with self._approvals.reading() as connection:
             query = select(tables.tasks).where(tables.tasks.c.id == task_id)
-            row = t.connection.execute(query).first() if task_id.isascii() else None
+            row = connection.execute(query).first() if task_id.isascii() and task_id.isprintable() else None
         if row is None:
             raise TaskNotFound(f"There is no task '{visible(task_id[:64])}'.", hint="See 'luminaguard tasks list'.")
         return self._read(row, read)
@@ -93,8 +134,8 @@ class TaskStore:
         query = select(tables.tasks).order_by(tables.tasks.c.created_ns)
         if statuses:
             query = query.where(tables.tasks.c.status.in_(statuses))
-        with self._approvals.transaction() as t:
-            rows = t.connection.execute(query).all()
+        with self._approvals.reading() as connection:
+            rows = connection.execute(query).all()
         found, damaged = [], []
         for row in rows:
             try:
@@ -110,8 +151,8 @@ class TaskStore:
             StorageError: a message cannot be read.
         """
         query = select(tables.messages.c.body).where(tables.messages.c.task == task_id)
-        with self._approvals.transaction() as t:
-            rows = t.connection.execute(query.order_by(tables.messages.c.seq)).all()
+        with self._approvals.reading() as connection:
+            rows = connection.execute(query.order_by(tables.messages.c.seq)).all()
         try:
             return [read(json.loads(row.body)) for row in rows]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -119,11 +160,30 @@ class TaskStore:
 
     def output(self, task_id: str, name: str) -> str | None:
         """A long output, whole; None if there is none of that name."""
-        if not name.isascii():  # such as half a surrogate pair, which no database takes
+        if not name.isascii() or not name.isprintable():  # half a surrogate pair, NUL: what no database takes
             return None
         where = (tables.outputs.c.task == task_id) & (tables.outputs.c.name == name)
-        with self._approvals.transaction() as t:
-            return t.connection.execute(select(tables.outputs.c.text).where(where)).scalar()
+        with self._approvals.reading() as connection:
+            return connection.execute(select(tables.outputs.c.text).where(where)).scalar()
+
+    def due(self) -> list[Due]:
+        """The steps that can be done now, oldest task first: of what runs, or waited for what was answered."""
+        with self._approvals.reading() as connection:
+            return self.due_in(connection)
+
+    @staticmethod
+    def due_in(connection: Connection) -> list[Due]:
+        """:meth:`due` in the caller's transaction."""
+        row, requests = tables.tasks.c, tables.requests
+        unanswered = exists().where((requests.c.id == row.waits_for) & requests.c.state.in_(_ANSWERED))
+        waited = (row.status == "waiting") & (row.waits_for != "") & ~unanswered
+        query = select(row.id, row.step, row.needs, row.home).where((row.status == "running") | waited)
+        rows = connection.execute(query.order_by(row.created_ns).limit(_MOST_DUE)).all()
+        return [Due(str(one.id), int(one.step), one.needs or "turn", str(one.home)) for one in rows]
+
+    def _next(self, t: Transaction, due: Due, status: str) -> None:
+        if self._enqueue is not None and (status == "running" or (status == "waiting" and due.needs == "folder")):
+            self._enqueue(t.connection, due)
 
     @staticmethod
     def _say(t: Transaction, task_id: str, messages: Sequence[dict[str, Any]]) -> None:

@@ -53,7 +53,7 @@ from luminaguard.reasoning.context import (
 )
 from luminaguard.reasoning.messages import Message, ToolCall
 from luminaguard.reasoning.model import Model
-from luminaguard.storage.tasks import TaskStore
+from luminaguard.storage.tasks import Needs, TaskStore
 from luminaguard.tasks.model import ENDED, Status, Task, open_calls, with_distinct_ids
 from luminaguard.tasks.ports import Cliff, Evaluated, Watcher, Workbench
 from luminaguard.tools.builtin import IN_MACHINE, Plan, plan
@@ -155,7 +155,9 @@ class Engine:
     def _save(self, task: Task, added: _Round, *, what: str, changed: bool = True) -> Task:
         """Save a step; ``changed`` says whether the workspace's state is another one now."""
         messages = [message.to_json() for message in added.messages]
-        self._store.save(task, task.status.value, messages, added.outputs, what=what, turns=task.turns,
+        goes_on = task.status in {Status.RUNNING, Status.WAITING}
+        needs = self._needs(task, [*self.history(task), *added.messages]) if goes_on else "turn"
+        self._store.save(task, task.status.value, messages, added.outputs, needs=needs, what=what, turns=task.turns,
                          tokens=task.usage.tokens, why=task.why[:200])  # fmt: skip
         saved = replace(task, step=task.step + 1)
         if self._said is not None and self._said[:2] == (task.id, task.step):
@@ -165,6 +167,13 @@ class Engine:
         if changed or saved.status in ENDED:
             self._bench.collect(saved)
         return saved
+
+    def _needs(self, task: Task, history: Sequence[Message]) -> Needs:
+        """What the next step needs."""
+        if task.request:
+            return "folder"
+        calls = open_calls(history)
+        return "machine" if calls and self._for_machine(calls[0]) else "turn"
 
     # -- the model --------------------------------------------------------------------------------------
 

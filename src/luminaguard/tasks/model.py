@@ -68,6 +68,7 @@ class Task:
         denied: a person said no to changes that are still in the snapshot: the next time a person is asked, whatever
             rules and grants say.
         created_ns, updated_ns: nanoseconds since the epoch.
+        home: the host that has the folder; empty where there is one host only.
     """
 
     id: str
@@ -90,6 +91,7 @@ class Task:
     why: str = ""
     denied: bool = False
     updated_ns: int = 0
+    home: str = ""
 
     @property
     def unpublished(self) -> Changeset:
@@ -127,7 +129,7 @@ class Task:
             budget=Budget.from_json(raw["budget"]), usage=Usage.from_json(raw["usage"]),
             snapshot=Snapshot.from_json(raw["snapshot"]), published=Changeset.from_json(raw["published"]),
             request=str(raw["request"]), asked_for=raw["asked_for"], question=str(raw["question"]), why=str(raw["why"]),
-            denied=bool(raw["denied"]),
+            denied=bool(raw["denied"]), home=str(row.home),
         )  # fmt: skip
 
 
