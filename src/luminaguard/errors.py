@@ -37,6 +37,7 @@ raises; only the command line exits.
     │   ├── Conflict                          the host's files are not the base any more
     │   └── OutcomeUnknown                    recovery could not restore the state before
     ├── TaskError                        122  a task cannot do what was asked of it
+    │   ├── LeaseLost                         of a worker: others do its work by now
     │   └── TaskNotFound
     ├── ModelRefused                     122  a language model will not answer this
     │   └── HistoryTooLong                    it does not take so much at once
@@ -72,6 +73,7 @@ __all__ = [
     "ImageMissing",
     "ImageTampered",
     "JailUnavailable",
+    "LeaseLost",
     "LedgerError",
     "LockOutdated",
     "LuminaGuardError",
@@ -291,6 +293,10 @@ class TaskError(LuminaGuardError):
     """A task cannot do what was asked of it."""
 
     exit_code = EXIT_REFUSED
+
+
+class LeaseLost(TaskError):
+    """This host did not renew its lease in time; what it was at is done by others."""
 
 
 class TaskNotFound(TaskError):

@@ -103,7 +103,7 @@ class Settings(BaseSettings):
     model: str = ""
     parallel_calls: int = Field(default=2, ge=1, le=64)
     database_url: str = Field(default="", repr=False)
-    host: str = Field(default="", pattern=r"^([a-z0-9][a-z0-9.-]{0,62})?$")
+    host: str = Field(default="", pattern=r"^([a-z0-9][a-z0-9.-]{0,35})?$")
     slots: int = Field(default=0, ge=0, le=256)
     lease_s: float = Field(default=30, ge=2, le=600)
     debug: bool = False

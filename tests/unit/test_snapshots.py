@@ -122,7 +122,7 @@ def test_contents_that_no_state_needs_are_deleted_and_layers_made_again(tasks):
         for fd in snapshots.open("task-1", state)[0]:
             os.close(fd)
     assert len(list(folder.glob("layer-*"))) == len(list((folder / "contents").iterdir())) == 2
-    snapshots.collect("task-1", second)
+    snapshots.collect("task-1", 2, second)
     assert len(list(folder.glob("layer-*"))) == len(list((folder / "contents").iterdir())) == 1
     (folder / f"layer-{second.key}").unlink()
     for fd in snapshots.open("task-1", second)[0]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from luminaguard import log
-from luminaguard.cli import agent, cliff, signals
+from luminaguard.cli import agent, cliff, fleet, signals
 from luminaguard.cli.common import Call, Json, open_runtime
 from luminaguard.cli.paths import absolute
 from luminaguard.errors import LuminaGuardError
@@ -42,6 +42,9 @@ app.add_typer(pool_app, name="pool")
 app.add_typer(agent.tasks_app, name="tasks")
 app.add_typer(agent.models_app, name="models")
 app.command("run")(agent.run)
+app.add_typer(fleet.database_app, name="database")
+app.command("worker")(fleet.worker)
+app.command("hosts")(fleet.hosts)
 
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="The folder to work on.", readable=False)]
 Publish = Annotated[str | None, typer.Option("--publish", help="ask, never or always.")]

@@ -122,6 +122,8 @@ def approve(runtime: Runtime, request_id: str, options: Approval, *, as_json: bo
         else:
             request = runtime.decisions.approve_and_hand_over(request, given, again=again)
             words = f"approved {request_id}: whoever asked may do it once"
+        if request.state is State.APPROVED and request.effect == "changeset":
+            words = f"approved {request_id}: the worker of {request.home} publishes it"
         if request.state is State.PENDING:
             words = f"{request_id} needs the approval of another person, too"
         elif again is not None:

@@ -141,8 +141,11 @@ def _work(runtime: Runtime, task: Task, held: Held, shown: _Shown, *, new: bool)
             if new:
                 task = await tasks.engine.create(task)
                 shown.began(task)
-            async with open_models(task.models, shown.watcher().note) as model:
-                task = await tasks.run(task, model, shown.watcher())
+            if runtime.host:  # in a fleet the workers do it
+                task = await tasks.follow(task, shown.watcher())
+            else:
+                async with open_models(task.models, shown.watcher().note) as model:
+                    task = await tasks.run(task, model, shown.watcher())
             group.cancel_scope.cancel()
         return task
 

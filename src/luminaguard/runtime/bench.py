@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,10 +32,17 @@ _MOST_OUTPUT = 4 << 20
 
 
 class MachineBench:
-    """Evaluates calls in machines of the runtime."""
+    """Evaluates calls in machines of the runtime.
 
-    def __init__(self, runtime: Runtime, snapshots: Snapshots) -> None:
+    Args:
+        runtime: its parts.
+        snapshots: the tasks' states.
+        slots: how many machines run at once; as many as calls are evaluated, if not given.
+    """
+
+    def __init__(self, runtime: Runtime, snapshots: Snapshots, slots: anyio.CapacityLimiter | None = None) -> None:
         self._runtime, self._snapshots = runtime, snapshots
+        self._slots = slots or anyio.CapacityLimiter(math.inf)
 
     async def begin(self, task: Task) -> None:
         """Keep the first state of the task's workspace; one that is kept stays."""
@@ -42,6 +51,7 @@ class MachineBench:
         await anyio.to_thread.run_sync(self._begin, task)
 
     def _begin(self, task: Task) -> None:
+        from luminaguard.runtime.policy import own_rules
         from luminaguard.workspaces.pack import WorkspaceImages
         from luminaguard.workspaces.state import read_state
 
@@ -52,6 +62,8 @@ class MachineBench:
         image = WorkspaceImages(runtime.folders.cache).open(state)
         try:
             self._snapshots.begin(task.id, state, image)
+            if runtime.host:
+                self._snapshots.keep_rules(task.id, own_rules(workspace))
         finally:
             os.close(image)
 
@@ -61,7 +73,7 @@ class MachineBench:
         from luminaguard.runtime.policy import marked_labels
 
         runtime = self._runtime
-        policy = runtime.policy(Path(task.workspace))
+        policy = runtime.policy(Path(task.workspace), home=task.home, task=task.id)
         marked = marked_labels(policy, (change.path for change in changed.changes))
         labels = runtime.tasks.labels(task.id) | {label for label, _ in marked}
         run = ToolRun(call.name, as_asked(call.name, call.arguments), task.workspace)
@@ -93,6 +105,7 @@ class MachineBench:
             command = Command(work.argv, processes=runtime.settings.processes, profile=runtime.settings.profile)
             rehearsal = Rehearsal(runtime, workspace, command, entries, said.take, feed,
                                   timeout_s=min(work.timeout_s, runtime.settings.timeout_s))  # fmt: skip
+            await stack.enter_async_context(_slot(self._slots))
             with Background(lambda: runtime.ledger) as opening:
                 try:
                     execution, _, writer = await rehearsal.once(prepared, opening, Stopwatch(), task.id)
@@ -121,12 +134,12 @@ class MachineBench:
         why, labels = runtime.tasks.standing(task.id)
         if why is not None:
             raise TaskStopped(task.id, why, kept="Nothing ran.")
-        policy = runtime.policy(workspace)
+        policy = runtime.policy(workspace, home=task.home, task=task.id)
         found = marked_labels(policy, entries)
         if not {label for label, _ in found} <= labels:
             labels = runtime.tasks.add_labels(task.id, found)
         run = ToolRun(call.name, as_asked(call.name, call.arguments), task.workspace)
-        runtime.decisions.permit(run, policy, task.id, labels)
+        runtime.decisions.permit(run, policy, task.id, labels, home=task.home)
 
     def links_on(self, task: Task, path: str) -> bool:
         """Whether a path goes through a link in the task's state."""
@@ -139,7 +152,7 @@ class MachineBench:
 
     def take(self, task: Task, owner: str) -> None:
         """Make the contents of an evaluation part of the task."""
-        self._snapshots.take(task.id, owner)
+        self._snapshots.take(task.id, owner, step=task.step)
 
     def drop(self, owner: str) -> None:
         """Forget the contents of an evaluation."""
@@ -147,7 +160,18 @@ class MachineBench:
 
     def collect(self, task: Task) -> None:
         """Delete contents that the task's state does not need."""
-        self._snapshots.collect(task.id, task.snapshot, task.published, task.unpublished)
+        self._snapshots.collect(task.id, task.step, task.snapshot, task.published, task.unpublished)
+
+
+@asynccontextmanager
+async def _slot(limiter: anyio.CapacityLimiter) -> AsyncIterator[None]:
+    """One of the slots, whatever task waits for it: a task may wait for several."""
+    borrower = object()
+    await limiter.acquire_on_behalf_of(borrower)
+    try:
+        yield
+    finally:
+        limiter.release_on_behalf_of(borrower)
 
 
 class _Said:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from luminaguard.runtime.tasks import LocalTasks
     from luminaguard.storage.approvals import Approvals
     from luminaguard.storage.approvers import Approvers
+    from luminaguard.storage.contents import Contents
     from luminaguard.storage.grants import Grants, Tasks
     from luminaguard.storage.ledger import Ledger
     from luminaguard.workspaces.blobs import BlobStore
@@ -57,7 +58,7 @@ class Runtime:
         """What this host is called in its fleet; empty where there is none."""
         if not self.settings.database_url:
             return ""
-        return self.settings.host or socket.gethostname().lower()[:63]
+        return self.settings.host or socket.gethostname().lower()[:36]
 
     # -- the parts ------------------------------------------------------------------------------
 
@@ -99,7 +100,14 @@ class Runtime:
         """Contents that wait for a decision."""
         from luminaguard.workspaces.blobs import BlobStore
 
-        return BlobStore(self.folders.state)
+        return BlobStore(self.folders.state, self.shared)
+
+    @cached_property
+    def shared(self) -> Contents | None:
+        """What the hosts of a fleet share; None where there is one host only."""
+        from luminaguard.storage.contents import Contents
+
+        return Contents(self.ledger.database) if self.host else None
 
     @cached_property
     def publisher(self) -> Publisher:
@@ -115,18 +123,17 @@ class Runtime:
         from luminaguard.storage.keys import load_key
         from luminaguard.storage.ledger import Ledger
 
-        self._database = Database.open(self.settings.database_url or self.folders.state / "luminaguard.db")
-        self._closing.callback(self._database.close)
+        database = Database.open(self.settings.database_url or self.folders.state / "luminaguard.db")
+        self._closing.callback(database.close)
         key = load_key(self.folders.state / "keys", "ledger")
-        return Ledger(self._database, key, self.folders.state / "ledger-head.json")
+        return Ledger(database, key, self.folders.state / "ledger-head.json", host=self.host)
 
     @cached_property
     def approvals(self) -> Approvals:
         """Requests and decisions."""
         from luminaguard.storage.approvals import Approvals
 
-        ledger = self.ledger
-        return Approvals(self._database, ledger, self.guard, self.host)
+        return Approvals(self.ledger.database, self.ledger, self.guard, self.host)
 
     @cached_property
     def grants(self) -> Grants:
@@ -156,11 +163,18 @@ class Runtime:
 
         return Approvers(self.folders.state / "keys")
 
-    def policy(self, workspace: Path | None) -> Policy:
-        """The rules that hold for a folder now; raises PolicyInvalid."""
+    def policy(self, workspace: Path | None, *, home: str = "", task: str = "") -> Policy:
+        """The rules that hold for a folder now; raises PolicyInvalid.
+
+        Args:
+            workspace: the folder; None where there is none.
+            home: the host that has it; on another one hold the rules that it had when its task began.
+            task: that task.
+        """
         from luminaguard.runtime.policy import load_policy
 
-        return load_policy(self.folders.config, workspace)
+        kept = self.agent_tasks.snapshots.rules(task) if home and home != self.host else None
+        return load_policy(self.folders.config, workspace, kept)
 
     @asynccontextmanager
     async def open_pool(self, limits: PoolLimits | None = None) -> AsyncIterator[Pool]:

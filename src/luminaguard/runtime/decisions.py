@@ -106,7 +106,9 @@ class Decisions:
         from luminaguard.workspaces.base import base_contents
 
         with base_contents(Path(request.workspace), changeset, MAX_TEXT) as before:
-            yield before, lambda sha: self._runtime.blobs.read(request.id, sha, MAX_TEXT)
+            blobs = self._runtime.blobs
+            kept = (lambda sha: before(sha) or blobs.read(request.id, sha, MAX_TEXT)) if request.home else before
+            yield kept, lambda sha: blobs.read(request.id, sha, MAX_TEXT)
 
     def story(self, request: Request) -> list[tuple[int, str]]:
         """What the ledger says of a request, its machine and its task: nanoseconds since the epoch, and words."""
@@ -148,7 +150,7 @@ class Decisions:
         _, judged = judge(policy, action_of(_to_run(run, task, labels), run))
         return judged.risk is Risk.GREEN and judged.people == 1
 
-    def permit(self, run: ToolRun, policy: Policy, task: str, labels: frozenset[str]) -> None:
+    def permit(self, run: ToolRun, policy: Policy, task: str, labels: frozenset[str], *, home: str = "") -> None:
         """Let a tool run in a machine, or not: by the rules, by an approval that waits for it, or by a grant.
 
         Args:
@@ -156,6 +158,7 @@ class Decisions:
             policy: the rules that hold for its folder.
             task: what it belongs to.
             labels: the untrusted input that it follows.
+            home: the host that has its folder.
 
         Raises:
             Forbidden: a rule forbids it; that is recorded.
@@ -187,7 +190,7 @@ class Decisions:
                     raise ApprovalNeeded(found.id)
         now = self._runtime.ledger.current_time()
         until = now + self._runtime.settings.approval_ttl_s * 1_000_000_000
-        request = self.ask(dataclasses.replace(request, created_ns=now, expires_ns=until), run)
+        request = self.ask(dataclasses.replace(request, created_ns=now, expires_ns=until, home=home), run)
         if (answer := self.without_asking(request)) is None:
             raise ApprovalNeeded(request.id)
         self.approve_and_hand_over(request, answer)
@@ -199,7 +202,8 @@ class Decisions:
         return judge(policy, self._action(request, effect, contents=policy.needs_card))
 
     def _policy(self, request: Request) -> Policy:
-        return self._runtime.policy(Path(request.workspace) if request.workspace else None)
+        workspace = Path(request.workspace) if request.workspace else None
+        return self._runtime.policy(workspace, home=request.home, task=request.task)
 
     def _action(self, request: Request, effect: Changeset | Outside, *, contents: bool) -> Action:
         labels = self._runtime.tasks.labels(request.task) if request.task else frozenset()
@@ -308,12 +312,15 @@ class Decisions:
             step: told before each step.
 
         Returns:
-            The request as it then stands: PENDING if another person must approve it, too.
+            The request as it then stands: PENDING if another person must approve it, too; APPROVED if another host
+            has the folder, and publishes it.
 
         Raises:
             ApprovalError: the request is not pending any more.
             PublishError: another process publishes into the folder and does not end; nothing was decided.
         """
+        if request.home != self._runtime.host:  # that host's worker publishes it
+            return self.approve_and_hand_over(request, answer, again=again)
         grant = self._grant(request, again, answer) if again else None
         with self._runtime.publisher.lock(request.workspace, wait_s=_LOCK_WAIT_S):
             if request.state is State.APPROVED:  # a crash may have come between deciding and publishing
@@ -339,7 +346,7 @@ class Decisions:
             raise error
 
     def approve_and_hand_over(self, request: Request, answer: Answer, *, again: Again | None = None) -> Request:
-        """Approve an effect that is no changeset; whoever asked for it takes it with :meth:`hand_over`."""
+        """Approve an effect that somebody else does: whoever asked for it, or another host that has the folder."""
         grant = self._grant(request, again, answer) if again else None
         request = self.decide(request, answer)
         if grant is not None:

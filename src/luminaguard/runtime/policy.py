@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from luminaguard.approvals.model import Request
     from luminaguard.effects.card import DiffCard
 
-__all__ = ["BUILT_IN", "action_of", "built_in_rules", "judge", "load_policy", "marked_labels"]
+__all__ = ["BUILT_IN", "action_of", "built_in_rules", "judge", "load_policy", "marked_labels", "own_rules"]
 
 BUILT_IN = "built-in rules"
 _AGENT = re.compile(r"task-\w{1,20}")
@@ -43,19 +43,29 @@ def built_in_rules() -> RulesFile:
     return RulesFile(BUILT_IN, (resources.files("luminaguard.actions") / "builtin.toml").read_text(encoding="utf-8"))
 
 
-def load_policy(config: Path, workspace: Path | None) -> Policy:
+def load_policy(config: Path, workspace: Path | None, kept: bytes | None = None) -> Policy:
     """Read all rules that hold for a folder.
 
     Args:
         config: the configuration folder.
         workspace: the folder that is worked on; None where there is none.
+        kept: the folder's own rules, where the folder is on another host; empty if it has none.
 
     Raises:
         PolicyInvalid: a file of rules cannot be read; nothing may run.
     """
     user = _read(config, "luminaguard.toml", follow=True)
-    own = _read(workspace, WORKSPACE_FILE, follow=False) if workspace else None
+    if kept is None:
+        own = _read(workspace, WORKSPACE_FILE, follow=False) if workspace else None
+    else:
+        own = RulesFile(WORKSPACE_FILE, kept.decode()) if kept else None
     return parse_policy(user, built_in_rules(), own)
+
+
+def own_rules(workspace: Path) -> bytes:
+    """The rules that a folder has of its own; empty if it has none. Raises PolicyInvalid."""
+    found = _read(workspace, WORKSPACE_FILE, follow=False)
+    return found.text.encode() if found else b""
 
 
 def judge(policy: Policy, action: Action) -> tuple[Judgement, Judged]:

@@ -9,10 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import anyio
 
 from luminaguard import log
 from luminaguard.approvals.model import Request, State, Verdict
+from luminaguard.effects.changes import Changeset, FileEntry
 from luminaguard.errors import (
     ApprovalError,
     Forbidden,
@@ -21,24 +25,26 @@ from luminaguard.errors import (
     TaskError,
     WorkspaceError,
 )
+from luminaguard.reasoning.messages import Message, ToolCall
 from luminaguard.reasoning.model import Model
 from luminaguard.runtime.bench import MachineBench
 from luminaguard.runtime.decisions import Answer
 from luminaguard.tasks.engine import Engine
-from luminaguard.tasks.model import ENDED, Task
-from luminaguard.tasks.ports import Watcher, Workbench
+from luminaguard.tasks.model import ENDED, Status, Task
+from luminaguard.tasks.ports import Evaluated, Watcher, Workbench
 from luminaguard.workspaces.locks import Busy, locked
 
 if TYPE_CHECKING:
-    from luminaguard.effects.changes import Changeset
     from luminaguard.runtime.core import Runtime
-    from luminaguard.storage.tasks import TaskStore
+    from luminaguard.storage.tasks import Enqueue, TaskStore
     from luminaguard.workspaces.snapshots import Snapshots
 
 __all__ = ["LocalTasks"]
 
 _KEPT_S = 7 * 86400
 """How long the first states of tasks that ended are kept, for replays."""
+_FOLLOW_S = 0.2
+_NOBODY_S = 2.0
 
 
 class LocalTasks:
@@ -47,25 +53,35 @@ class LocalTasks:
     Args:
         runtime: its parts.
         bench: where calls are evaluated; in machines if not given.
+        enqueue: told of each step that can be done; in a fleet, its queue is, if nothing is given.
     """
 
-    def __init__(self, runtime: Runtime, bench: Callable[[Runtime, Snapshots], Workbench] | None = None) -> None:
+    def __init__(
+        self, runtime: Runtime, bench: Callable[[Runtime, Snapshots], Workbench] | None = None,
+        enqueue: Enqueue | None = None,
+    ) -> None:  # fmt: skip
         self._runtime = runtime
         self._make_bench = bench or MachineBench
+        self._enqueue = enqueue
 
     @cached_property
     def store(self) -> TaskStore:
         """Their rows."""
         from luminaguard.storage.tasks import TaskStore
 
-        return TaskStore(self._runtime.approvals)
+        enqueue = self._enqueue
+        if enqueue is None and self._runtime.host:
+            from luminaguard.storage.queue import Jobs
+
+            enqueue = Jobs(self._runtime.ledger.database).enqueue
+        return TaskStore(self._runtime.approvals, enqueue)
 
     @cached_property
     def snapshots(self) -> Snapshots:
         """Their states."""
         from luminaguard.workspaces.snapshots import Snapshots
 
-        return Snapshots(self._runtime.folders.state, self._runtime.blobs)
+        return Snapshots(self._runtime.folders.state, self._runtime.blobs, self._runtime.shared)
 
     @cached_property
     def engine(self) -> Engine:
@@ -106,6 +122,31 @@ class LocalTasks:
         """Move a task on, as the only worker; see :meth:`luminaguard.tasks.engine.Engine.run`."""
         with self.worker(task.id):
             return await self.engine.run(self.engine.get(task.id), model, watcher)
+
+    async def follow(self, task: Task, watcher: Watcher) -> Task:
+        """Watch what the workers of the fleet make of a task, until it waits for a person, pauses or ends."""
+        from luminaguard.storage.hosts import Hosts
+
+        calls: dict[str, ToolCall] = {}
+        seen, step, since, warned = len(self.engine.history(task)), task.step, time.monotonic(), False
+        hosts = Hosts(self._runtime.ledger.database, self._runtime.host, "", self._runtime.settings.lease_s)
+        while True:
+            task = self.engine.get(task.id)
+            if task.step != step:
+                step, since = task.step, time.monotonic()
+                history = self.engine.history(task)
+                for message in history[seen:]:
+                    _tell(message, calls, watcher)
+                seen = len(history)
+            if task.status not in {Status.RUNNING, Status.WAITING} or task.question:
+                return task
+            request = self.stopped_at(task)
+            if request is not None and request.state in {State.PENDING, State.UNKNOWN}:
+                return task
+            if not warned and time.monotonic() - since > _NOBODY_S and not any(host.alive for host in hosts.all()):
+                watcher.note("no host of the fleet is alive: start 'luminaguard worker' on one; the task waits")
+                warned = True
+            await anyio.sleep(_FOLLOW_S)
 
     def check_folder(self, task: Task) -> None:
         """Refuse to go on with a task whose folder is gone, or is another one.
@@ -148,6 +189,20 @@ class LocalTasks:
         return time.time()
 
 
+def _tell(message: Message, calls: dict[str, ToolCall], watcher: Watcher) -> None:
+    """Show a part of a history as if it happened now."""
+    if message.role == "assistant":
+        if message.text:
+            watcher.text(message.text)
+        for call in message.calls:
+            calls[call.id] = call
+            watcher.call(call)
+    elif message.role == "tool" and message.call_id in calls:
+        text = message.text.partition("\n")[2] or message.text
+        outcome = Evaluated(text, failed=message.failed, changes=Changeset(()))
+        watcher.outcome(calls[message.call_id], outcome, "")
+
+
 class _TaskCliff:
     """The cliff of the runtime, for tasks."""
 
@@ -157,6 +212,8 @@ class _TaskCliff:
     def ask_to_publish(self, task: Task, request_id: str, changes: Changeset) -> Request:
         """Ask to publish changes."""
         runtime = self._runtime
+        if runtime.host:
+            self._keep_before(task, request_id, changes)
         self._snapshots.lend(task.id, request_id, changes)
         now = runtime.ledger.current_time()
         request = Request(
@@ -171,6 +228,19 @@ class _TaskCliff:
         except Forbidden:
             runtime.blobs.forget(request_id)
             raise
+
+    def _keep_before(self, task: Task, request_id: str, changes: Changeset) -> None:
+        """Let whoever looks on another host see what texts were before."""
+        from luminaguard.effects.card import MAX_TEXT
+        from luminaguard.workspaces.base import base_contents
+
+        writer = self._runtime.blobs.writer(request_id)
+        with base_contents(Path(task.workspace), changes, MAX_TEXT) as before:
+            for change in changes.changes:
+                if isinstance(change.before, FileEntry) and (data := before(change.before.sha256)) is not None:
+                    writer.begin()
+                    writer.write(data)
+                    writer.end()
 
     def look(self, request_id: str) -> tuple[Request | None, str, tuple[str, ...] | None]:
         """A request as it stands, how it ended in words, and the part that was approved."""

@@ -40,15 +40,18 @@ _MAX_HEAD = 4096
 class Ledger:
     """Append and verify; every append extends the chain and signs its new end."""
 
-    def __init__(self, database: Database, key: Ed25519PrivateKey, head: Path, clock: Clock = time.time_ns) -> None:
-        self._database = database
+    def __init__(
+        self, database: Database, key: Ed25519PrivateKey, head: Path, clock: Clock = time.time_ns, host: str = ""
+    ) -> None:
+        self._host = host
+        self.database = database
         self._key = key
         self._head = head
         self._clock = clock
 
     def append(self, kind: str, **body: Any) -> Entry:
         """Write one entry in a transaction of its own."""
-        with self._database.write() as connection:
+        with self.database.write() as connection:
             entry = self.append_in(connection, kind, body)
         self.publish_head(entry)
         return entry
@@ -66,7 +69,10 @@ class Ledger:
             LedgerError: the end that was published last is not in the chain any more: going on would hide it.
         """
         last = last or self.last(connection)
-        self._check_head(connection, last)
+        if last is not None and self.database.shared and not self._head.exists():
+            last = self._join(connection, last)
+        else:
+            self._check_head(connection, last)
         return self._extend(connection, last, kind, body)
 
     def bodies_in(self, connection: Connection, kind: str) -> Iterator[tuple[Entry, dict[str, Any]]]:
@@ -87,7 +93,7 @@ class Ledger:
         Raises:
             LedgerError: nothing is broken.
         """
-        with self._database.write() as connection:
+        with self.database.write() as connection:
             last = self.last(connection)
             try:
                 self._check_head(connection, last)
@@ -98,6 +104,19 @@ class Ledger:
             entry = self._extend(connection, last, "ledger.resumed", {"found": visible(why), "reason": visible(reason)})
         self.publish_head(entry)
         return entry
+
+    def _join(self, connection: Connection, last: Entry) -> Entry:
+        """Begin to watch a chain that other hosts have begun; who removes the head that a host had leaves this trace.
+
+        Raises:
+            LedgerError: its end is not signed.
+        """
+        query = select(tables.checkpoints).where(tables.checkpoints.c.seq == last.seq)
+        row = connection.execute(query).first()
+        if row is None or row.hash != last.hash:
+            raise _cut_off(f"there is no signature of its end, entry {last.seq}")
+        verify_checkpoint(Checkpoint(**row._mapping), self.public_key)  # noqa: SLF001  # SQLAlchemy's documented name
+        return self._extend(connection, last, "ledger.joined", {"host": self._host})
 
     def _check_head(self, connection: Connection, last: Entry | None) -> None:
         """The head may be behind the chain, after a crash; never ahead of it, beside it, or gone."""
@@ -132,7 +151,7 @@ class Ledger:
 
     def current_time(self) -> int:
         """:meth:`time` in a transaction of its own: nanoseconds since the epoch that never go back."""
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return self.time(connection)
 
     def publish_head(self, entry: Entry) -> None:
@@ -158,7 +177,7 @@ class Ledger:
         after = 0
         while True:
             query = select(tables.ledger).where(tables.ledger.c.seq > after).order_by(tables.ledger.c.seq)
-            with self._database.read() as connection:
+            with self.database.read() as connection:
                 rows = connection.execute(query.limit(_PAGE)).all()
             for row in rows:
                 yield Entry(**row._mapping)  # noqa: SLF001  # SQLAlchemy's documented name
@@ -172,10 +191,10 @@ class Ledger:
         Raises:
             LedgerError: it says which entry is wrong.
         """
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             rows = connection.execute(select(tables.checkpoints)).all()
         checkpoints = [Checkpoint(**row._mapping) for row in rows]  # noqa: SLF001  # as above
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             head = self._read_head(connection)
         if head is not None:
             checkpoints.append(head)
@@ -192,7 +211,7 @@ class Ledger:
                 raw = json.loads(file.read(_MAX_HEAD))
             return Checkpoint(int(raw["seq"]), str(raw["hash"]), base64.b64decode(raw["signature"], validate=True))
         except FileNotFoundError:
-            if self.last(connection) is None:
+            if self.database.shared or self.last(connection) is None:
                 return None
             why = "is missing"
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from sqlalchemy import Connection, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, exists, func, insert, select, update
 
 from luminaguard.effects.text import visible
 from luminaguard.errors import ChangesetRefused, StorageError, TaskError, TaskNotFound
 from luminaguard.storage import schema as tables
 from luminaguard.storage.approvals import Approvals, Transaction
 
-__all__ = ["Due", "Needs", "Stored", "TaskStore"]
+__all__ = ["Due", "Enqueue", "Needs", "Stored", "TaskStore"]
 
 Needs = Literal["turn", "machine", "folder"]
 """What the next step of a task needs: a model, a machine, or the host that has the folder."""
@@ -171,13 +171,29 @@ class TaskStore:
         with self._approvals.reading() as connection:
             return self.due_in(connection)
 
+    def due_step(self, task_id: str, step: int) -> Due | None:
+        """One step, if it can be done now."""
+        row = tables.tasks.c
+        with self._approvals.reading() as connection:
+            found = self.due_in(connection, (row.id == task_id) & (row.step == step))
+        return found[0] if found else None
+
+    def step_of(self, task_id: str) -> int:
+        """How many steps of a task are saved; -1 if there is no such task, or it has ended or waits."""
+        row = tables.tasks.c
+        query = select(row.step).where((row.id == task_id) & row.status.in_(("running", "waiting")))
+        with self._approvals.reading() as connection:
+            found = connection.execute(query).scalar()
+        return -1 if found is None else int(found)
+
     @staticmethod
-    def due_in(connection: Connection) -> list[Due]:
-        """:meth:`due` in the caller's transaction."""
+    def due_in(connection: Connection, only: ColumnElement[bool] | None = None) -> list[Due]:
+        """:meth:`due` in the caller's transaction, or those of some tasks."""
         row, requests = tables.tasks.c, tables.requests
         unanswered = exists().where((requests.c.id == row.waits_for) & requests.c.state.in_(_ANSWERED))
         waited = (row.status == "waiting") & (row.waits_for != "") & ~unanswered
-        query = select(row.id, row.step, row.needs, row.home).where((row.status == "running") | waited)
+        runs = (row.status == "running") | waited
+        query = select(row.id, row.step, row.needs, row.home).where(runs if only is None else only & runs)
         rows = connection.execute(query.order_by(row.created_ns).limit(_MOST_DUE)).all()
         return [Due(str(one.id), int(one.step), one.needs or "turn", str(one.home)) for one in rows]
 

@@ -469,6 +469,10 @@ class Engine:
         after: Task = replace(task, status=status, why="", **changed)  # type: ignore[arg-type]  # fields of a task
         return self._save(after, _Round(), what="resume", changed=False)
 
+    def pause(self, task: Task, why: str) -> Task:
+        """Let a task rest where it is, until a person resumes it."""
+        return self._save(task.paused(why), _Round(), what="paused", changed=False)
+
     def cancel(self, task: Task, why: str) -> Task:
         """End a task; what it asked for is not asked any more, not even if this is interrupted in the middle."""
         self._cliff.stop(task, why)

@@ -9,16 +9,23 @@ import time
 from pathlib import Path
 
 from luminaguard.errors import StorageError
+from luminaguard.workspaces.shared import Shared
 from luminaguard.workspaces.sparse import write_at
 
-__all__ = ["BlobStore", "BlobWriter"]
+__all__ = ["BlobStore", "BlobWriter", "share"]
 
 
 class BlobStore:
-    """One folder of blobs for each request, so that forgetting a request forgets its contents."""
+    """One folder of blobs for each request, so that forgetting a request forgets its contents.
 
-    def __init__(self, state: Path) -> None:
+    Args:
+        state: the state folder.
+        shared: where other hosts of the fleet have them from, and this one what others left.
+    """
+
+    def __init__(self, state: Path, shared: Shared | None = None) -> None:
         self.folder = state / "blobs"
+        self._shared = shared
 
     def writer(self, owner: str) -> BlobWriter:
         """A writer for the contents of one request."""
@@ -30,6 +37,7 @@ class BlobStore:
         Raises:
             StorageError: it is missing.
         """
+        self._fetch(owner, sha256)
         try:
             return os.open(self.folder / owner / sha256, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -40,6 +48,7 @@ class BlobStore:
 
     def read(self, owner: str, sha256: str, limit: int) -> bytes | None:
         """The content if it is there, not larger than ``limit`` bytes, and has that hash."""
+        self._fetch(owner, sha256)
         try:
             fd = os.open(self.folder / owner / sha256, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
@@ -48,8 +57,23 @@ class BlobStore:
             data = file.read(limit + 1)
         return data if len(data) <= limit and hashlib.sha256(data).hexdigest() == sha256 else None
 
+    def _fetch(self, owner: str, sha256: str) -> None:
+        """Have from elsewhere what is not here."""
+        path = self.folder / owner / sha256
+        if self._shared is None or path.exists():
+            return
+        for folder in (self.folder, path.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        self._shared.fetch(owner, sha256, path, sha256)
+
     def persist(self, owner: str) -> None:
-        """Make the contents of one request survive a power cut: it waits for a decision."""
+        """Make the contents of one request survive a power cut, and be had elsewhere: it waits for a decision."""
+        self.sync(owner)
+        for path in (self.folder / owner).glob("[!.]*") if self._shared is not None else ():
+            share(self._shared, owner, path)
+
+    def sync(self, owner: str) -> None:
+        """Make contents survive a power cut."""
         folder = self.folder / owner
         if not folder.is_dir():
             return
@@ -63,6 +87,8 @@ class BlobStore:
     def forget(self, owner: str) -> None:
         """Delete the contents of one request."""
         shutil.rmtree(self.folder / owner, ignore_errors=True)
+        if self._shared is not None and owner.startswith("req-"):  # what machines left was not shared
+            self._shared.forget(owner)
 
     def age_s(self, owner: str) -> float:
         """Seconds since the contents of one request last changed."""
@@ -74,6 +100,17 @@ class BlobStore:
     def owners(self) -> list[str]:
         """Whose contents are kept."""
         return sorted(entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else []
+
+
+def share(shared: Shared | None, owner: str, path: Path, *, step: int = 0) -> None:
+    """Let other hosts have a content that lies under its name."""
+    if shared is None:
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        shared.put(owner, path.name, fd, step=step)
+    finally:
+        os.close(fd)
 
 
 class BlobWriter:

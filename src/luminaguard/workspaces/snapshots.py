@@ -6,6 +6,7 @@ beside it by SHA-256. A state is a value: the same step on the same state is the
 
     tasks/ID/base.squashfs   the first state
     tasks/ID/base.json       what is in it
+    tasks/ID/rules           the rules in the folder itself, in a fleet
     tasks/ID/contents/SHA    what steps wrote
     tasks/ID/layer-KEY       a later state as an image that lies on the first; made again when missing
 """
@@ -25,9 +26,10 @@ from typing import Any
 
 from luminaguard.effects.changes import Changeset, DirEntry, Entry, FileEntry, LinkEntry
 from luminaguard.errors import StorageError
-from luminaguard.workspaces.blobs import BlobStore
+from luminaguard.workspaces.blobs import BlobStore, share
 from luminaguard.workspaces.layers import Base, difference
 from luminaguard.workspaces.opening import sync_folder
+from luminaguard.workspaces.shared import Shared
 from luminaguard.workspaces.squash import changed, squash
 from luminaguard.workspaces.state import WorkspaceState
 
@@ -36,7 +38,7 @@ __all__ = ["Snapshot", "Snapshots"]
 _FORMAT = 1
 _MAX = 1 << 30
 _CHUNK = 64 << 20
-_BASE, _META, _CONTENTS = "base.squashfs", "base.json", "contents"
+_BASE, _META, _CONTENTS, _RULES = "base.squashfs", "base.json", "contents", "rules"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,18 @@ class Snapshot:
 
 
 class Snapshots:
-    """The states of all tasks of a state folder."""
+    """The states of all tasks of a state folder.
 
-    def __init__(self, state: Path, blobs: BlobStore) -> None:
+    Args:
+        state: the state folder.
+        blobs: where machines leave what they wrote.
+        shared: where other hosts of the fleet have states from, and this one those of others.
+    """
+
+    def __init__(self, state: Path, blobs: BlobStore, shared: Shared | None = None) -> None:
         self.folder = state / "tasks"
         self._blobs = blobs
+        self._shared = shared
         self._known: tuple[str, WorkspaceState, Base] | None = None
         self._lock = threading.Lock()
 
@@ -106,11 +115,38 @@ class Snapshots:
             base = Base.of(state)
             whole = {"format": _FORMAT, "path": str(state.path), "device": state.device, "inode": state.inode,
                      "mode": state.mode, "key": base.key, "rows": base.rows}  # fmt: skip
+            if self._shared is not None:  # with what tells the copy of another host from another image
+                whole["image"] = _sha256(folder / _BASE)
+            share(self._shared, task, folder / _BASE)
             _write_whole(folder / _META, json.dumps(whole).encode("ascii"))
+            share(self._shared, task, folder / _META)
         except OSError as error:
             raise StorageError(
                 f"The first state of {task} cannot be kept: {error}.",
                 hint="Free some space in the state folder and run it again.",
+            ) from error
+
+    def keep_rules(self, task: str, rules: bytes) -> None:
+        """Keep the rules that the task's folder has of its own, for hosts that have not the folder; empty for none."""
+        path = self.folder / task / _RULES
+        _write_whole(path, rules)
+        share(self._shared, task, path)
+
+    def rules(self, task: str) -> bytes:
+        """What :meth:`keep_rules` kept.
+
+        Raises:
+            StorageError: nothing; without its rules a folder is not worked on.
+        """
+        path = self.folder / task / _RULES
+        try:
+            if task:
+                self._fetch(task, path)
+            return path.read_bytes()
+        except OSError as error:
+            raise StorageError(
+                "The rules of a folder on another host are not known here.",
+                hint="Answer on the host that has the folder, or give the task a new start there.",
             ) from error
 
     def copy_first(self, task: str, other: str) -> None:
@@ -152,20 +188,21 @@ class Snapshots:
                 upper = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
                 layer = difference(base, merged)
-                upper = squash(merged, _Contents(folder / _CONTENTS), path, lambda _: None, layer)
+                upper = squash(merged, _Contents(self, task), path, lambda _: None, layer)
         except BaseException:  # whatever ends this, the descriptor must not leak
             os.close(lower)
             raise
         return (lower, upper), merged.entries
 
-    def take(self, task: str, owner: str) -> None:
+    def take(self, task: str, owner: str, *, step: int = 0) -> None:
         """Make contents that a step left part of the task, so that they survive a power cut."""
         source, target = self._blobs.folder / owner, self.folder / task / _CONTENTS
         if not source.is_dir():
             return
-        self._blobs.persist(owner)
+        self._blobs.sync(owner)
         for blob in source.iterdir():
             blob.replace(target / blob.name)  # the same content under the same name, if it is there already
+            share(self._shared, task, target / blob.name, step=step)
         sync_folder(target)
         self._blobs.forget(owner)
 
@@ -176,6 +213,7 @@ class Snapshots:
             for folder in (writer.parent, writer):
                 folder.mkdir(mode=0o700, exist_ok=True)
             for sha256 in changes.blobs():
+                self._fetch(task, self.folder / task / _CONTENTS / sha256, sha256)
                 with contextlib.suppress(FileExistsError):
                     os.link(self.folder / task / _CONTENTS / sha256, writer / sha256)
             self._blobs.persist(owner)
@@ -185,11 +223,12 @@ class Snapshots:
                 hint="Check that the state folder has free space and was not edited; then resume the task.",
             ) from error
 
-    def collect(self, task: str, snapshot: Snapshot, *more: Changeset) -> None:
+    def collect(self, task: str, step: int, snapshot: Snapshot, *more: Changeset) -> None:
         """Delete what a task needs no more.
 
         Args:
             task: its id.
+            step: how many of its steps are saved.
             snapshot: its present state.
             more: other changes whose outcomes may be gone back to, or asked for.
         """
@@ -204,20 +243,40 @@ class Snapshots:
         for layer in folder.glob("layer-*"):
             if layer.name not in layers:
                 layer.unlink(missing_ok=True)
+        if self._shared is not None:
+            self._shared.collect(task, contents | {_BASE, _META, _RULES}, step)
 
     def forget(self, task: str) -> None:
         """Delete all states of a task."""
         self._known = None
         shutil.rmtree(self.folder / task, ignore_errors=True)
+        if self._shared is not None:
+            self._shared.forget(task)
+
+    def _fetch(self, task: str, path: Path, sha256: str = "") -> None:
+        """Have from elsewhere what is not here."""
+        if self._shared is None or path.exists():
+            return
+        for folder in (self.folder, self.folder / task, self.folder / task / _CONTENTS):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._shared.fetch(task, path.name, path, sha256)
+
+    def open_content(self, task: str, sha256: str) -> int:
+        """A descriptor of a content that a step wrote; raises OSError."""
+        path = self.folder / task / _CONTENTS / sha256
+        self._fetch(task, path, sha256)
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def tasks(self) -> list[str]:
-        """The tasks that have states."""
+        """The tasks that have states here."""
         return sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir()) if self.folder.is_dir() else []
 
     def _load(self, task: str) -> tuple[WorkspaceState, Base]:
-        if self._known is not None and self._known[0] == task:
-            return self._known[1], self._known[2]
+        known = self._known  # another thread may replace it
+        if known is not None and known[0] == task:
+            return known[1], known[2]
         path = self.folder / task / _META
+        self._fetch(task, path)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             with os.fdopen(fd, "rb") as file:
@@ -231,6 +290,8 @@ class Snapshots:
                 if link:
                     state.links[name] = str(link)
             base = Base(str(raw["key"]), raw["rows"])
+            if "image" in raw:
+                self._fetch(task, path.with_name(_BASE), str(raw["image"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"The first state of {task} cannot be read ({error}).",
@@ -266,15 +327,15 @@ class Snapshots:
 
 
 class _Contents:
-    """A folder of contents by SHA-256."""
+    """The contents of a task, by SHA-256."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, snapshots: Snapshots, task: str) -> None:
+        self._snapshots, self._task = snapshots, task
 
     def open(self, path: str, entry: FileEntry) -> int:
         """A descriptor of a content; what is read from it is hashed by the reader."""
         try:
-            return os.open(self._folder / entry.sha256, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return self._snapshots.open_content(self._task, entry.sha256)
         except OSError as error:
             raise changed(path) from error
 
@@ -299,6 +360,11 @@ def _entry(fields: list[Any]) -> Entry:
         case ["link", str(target)]:
             return LinkEntry(target)
     raise ValueError(f"no entry: {fields!r:.60}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_whole(path: Path, data: bytes) -> None:

@@ -1,0 +1,226 @@
+"""The queue of a fleet: procrastinate on PostgreSQL as the dispatcher, with what must stand around it.
+
+* a fence: a job is ended or put back only by the worker that still has it;
+* a lease for each host (:mod:`.lease`): whoever loses it kills its own machines, and writes nothing any more;
+* a reaper that every worker runs: what dead hosts were at goes to whoever is there;
+* a sweep: each step that can be done has a job, whatever was lost;
+* a loop around it all: a database that was restarted, and a lost lease, are begun anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from anyio.from_thread import BlockingPortal
+from procrastinate import App, JobContext, PsycopgConnector, RetryDecision
+from procrastinate.exceptions import ConnectorException, ProcrastinateException
+from procrastinate.jobs import Job
+from procrastinate.jobs import Status as JobStatus
+from procrastinate.manager import JobManager
+from procrastinate.retry import BaseRetryStrategy
+from psycopg import Error as PsycopgError
+from psycopg_pool import PoolTimeout
+from sqlalchemy import Connection
+
+from luminaguard import log
+from luminaguard.errors import LeaseLost, LuminaGuardError, StorageError, TaskError
+from luminaguard.storage import postgres
+from luminaguard.storage.database import Database
+from luminaguard.storage.hosts import Hosts
+from luminaguard.storage.queue import FINISH, REGISTER, RETRY, STEP, Jobs, queues_of
+from luminaguard.storage.tasks import Due, TaskStore
+from luminaguard.tasks.queues.lease import Lease
+from luminaguard.tasks.queues.port import Handler, Later
+
+__all__ = ["FleetQueue"]
+
+_SWEEP_S = 1.0
+_PATIENCE_S = 1.0
+_POLL_S = 1.0
+_FOR_EVER_S = 10.0**6
+_BROKEN = (ConnectorException, ProcrastinateException, PsycopgError, PoolTimeout, StorageError, OSError)
+
+
+class FleetQueue:
+    """One host's part in a fleet.
+
+    Args:
+        database: the fleet's.
+        url: of the same database, for the queue's own connections.
+        host: what this host is called; one worker of that name is alive at a time.
+        store: the tasks.
+        machines, turns: how many steps that need a machine, and others, are done at once.
+        lease_s: how long a host that is silent still counts as alive.
+        busy: how many machines run here.
+        kill: ends all machines of this worker; called in a thread when the lease is lost.
+    """
+
+    def __init__(
+        self, database: Database, url: str, host: str, store: Callable[[], TaskStore], *, machines: int, turns: int,
+        lease_s: float, busy: Callable[[], int], kill: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._database, self._url, self._host, self._store = database, url, host, store
+        self._machines, self._turns, self._lease_s = machines, turns, lease_s
+        self._busy, self._kill = busy, kill
+        self._jobs = Jobs(database, host)
+        self._hosts: Hosts | None = None
+        self._doing: dict[str, tuple[int, anyio.CancelScope]] = {}
+
+    def guard(self, connection: Connection) -> None:
+        """Refuse to write anything without a lease; see :meth:`Hosts.guard`."""
+        if self._hosts is None:
+            raise LeaseLost(f"The host {self._host!a} has no lease.", hint="It takes one as soon as it can.")
+        self._hosts.guard(connection)
+
+    def enqueue(self, connection: Connection, due: Due) -> None:
+        """Add a job for a step, near what this host has in its cache."""
+        self._jobs.enqueue(connection, due)
+
+    async def run(self, handle: Handler) -> None:
+        """Take part in the fleet until cancelled; raises TaskError if a worker of this name stays alive."""
+        logging.getLogger("procrastinate").setLevel(logging.CRITICAL)  # what matters of it is in our own log
+        logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
+        while True:
+            hosts = Hosts(self._database, self._host, secrets.token_hex(16), self._lease_s)
+            try:
+                await self._join(hosts)
+                await self._with_lease(hosts, handle)
+            except _BROKEN as error:
+                log.event("fleet.broken", host=self._host, error=repr(error)[:300])
+            except BaseExceptionGroup as group:
+                broken, others = group.split(_BROKEN)
+                log.event("fleet.broken", host=self._host, error=repr(broken)[:300])
+                if others is not None:
+                    raise others from None
+            finally:
+                self._hosts = None
+            await anyio.sleep(0.2 + random.random() * 0.5)  # noqa: S311  # not to come back all at once
+
+    async def _join(self, hosts: Hosts) -> None:
+        """Take the lease; that of a worker of this name that was killed runs out first."""
+        with anyio.move_on_after(self._lease_s * 1.5):
+            while True:
+                try:
+                    await anyio.to_thread.run_sync(hosts.join, self._machines)
+                    return
+                except TaskError:
+                    await anyio.sleep(self._lease_s / 20)
+        await anyio.to_thread.run_sync(hosts.join, self._machines)
+
+    async def _with_lease(self, hosts: Hosts, handle: Handler) -> None:
+        """Work until the lease is lost or the queue ends; all that was begun has ended then."""
+        async with BlockingPortal() as portal, anyio.create_task_group() as tasks:
+
+            def lost() -> None:
+                self._kill()  # first: the loop may be waiting for a database that does not answer
+                with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                    portal.start_task_soon(tasks.cancel_scope.cancel)
+
+            self._hosts = hosts
+            with Lease(hosts, self._lease_s, self._busy, lost):
+                tasks.start_soon(self._look_after, hosts)
+                try:
+                    await self._workers(hosts, handle)
+                finally:
+                    with anyio.CancelScope(shield=True), anyio.move_on_after(5):
+                        await self._leave(hosts)
+                tasks.cancel_scope.cancel()
+
+    @staticmethod
+    async def _leave(hosts: Hosts) -> None:
+        try:
+            await anyio.to_thread.run_sync(hosts.leave, abandon_on_cancel=True)
+        except StorageError as error:
+            log.event("fleet.not_left", error=error.message)  # then it runs out
+
+    async def _workers(self, hosts: Hosts, handle: Handler) -> None:
+        """Two workers of the queue: for what needs a machine, and for all else."""
+        connector = PsycopgConnector(kwargs=postgres.conninfo(postgres.parse_url(self._url)), min_size=1, max_size=6,
+                                     timeout=5)  # fmt: skip
+        app = App(connector=connector)
+        app.job_manager = _Fenced(connector, hosts.token)
+
+        async def step(context: JobContext, task: str, number: int) -> None:
+            await self._do(context.job, task, number, handle)
+
+        app.task(name=STEP, pass_context=True, retry=_Again())(step)
+        async with app.open_async(), anyio.create_task_group() as tasks:
+            for queues, count in zip(queues_of(self._host), (self._machines, self._turns), strict=True):
+                tasks.start_soon(self._worker, app, queues, count, tasks.cancel_scope)
+
+    async def _worker(self, app: App, queues: list[str], count: int, scope: anyio.CancelScope) -> None:
+        await app.run_worker_async(
+            queues=queues, concurrency=count, fetch_job_polling_interval=_POLL_S, shutdown_graceful_timeout=0,
+            install_signal_handlers=False, delete_jobs="always", update_heartbeat_interval=_FOR_EVER_S,
+            stalled_worker_timeout=_FOR_EVER_S, listen_notify=True,
+        )  # fmt: skip
+        scope.cancel()  # it returns when its connection broke: all is begun anew
+
+    async def _do(self, job: Job, task: str, number: int, handle: Handler) -> None:
+        due = self._store().due_step(task, number)
+        if due is None:  # it was done, or waits for somebody
+            return
+        with anyio.CancelScope() as scope:
+            self._doing[task] = (number, scope)
+            try:
+                await handle(due, job.attempts)
+            finally:
+                self._doing.pop(task, None)
+
+    async def _look_after(self, hosts: Hosts) -> None:
+        """Reap, sweep, and stop what somebody else did or ended meanwhile."""
+        while True:
+            try:
+                dead = await anyio.to_thread.run_sync(hosts.reap)
+                for name in dead:
+                    log.event("fleet.host_died", host=name, found_by=self._host)
+                await anyio.to_thread.run_sync(self._jobs.sweep, _PATIENCE_S)
+                for task, (number, scope) in tuple(self._doing.items()):
+                    if self._store().step_of(task) != number:
+                        scope.cancel()
+            except LuminaGuardError as error:
+                log.event("fleet.not_swept", error=error.message)
+            await anyio.sleep(_SWEEP_S * (0.75 + random.random() / 2))  # noqa: S311  # not all at once
+
+
+class _Again(BaseRetryStrategy):
+    """A step that could not be done, or was interrupted, is tried again."""
+
+    def get_retry_decision(self, *, exception: BaseException, job: Job) -> RetryDecision:
+        if isinstance(exception, Later):
+            near = job.queue.startswith("m@") and exception.elsewhere
+            return RetryDecision(retry_in={"milliseconds": int(exception.after_s * 1000)},
+                                 queue="machines" if near else None)  # fmt: skip
+        return RetryDecision(retry_in={"milliseconds": 500})
+
+
+class _Fenced(JobManager):
+    """Ends and puts back only what is still this worker's."""
+
+    def __init__(self, connector: PsycopgConnector, token: str) -> None:
+        super().__init__(connector)
+        self._token = token
+
+    async def register_worker(self) -> int:
+        row = await self.connector.execute_query_one_async(query=REGISTER, token=self._token)
+        return int(row["worker_id"])
+
+    async def finish_job(self, job: Job, status: JobStatus, delete_job: bool) -> None:  # theirs
+        del delete_job
+        await self.connector.execute_query_async(query=FINISH, status=status.value, **_mine(job))
+
+    async def retry_job(self, job: Job, retry_at: Any = None, priority: Any = None, queue: Any = None,
+                        lock: Any = None) -> None:  # fmt: skip
+        del priority, lock
+        await self.connector.execute_query_async(query=RETRY, retry_at=retry_at, queue=queue, **_mine(job))
+
+
+def _mine(job: Job) -> dict[str, Any]:
+    return {"job_id": job.id, "worker_id": job.worker_id, "attempts": job.attempts}
