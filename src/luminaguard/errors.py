@@ -42,6 +42,7 @@ raises; only the command line exits.
     ├── ModelRefused                     122  a language model will not answer this
     │   └── HistoryTooLong                    it does not take so much at once
     ├── StorageError                     125  the database or a state file cannot be used
+    │   └── DatabaseUnreachable               its server does not answer, for now
     └── LedgerError                      122  the ledger does not verify
 """
 
@@ -63,6 +64,7 @@ __all__ = [
     "ChangesetRefused",
     "CommandTooLong",
     "Conflict",
+    "DatabaseUnreachable",
     "Forbidden",
     "GuestProtocolError",
     "GuestUnresponsive",
@@ -316,6 +318,10 @@ class HistoryTooLong(ModelRefused):
 
 class StorageError(LuminaGuardError):
     """The database or a state file cannot be used."""
+
+
+class DatabaseUnreachable(StorageError):
+    """The database's server does not answer, for now."""
 
 
 class LedgerError(LuminaGuardError):

@@ -122,8 +122,13 @@ class Rehearsal:
             # Not awaited: this may be a cancellation, and the record is owed all the same.
             opening.join().append(kind, vm=vm_id, reason=type(error).__name__, message=ascii(str(error))[:500])
             raise
-        ledger.append("exec.finished", vm=vm_id, exit_code=outcome.exit_code, timed_out=outcome.timed_out,
-                      out_of_memory=outcome.out_of_memory, changes=len(changeset), digest=changeset.digest)  # fmt: skip
+        try:
+            ledger.append("exec.finished", vm=vm_id, exit_code=outcome.exit_code, timed_out=outcome.timed_out,
+                          out_of_memory=outcome.out_of_memory, changes=len(changeset),
+                          digest=changeset.digest)  # fmt: skip
+        except BaseException:  # what is not recorded did not happen
+            writer.discard()
+            raise
         execution = Execution(vm_id, vm.backend, vm.accelerator, spawn_ms, outcome, changeset, jail=vm.process.layers)
         return execution, mode, writer
 

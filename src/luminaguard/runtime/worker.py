@@ -17,6 +17,7 @@ import anyio
 from luminaguard import log
 from luminaguard.approvals.model import State
 from luminaguard.errors import (
+    DatabaseUnreachable,
     GuestUnresponsive,
     HypervisorUnavailable,
     LeaseLost,
@@ -118,17 +119,30 @@ class Worker:
         runtime = self._runtime
         try:
             with locked(runtime.folders.run / "host.lock", "worker"):
-                queue = self.queue
+                queue = await self._opened()
                 async with anyio.create_task_group() as group:
                     if self._bench is None:
                         await group.start(self._lend)
-                    group.start_soon(self._publish_what_was_approved)
+                    group.start_soon(self._look_after_folders)
                     self._tell(f"{runtime.host or 'this host'}: {self.slots} machines at once; waiting for tasks")
                     await queue.run(self._handle)
         except Busy:
             raise TaskError(
                 "A worker is at work with this state folder.", hint="One is enough; it does all tasks of this user."
             ) from None
+
+    async def _opened(self) -> Queue:
+        """The queue, once its database answers."""
+        said = False
+        while True:
+            try:
+                _ = self._runtime.ledger
+                return self.queue
+            except DatabaseUnreachable as error:
+                if not said:
+                    self._tell(f"{error.message} It is tried again until it answers.")
+                said = True
+                await anyio.sleep(1)
 
     async def _lend(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """A pool of its own, from which also every exec of this user takes its machines."""
@@ -177,9 +191,10 @@ class Worker:
                 after, moved = await engine.step(task, model, Watcher())
         else:
             after, moved = await engine.step(task, _NotAsked(), Watcher())
-        if moved:
-            why = f" ({after.why})" if after.why else ""
-            self._tell(f"{task.id}: step {after.step}: {after.status.value}{why}")
+        if not moved:  # it still waits, such as for a lock
+            raise Later(1.0)
+        why = f" ({after.why})" if after.why else ""
+        self._tell(f"{task.id}: step {after.step}: {after.status.value}{why}")
 
     def _failed(self, due: Due, tries: int, error: LuminaGuardError) -> None:
         """Try it again, here or elsewhere; a task that nobody can go on with rests."""
@@ -192,14 +207,19 @@ class Worker:
         if task.step == due.step:
             self.tasks.engine.pause(task, f"{error.message} {error.hint}")
 
-    async def _publish_what_was_approved(self) -> None:
-        """What people approved elsewhere goes into this host's folders here; what is a task's, its next step does."""
+    async def _look_after_folders(self) -> None:
+        """Settle what was interrupted, and publish what people approved elsewhere; a task's next step does its own."""
         runtime = self._runtime
         while True:
             try:
-                for request in runtime.approvals.list():
-                    mine = request.effect == "changeset" and request.home == runtime.host and not request.task
-                    if mine and runtime.host and request.state is State.APPROVED:
+                here = [one for one in runtime.approvals.list()
+                        if one.effect == "changeset" and one.home == runtime.host]  # fmt: skip
+                # A publish may have lost its database in the middle, in this very process.
+                if any(one.state is State.CLAIMED for one in here) or runtime.publisher.interrupted():
+                    for sentence in runtime.decisions.recover():
+                        self._tell(sentence)
+                for request in here if runtime.host else ():
+                    if request.state is State.APPROVED and not request.task:
                         runtime.decisions.publish(request.id)
                         self._tell(f"{request.id}: published")
             except LeaseLost:

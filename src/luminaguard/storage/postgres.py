@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from luminaguard.errors import SettingsError, StorageError
+from luminaguard.errors import DatabaseUnreachable, SettingsError, StorageError
 from luminaguard.storage import schema
 from luminaguard.storage.revisions import newer
 from luminaguard.storage.revisions import upgrade as bring_up
@@ -119,19 +119,20 @@ def explain(name: str, error: DBAPIError) -> StorageError:
     """What happened, and what to do."""
     lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
     said = lines[0].rstrip(".")
-    state = getattr(error.orig, "sqlstate", None) or ""
+    state, kind = getattr(error.orig, "sqlstate", None) or "", StorageError
     if state in {"42501", "28000", "28P01"}:
         hint = "Check the role, its password and its rights: 'luminaguard database upgrade --role NAME' gives them."
     elif state.startswith("53"):
         hint = "The server is short of space, memory or connections; see its log."
     elif error.connection_invalidated or not state or state.startswith(("08", "57")):
+        kind = DatabaseUnreachable
         hint = (
             "Check that the server runs and can be reached; what was finished is kept, and workers go on by themselves."
         )
     else:
         hint = "Run the command again; see the server's log."
-    return StorageError(f"The database {name} cannot be used: {said}.", hint=hint,
-                        kept="The transaction was rolled back; nothing is half written.")  # fmt: skip
+    return kind(f"The database {name} cannot be used: {said}.", hint=hint,
+                kept="The transaction was rolled back; nothing is half written.")  # fmt: skip
 
 
 def _unusable(why: str) -> SettingsError:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import anyio
+
 from luminaguard.effects.changes import Change, Changeset, DirEntry, FileEntry
 from luminaguard.reasoning.messages import ToolCall
 from luminaguard.runtime.bench import MachineBench
@@ -24,8 +26,9 @@ __all__ = ["PlayedBench"]
 class PlayedBench(MachineBench):
     """Plays ``write_file``, and ``shell`` with ``rm NAME`` or ``chmod NAME``; other calls change nothing."""
 
-    def __init__(self, runtime: Runtime, snapshots: Snapshots) -> None:
+    def __init__(self, runtime: Runtime, snapshots: Snapshots, *, takes_s: float = 0) -> None:
         super().__init__(runtime, snapshots)
+        self._takes_s = takes_s
         self._blobs = runtime.blobs
         self._states = snapshots
         self.evaluated: list[str] = []
@@ -36,6 +39,7 @@ class PlayedBench(MachineBench):
         entries = task.snapshot.changes.applied_to(self._states.first(task.id).entries)
         self.permit(task, call, Path(task.workspace), entries)
         self.evaluated.append(call.id)
+        await anyio.sleep(self._takes_s)
         command = str(call.arguments.get("command", ""))
         owner = f"vm-{task.id}-{task.step}-{call.id}"
         changes = []
