@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 
 import anyio
+
 from luminaguard.microvm.tracker import VMTracker
 from luminaguard.runtime import Runtime
 from luminaguard.runtime.tasks import LocalTasks

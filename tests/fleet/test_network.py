@@ -120,8 +120,9 @@ def test_only_who_is_let_in_gets_in_and_only_by_tls(secure, tmp_path, monkeypatc
 def test_a_host_that_is_cut_off_stops_and_comes_back(secure, network, make_host, tmp_path, script, monkeypatch):
     monkeypatch.setenv("PGPASSFILE", str(tmp_path / "worker.pgpass"))
     prefixes = [["ip", "netns", "exec", network.spaces[0]], network.space(), network.space()]
-    hosts = [make_host(f"host-{number}", url=verified(secure), prefix=prefix, PGPASSFILE=str(tmp_path / "worker.pgpass"),
-                       PLAYED_TAKES_S="0.3") for number, prefix in enumerate(prefixes)]  # fmt: skip
+    more = {"PGPASSFILE": str(tmp_path / "worker.pgpass"), "PLAYED_TAKES_S": "0.3"}
+    hosts = [make_host(f"host-{number}", url=verified(secure), prefix=prefix, **more)
+             for number, prefix in enumerate(prefixes)]  # fmt: skip
     workspaces = tmp_path / "workspaces"
     ids = [one for host in hosts for one in host.begin(6, script, workspaces)]
     for host in hosts:

@@ -76,7 +76,7 @@ class Database:
             engine, name = postgres.connect(place)
             database = cls(engine, name, lambda error: postgres.explain(name, error))
         try:
-            with database.write() as connection:
+            with database.write(alone=upgrade or not database.shared) as connection:
                 if database.shared:
                     postgres.check_schema(connection, name=database.name, upgrade=upgrade)
                 else:

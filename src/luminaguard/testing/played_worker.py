@@ -24,8 +24,11 @@ def main() -> None:
     log.configure(folders.state / "log")
     runtime = Runtime(load_settings(folders), folders)
     takes_s = float(os.environ.get("PLAYED_TAKES_S", "0.05"))
-    worker = Worker(runtime, lambda words: print(words, file=sys.stderr, flush=True), partial(PlayedBench, takes_s=takes_s))
-    anyio.run(worker.run)
+    anyio.run(Worker(runtime, _tell, partial(PlayedBench, takes_s=takes_s)).run)
+
+
+def _tell(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
