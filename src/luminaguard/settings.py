@@ -105,6 +105,8 @@ class Settings(BaseSettings):
     database_url: str = Field(default="", repr=False)
     host: str = Field(default="", pattern=r"^([a-z0-9][a-z0-9.-]{0,35})?$")
     slots: int = Field(default=0, ge=0, le=256)
+    service_url: str = ""
+    service_authority: str = ""
     lease_s: float = Field(default=30, ge=2, le=600)
     debug: bool = False
 

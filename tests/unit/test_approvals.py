@@ -221,6 +221,8 @@ def test_an_older_copy_of_the_database_does_not_verify(tmp_path):
 @pytest.mark.parametrize("how", ["rolled back", "deleted", "another end", "no head", "garbage head"])
 def test_after_a_break_nothing_is_appended_until_a_person_resumes(desk, tmp_path, how):
     """Appending to a chain that was cut off would sign the cut."""
+    if how == "no head" and desk.database.shared:
+        pytest.skip("a host that joins a fleet has none; see tests/fleet")
     for number in range(3):
         desk.ledger.append("one", number=number)
     head = tmp_path / "head.json"
@@ -378,11 +380,13 @@ def test_a_decision_of_the_old_format_cannot_carry_what_that_did_not_sign(desk):
             desk.approvals.decide(dataclasses.replace(old, **more), desk.keys)
 
 
-def test_a_removed_head_does_not_verify(desk, tmp_path):
+def test_a_removed_head_does_not_verify(tmp_path):
+    desk = Desk(tmp_path)
     desk.ledger.append("one")
     (tmp_path / "head.json").unlink()
     with pytest.raises(LedgerError, match="missing"):
         desk.ledger.verify()
+    desk.database.close()
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage" * 1000])

@@ -90,7 +90,7 @@ def test_what_a_folder_held_goes_with_it(runtime, workspace):
 def test_a_part_that_was_not_signed_is_not_published(runtime, workspace):
     request = ask_for_changes(runtime, workspace, {"a.txt": b"1", "b": b"2"})
     runtime.decisions.decide(request, dataclasses.replace(YES, part=("a.txt",)))
-    with runtime._database.write() as connection:
+    with runtime.ledger.database.write() as connection:
         connection.exec_driver_sql("""UPDATE decisions SET part = '["a.txt", "b"]'""")
     with pytest.raises(ApprovalError):
         runtime.decisions.publish(request.id)
@@ -263,12 +263,12 @@ def test_what_is_critical_is_asked_for_each_time(runtime, workspace):
 
 def test_a_grant_that_was_edited_in_the_database_is_not_used(runtime, workspace):
     granted(runtime, workspace, {"a.txt": b"0"}, Again(1, 3600))
-    with runtime._database.write() as connection:
+    with runtime.ledger.database.write() as connection:
         connection.exec_driver_sql("UPDATE grants SET max_uses = 1000")
     request = ask_for_changes(runtime, workspace, {"a.txt": b"1"})
     assert runtime.decisions.without_asking(request) is None
     assert "grant.refused" in kinds(runtime)
-    with runtime._database.write() as connection:
+    with runtime.ledger.database.write() as connection:
         connection.exec_driver_sql("UPDATE grants SET scope = '[]'")
     with pytest.raises(StorageError, match="cannot be read"):
         runtime.grants.list()
@@ -307,11 +307,11 @@ def test_one_person_is_not_two_and_one_no_is_enough(runtime, workspace):
     request = ask_for_changes(runtime, workspace, {"a.txt": b"1"})
     assert runtime.decisions.without_asking(request) is None  # a rule is nobody
     runtime.decisions.decide(request, YES)
-    with runtime._database.write() as connection:
+    with runtime.ledger.database.write() as connection:
         connection.exec_driver_sql("UPDATE requests SET state = 'approved', people = 1")
     with pytest.raises(ApprovalError, match="different people"):
         runtime.decisions.publish(request.id)
-    with runtime._database.write() as connection:
+    with runtime.ledger.database.write() as connection:
         connection.exec_driver_sql("UPDATE requests SET state = 'pending'")
     runtime.approvers.add("ada", "a long passphrase")
     ada = runtime.approvers.unlock("ada", "a long passphrase")

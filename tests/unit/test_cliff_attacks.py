@@ -43,7 +43,7 @@ def rule(risk, when, name="mine"):
 
 def edit(runtime, statement):
     """What somebody can do who may write to the database, and to nothing else."""
-    with runtime._database.write() as connection:
+    with runtime.ledger.database.write() as connection:
         connection.exec_driver_sql(statement)
 
 

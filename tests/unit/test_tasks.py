@@ -500,7 +500,7 @@ def test_what_the_agent_was_asked_is_no_command_line(desk):
 def test_damaged_rows_do_not_hide_the_others(desk):
     desk.create()
     anyio.run(desk.engine.create, Task("task-2", "x", str(desk.workspace), "m", 5))
-    with desk.runtime._database.write() as connection:
+    with desk.runtime.ledger.database.write() as connection:
         connection.exec_driver_sql("UPDATE tasks SET body = '{' WHERE id = 'task-2'")
         connection.exec_driver_sql("UPDATE messages SET body = '{}' WHERE task = 'task-1'")
     found, damaged = desk.tasks.store.all(Task.from_json)
@@ -832,7 +832,7 @@ def test_states_of_no_task_are_collected(desk):
     os.utime(lost, (0, 0))
     desk.tasks.collect()
     assert desk.tasks.snapshots.tasks() == [task.id]
-    with desk.runtime._database.write() as connection:
+    with desk.runtime.ledger.database.write() as connection:
         connection.exec_driver_sql("UPDATE tasks SET updated_ns = 0")
     desk.tasks.collect()
     assert desk.tasks.snapshots.tasks() == []

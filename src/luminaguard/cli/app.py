@@ -45,6 +45,8 @@ app.command("run")(agent.run)
 app.add_typer(fleet.database_app, name="database")
 app.command("worker")(fleet.worker)
 app.command("hosts")(fleet.hosts)
+app.command("serve")(fleet.serve)
+app.add_typer(fleet.remote_app, name="remote")
 
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="The folder to work on.", readable=False)]
 Publish = Annotated[str | None, typer.Option("--publish", help="ask, never or always.")]

@@ -29,6 +29,7 @@ __all__ = [
     "answer",
     "approve",
     "close",
+    "passphrase",
     "read_json",
     "remove_approver",
     "request",
@@ -242,10 +243,10 @@ def add_approver(runtime: Runtime, name: str, *, as_json: bool) -> None:
     """Make another person's key."""
     from luminaguard.approvals.signing import key_id
 
-    passphrase = _passphrase(f"Passphrase of {name}: ")
-    if sys.stdin.isatty() and _passphrase("Again: ") != passphrase:
+    chosen = passphrase(f"Passphrase of {name}: ")
+    if sys.stdin.isatty() and passphrase("Again: ") != chosen:
         raise ApprovalError("The two passphrases differ.", hint="Try again.")
-    key = runtime.approvers.add(name, passphrase)
+    key = runtime.approvers.add(name, chosen)
     runtime.ledger.append("approver.added", name=name, key=key_id(key))
     print_json({"name": name, "key": key_id(key)}) if as_json else print(f"{name} may approve, with key {key_id(key)}")
 
@@ -296,11 +297,12 @@ def _answered_by(runtime: Runtime, given: Answer, person: str) -> Answer:
     """The answer as another person's, whose passphrase is asked for."""
     if not person:
         return given
-    key = runtime.decisions.unlock(person, _passphrase(f"Passphrase of {person}: "))
+    key = runtime.decisions.unlock(person, passphrase(f"Passphrase of {person}: "))
     return Answer(given.verdict, given.means, given.reason, given.part, person, key)
 
 
-def _passphrase(question: str) -> str:
+def passphrase(question: str) -> str:
+    """A passphrase, from the terminal or a line of standard input."""
     if sys.stdin.isatty():
         return getpass.getpass(question)
     return sys.stdin.readline().rstrip("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,11 +13,152 @@ from luminaguard.cli.common import Json, open_runtime
 from luminaguard.errors import SettingsError
 
 if TYPE_CHECKING:
+    from luminaguard.cli.remote import Service
     from luminaguard.runtime import Runtime
 
-__all__ = ["database_app", "hosts", "worker"]
+__all__ = ["database_app", "hosts", "remote_app", "serve", "worker"]
 
 database_app = typer.Typer(help="The database that a fleet shares.", no_args_is_help=True, rich_markup_mode=None)
+
+
+remote_app = typer.Typer(help="Requests of a fleet, through its service, with your own key.", no_args_is_help=True,
+                         rich_markup_mode=None)  # fmt: skip
+RequestId = Annotated[str, typer.Argument(metavar="ID")]
+As = Annotated[str, typer.Option("--as", metavar="NAME", help="Your name as an approver; asks for your passphrase.")]
+Url = Annotated[str | None, typer.Option("--service", metavar="URL", help="https://HOST:PORT")]
+Authority = Annotated[
+    str | None, typer.Option("--authority", metavar="FILE", help="The authority of its certificate, in PEM.")
+]
+Reason = Annotated[str, typer.Option("--reason", help="What the agent gets to read.")]
+
+
+def serve(
+    listen: Annotated[str, typer.Option("--listen", metavar="ADDRESS:PORT")] = "127.0.0.1:8443",
+    certificate: Annotated[Path | None, typer.Option("--certificate", metavar="FILE", help="PEM.")] = None,
+    key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="PEM.")] = None,
+) -> None:
+    """Let approvers look at requests and answer them over HTTPS, with their own keys, until interrupted."""
+    import anyio
+
+    from luminaguard.service.server import Server
+
+    with signals.held() as held:
+        runtime = open_runtime()
+        _ = runtime.approvals
+        server = Server(runtime, listen, certificate, key)
+
+        async def run() -> None:
+            async with anyio.create_task_group() as tasks:
+
+                async def until_signal() -> None:
+                    while await held.next() not in signals.ENDING:
+                        pass
+                    server.should_exit = True
+
+                tasks.start_soon(until_signal)
+                _tell(f"approvers may ask at {'https' if certificate else 'http'}://{listen} (Ctrl-C ends it)")
+                await server.serve()
+                tasks.cancel_scope.cancel()
+
+        try:
+            anyio.run(run)
+        except SystemExit:  # how it says that it cannot listen
+            raise SettingsError(
+                f"{listen} cannot be listened at.",
+                hint="Another program may have this port, or the certificate and key do not belong together.",
+            ) from None
+        signals.over()
+        held.take()
+
+
+@remote_app.command("list")
+def remote_list(
+    person: As, everything: Annotated[bool, typer.Option("--all", help="Those that were decided, too.")] = False,
+    service: Url = None, authority: Authority = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """List the requests that wait for a decision."""
+    from luminaguard.cli import remote
+
+    remote.show_list(_service(person, service, authority, as_json=as_json), everything=everything, as_json=as_json)
+
+
+@remote_app.command("show")
+def remote_show(
+    request_id: RequestId, person: As, full: Annotated[bool, typer.Option("--full", help="Whole diffs.")] = False,
+    service: Url = None, authority: Authority = None,
+) -> None:  # fmt: skip
+    """Show the card of a request."""
+    from luminaguard.cli import remote
+
+    remote.show_one(_service(person, service, authority), request_id, full=full)
+
+
+@remote_app.command("approve")
+def remote_approve(
+    request_id: RequestId, person: As,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="PATH", help="This path alone; may be repeated.")]
+    = None,
+    service: Url = None, authority: Authority = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Approve a request; the host that has the folder publishes it."""
+    from luminaguard.approvals import State, Verdict
+    from luminaguard.cli import remote
+    from luminaguard.errors import EXIT_PENDING
+
+    desk = _service(person, service, authority, as_json=as_json)
+    after = remote.answer(desk, request_id, Verdict.APPROVE, "", tuple(only) if only else None, as_json=as_json)
+    if after.state is State.PENDING:
+        sys.exit(EXIT_PENDING)
+
+
+@remote_app.command("deny")
+def remote_deny(
+    request_id: RequestId, person: As, reason: Reason = "", service: Url = None, authority: Authority = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Deny a request; its changes are discarded."""
+    _answer("deny", request_id, person, reason, service, authority, as_json=as_json)
+
+
+@remote_app.command("return")
+def remote_return(
+    request_id: RequestId, person: As, reason: Reason = "", service: Url = None, authority: Authority = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Ask for changes: nothing is published, and the agent reads what should be different."""
+    _answer("ask for changes", request_id, person, reason, service, authority, as_json=as_json)
+
+
+@remote_app.command("stop")
+def remote_stop(
+    request_id: RequestId, person: As, reason: Reason = "", service: Url = None, authority: Authority = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Deny a request and stop its task."""
+    _answer("stop the task", request_id, person, reason, service, authority, as_json=as_json)
+
+
+def _answer(
+    verdict: str, request_id: str, person: str, reason: str, url: str | None, authority: str | None, *, as_json: bool
+) -> None:
+    from luminaguard.approvals import Verdict
+    from luminaguard.cli import remote
+
+    desk = _service(person, url, authority, as_json=as_json)
+    remote.answer(desk, request_id, Verdict(verdict), reason, None, as_json=as_json)
+
+
+def _service(person: str, url: str | None, authority: str | None, *, as_json: bool = False) -> Service:
+    """The service, with the approver's key, which lies on this machine and nowhere else."""
+    from luminaguard.cli.approvals import passphrase
+    from luminaguard.cli.remote import Service
+
+    runtime = open_runtime(as_json=as_json, service_url=url, service_authority=authority)
+    s = runtime.settings
+    if not s.service_url:
+        raise SettingsError("No service is named.", hint="Give --service URL, or set service_url.")
+    key = runtime.approvers.unlock(person, passphrase(f"Passphrase of {person}: "))
+    return Service(s.service_url, s.service_authority, person, key)
 
 
 def worker(

@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luminaguard.actions.model import Risk, Severity
-from luminaguard.approvals import Decision, Grant, Judged, Limits, Request, Scope, State, Verdict, sign, sign_grant
+from luminaguard.approvals import (
+    Decision,
+    Grant,
+    Judged,
+    Limits,
+    Request,
+    Scope,
+    State,
+    Verdict,
+    key_id,
+    sign,
+    sign_grant,
+)
 from luminaguard.effects.text import visible
 from luminaguard.errors import (
     ApprovalError,
@@ -266,17 +278,7 @@ class Decisions:
             ApprovalError: the request is not pending any more, or the answer does not fit it.
             PolicyChanged: other rules hold than when it was shown; nothing was decided.
         """
-        # Nobody has to look again to let nothing through. Time and taint change what rules say, too.
-        again = self._judged_again(request) if answer.verdict is Verdict.APPROVE else request
-        if again.judged != request.judged:
-            if again.state is State.DENIED:
-                raise _forbidden(again.judged)
-            raise PolicyChanged(
-                f"{request.id} is judged otherwise than when it was shown: it is {again.judged.severity.value} now "
-                f"({again.judged.reason})",
-                hint="Look at it again, then decide.",
-                kept="Nothing was decided.",
-            )
+        self._refuse_other_rules(request, answer.verdict)
         digest = request.digest
         if answer.part is not None:
             try:
@@ -284,11 +286,48 @@ class Decisions:
             except LuminaGuardError as error:
                 self._runtime.approvals.refused(request.id, error)
                 raise
-        decided = self._runtime.approvals.decide(
-            self._signed(request, answer, digest), self._runtime.approvers.public()
-        )
-        if decided.state not in {State.PENDING, State.APPROVED}:
+        return self._decide(self._signed(request, answer, digest))
+
+    def accept(self, decision: Decision) -> Request:
+        """Store a decision that an approver signed elsewhere; return the request as it then stands.
+
+        Raises:
+            ApprovalError: as :meth:`decide`; or it bears the name of somebody else than its key's owner.
+            PolicyChanged: other rules hold than when it was shown; nothing was decided.
+        """
+        request = self._runtime.approvals.get(decision.request_id)
+        approvers = self._runtime.approvers
+        known = {key_id(key): name for name, key in approvers.people().items()}
+        known[key_id(approvers.owner().public_key())] = OWNER
+        if known.get(decision.approver) != decision.person:
+            error = ApprovalError("The decision does not bear the name of its key.", hint="Sign it with your own.")
+            self._runtime.approvals.refused(request.id, error)
+            raise error
+        self._refuse_other_rules(request, decision.verdict)
+        if request.state is State.APPROVED and decision.verdict is not Verdict.APPROVE:
+            ended = self._runtime.approvals.take_back(decision, approvers.public())
             self._runtime.blobs.forget(request.id)
+            return ended
+        return self._decide(decision)
+
+    def _refuse_other_rules(self, request: Request, verdict: Verdict) -> None:
+        """Nobody has to look again to let nothing through. Time and taint change what rules say, too."""
+        again = self._judged_again(request) if verdict is Verdict.APPROVE else request
+        if again.judged == request.judged:
+            return
+        if again.state is State.DENIED:
+            raise _forbidden(again.judged)
+        raise PolicyChanged(
+            f"{request.id} is judged otherwise than when it was shown: it is {again.judged.severity.value} now "
+            f"({again.judged.reason})",
+            hint="Look at it again, then decide.",
+            kept="Nothing was decided.",
+        )
+
+    def _decide(self, decision: Decision) -> Request:
+        decided = self._runtime.approvals.decide(decision, self._runtime.approvers.public())
+        if decided.state not in {State.PENDING, State.APPROVED}:
+            self._runtime.blobs.forget(decision.request_id)
         return decided
 
     def _signed(self, request: Request, answer: Answer, digest: str) -> Decision:

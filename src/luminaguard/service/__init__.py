@@ -1,0 +1,1 @@
+"""The service: what people may look at and answer without having the database."""

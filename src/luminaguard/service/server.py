@@ -1,0 +1,60 @@
+"""Serves the application; TLS wherever others than this machine could connect."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from luminaguard.errors import SettingsError
+from luminaguard.service.app import build
+
+if TYPE_CHECKING:
+    from luminaguard.runtime import Runtime
+
+__all__ = ["Server"]
+
+
+class Server(uvicorn.Server):
+    """A server of one runtime's approvals; ``should_exit`` ends it.
+
+    Args:
+        runtime: whose approvals.
+        listen: ADDRESS:PORT.
+        certificate, key: PEM files; without them, only this machine is listened to.
+
+    Raises:
+        SettingsError: the address cannot be used, or is open to others without TLS.
+    """
+
+    def __init__(self, runtime: Runtime, listen: str, certificate: Path | None, key: Path | None) -> None:
+        host, _, port = listen.rpartition(":")
+        try:
+            address = ipaddress.ip_address(host.strip("[]"))
+            number = int(port)
+        except ValueError:
+            raise SettingsError(
+                f"{listen!a} is not ADDRESS:PORT.", hint="For example 127.0.0.1:8443, or [::]:8443."
+            ) from None
+        if (certificate is None or key is None) and not address.is_loopback:
+            raise SettingsError(
+                f"{listen} is open to other machines, and there is no certificate.",
+                hint="Give --certificate and --key, or listen on 127.0.0.1.",
+            )
+        for path in (certificate, key):
+            if path is not None and not path.is_file():
+                raise SettingsError(f"There is no file {path}.", hint="It is a certificate, or a key, in PEM.")
+        super().__init__(uvicorn.Config(
+            build(runtime), host=str(address), port=number, log_config=None, access_log=False, server_header=False,
+            proxy_headers=False, limit_concurrency=64, timeout_keep_alive=5, h11_max_incomplete_event_size=64 << 10,
+            ssl_certfile=certificate, ssl_keyfile=key, lifespan="off", ws="none", timeout_graceful_shutdown=5,
+        ))  # fmt: skip
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the command line's."""
+        yield
