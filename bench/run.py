@@ -24,6 +24,7 @@ import anyio
 
 import agents
 import cliff
+import fleet
 import pool
 from luminaguard.effects.card import MAX_TEXT, make_card
 from luminaguard.effects.changes import FileEntry
@@ -403,16 +404,29 @@ class Bench:
         first = agents.first_request({"LUMINAGUARD_HOME": str(base / "home")}, base, 3 if QUICK else 10)
         return found | {"run_to_first_request": spread(first, 1200)}
 
+    def fleet(self) -> dict[str, Any]:
+        """Our part of a turn with PostgreSQL, and the steps a second of one worker."""
+        found = fleet.measure(self.folder, count=20 if QUICK else 200, tasks=5 if QUICK else 40)
+        if found is None:
+            return {"skipped": "PostgreSQL is not installed"}
+        return {"turn": spread(found.pop("turns_ms"), 10)} | found
+
+
+_NAMES = ("cold_boot", "clone_to_true", "pool_hit", "idle_clones", "eight_callers", "beside_us", "version", "exec_true",
+          "workspace_10_mib", "workspace_500_mib", "card_10_000_files", "confinement", "audit", "cliff", "agents",
+          "fleet")  # fmt: skip
+
 
 def main() -> None:
     """Run what was asked for, or everything."""
+    if {"--help", "-h"} & set(sys.argv):
+        print(f"bench/run.py [--quick] [NAME...]\nnames: {', '.join(_NAMES)}")
+        return
     wanted = [name for name in sys.argv[1:] if not name.startswith("-")]
     with tempfile.TemporaryDirectory(prefix="luminaguard-bench-") as folder:
         bench = Bench(Path(folder))
         report: dict[str, Any] = {"host": bench.facts(), "baseline": bench.baseline()}
-        for name in ("cold_boot", "clone_to_true", "pool_hit", "idle_clones", "eight_callers", "beside_us", "version",
-                     "exec_true", "workspace_10_mib", "workspace_500_mib", "card_10_000_files",
-                     "confinement", "audit", "cliff", "agents"):  # fmt: skip
+        for name in _NAMES:
             if not wanted or name in wanted:
                 print(f"measuring {name} ...", file=sys.stderr, flush=True)
                 try:

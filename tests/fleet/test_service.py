@@ -50,7 +50,6 @@ class Served:
         return response.status, data
 
 
-
 @pytest.fixture(params=["alone", "fleet"])
 def served(request, make_host, tmp_path):
     url = request.getfixturevalue("postgres").create() if request.param == "fleet" else ""
@@ -66,7 +65,8 @@ def served(request, make_host, tmp_path):
     (target / "anna.json").chmod(0o600)
     authority, certificate, key = make_certificates(tmp_path, "127.0.0.1")
     port = 20000 + hash(str(tmp_path)) % 20000
-    argv = host.home.argv("serve", "--listen", f"127.0.0.1:{port}", "--certificate", str(certificate), "--key", str(key))
+    argv = host.home.argv("serve", "--listen", f"127.0.0.1:{port}", "--certificate", str(certificate), "--key",
+                          str(key))  # fmt: skip
     with subprocess.Popen(argv, env=host.home.environment | host.variables, stderr=subprocess.PIPE) as process:
         try:
             assert b"approvers may ask at https" in process.stderr.readline()
@@ -119,7 +119,7 @@ def test_an_approver_without_a_database_looks_and_answers(served, tmp_path, scri
     approved = served.remote("approve", request["id"])
     assert approved.code == 0, approved.err
     folder = tmp_path / "workspaces" / ("a-0" if served.host.name else "here-0")
-    until(lambda: (folder / "one.txt").exists())
+    until((folder / "one.txt").exists)
     other = next(item for item in found if item["task"] == two)
     denied = served.remote("deny", other["id"], "--reason", "not like this")
     assert denied.code == 0 and "denied" in denied.out
@@ -197,7 +197,7 @@ def test_only_contents_of_the_request_are_given(served, tmp_path, script):
     request = until(lambda: next((task.request for task in served.host.tasks().values() if task.request), None))
     other = asked(served)
     with served.host.runtime() as runtime:
-        until(lambda: runtime.approvals.list())
+        until(runtime.approvals.list)
         entry = runtime.approvals.changeset(request).changes[0].after
     path = f"/v1/requests/{request}/contents/{entry.sha256}"
     assert served.ask("GET", path, key=key) == (200, b"1")
@@ -218,7 +218,7 @@ def lying(answer):
             self.end_headers()
             self.wfile.write(data)
 
-        do_POST = do_GET
+        do_POST = do_GET  # noqa: N815  # as its library names it
 
         def log_message(self, *_):
             pass
@@ -247,7 +247,8 @@ def test_what_a_lying_service_shows_is_not_signed():
     request = Request("req-1", "/w", 1, meant.digest, ("true",), 0, 1, 10**18, State.PENDING)
     lies = [told(request, shown), told(dataclasses.replace(request, id="req-2"), meant), b"", b"{}", b"[1]", b"null",
             told(request, meant, state="odd"), told(request, meant, judged=None), told(request, meant, more=1),
-            told(request, meant, command=3), told(request, meant, expires_ns="x"), told(dataclasses.replace(request, effect="odd"), meant),
+            told(request, meant, command=3), told(request, meant, expires_ns="x"),
+            told(dataclasses.replace(request, effect="odd"), meant),
             b"[" * 100_000, told(request, meant).replace(b'"evil"', b'"../evil"')]  # fmt: skip
     for lie in lies:
         with lying(lambda _path, lie=lie: lie) as service, pytest.raises(ApprovalError):

@@ -232,7 +232,7 @@ def test_a_grants_uses_and_its_end_are_in_the_ledger_alone(runtime, workspace):
     request = ask_for_changes(runtime, workspace, {"a.txt": b"1"})
     runtime.decisions.approve_and_publish(request, YES, again=Again(1, 60))
     assert runtime.decisions.without_asking(ask_for_changes(runtime, workspace, {"a.txt": b"2"})) is not None
-    columns = {column.name for column in __import__("luminaguard.storage.database", fromlist=["x"]).grants.c}
+    columns = {column.name for column in __import__("luminaguard.storage.schema", fromlist=["x"]).grants.c}
     assert not columns & {"uses", "revoked_ns"}
     assert runtime.decisions.without_asking(ask_for_changes(runtime, workspace, {"a.txt": b"3"})) is None
 

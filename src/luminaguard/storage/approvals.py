@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -36,12 +36,17 @@ from luminaguard.storage import schema as tables
 from luminaguard.storage.database import Database
 from luminaguard.storage.ledger import Ledger
 
-__all__ = ["Approvals", "Transaction"]
+__all__ = ["Approvals", "Transaction", "stopped"]
 
 T = TypeVar("T")
 Guard = Callable[[Connection], None]
 _OPEN = (State.PENDING.value, State.APPROVED.value)
 _WAITING = (*_OPEN, State.CLAIMED.value, State.UNKNOWN.value)
+
+
+def stopped(recorded: Iterable[dict[str, Any]], task: str) -> str | None:
+    """Why a person stopped a task, by the entries of that kind; None if nobody did."""
+    return next((body["reason"] for body in recorded if body["task"] == task), None)
 
 
 class Transaction:
@@ -64,7 +69,7 @@ class Transaction:
 
     def stopped(self, task: str) -> str | None:
         """Why a person stopped a task; None if nobody did."""
-        return next((body["reason"] for body in self.recorded("task.stopped") if body["task"] == task), None)
+        return stopped(self.recorded("task.stopped"), task)
 
     def refuse_stopped(self, task: str) -> None:
         """Raise TaskStopped if a person stopped the task."""
@@ -107,6 +112,10 @@ class Approvals:
         """A transaction for whoever only looks."""
         with self._database.read() as connection:
             yield connection
+
+    def recorded(self, connection: Connection, kind: str) -> Iterator[dict[str, Any]]:
+        """What the ledger has of a kind, oldest first."""
+        return (body for _, body in self._ledger.bodies_in(connection, kind))
 
     def refused(self, request_id: str, error: LuminaGuardError) -> None:
         """Record that something was refused about a request; nothing of what there is no request for."""

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Row, insert, select
@@ -17,7 +18,7 @@ from luminaguard.approvals.signing import Keys, verify_grant
 from luminaguard.effects.text import visible
 from luminaguard.errors import ApprovalError, RequestNotFound, StorageError
 from luminaguard.storage import schema as tables
-from luminaguard.storage.approvals import Approvals, Transaction
+from luminaguard.storage.approvals import Approvals, Transaction, stopped
 
 __all__ = ["Grants", "Standing", "Tasks"]
 
@@ -125,7 +126,7 @@ class Tasks:
     def add_labels(self, task: str, found: Iterable[tuple[str, str]]) -> frozenset[str]:
         """Add labels, each with where it came from; return all that the task carries."""
         with self._approvals.transaction() as t:
-            have = self._labels(t, task)
+            have = self._labels(t.recorded("task.tainted"), task)
             for label, origin in found:
                 if label not in have:
                     have.add(label)
@@ -134,22 +135,24 @@ class Tasks:
 
     def labels(self, task: str) -> frozenset[str]:
         """The labels that a task carries."""
-        with self._approvals.transaction() as t:
-            return frozenset(self._labels(t, task))
+        with self._approvals.reading() as connection:
+            return frozenset(self._labels(self._approvals.recorded(connection, "task.tainted"), task))
 
     def standing(self, task: str) -> tuple[str | None, frozenset[str]]:
         """Both at once: :meth:`stopped` and :meth:`labels`."""
-        with self._approvals.transaction() as t:
-            return t.stopped(task), frozenset(self._labels(t, task))
+        with self._approvals.reading() as connection:
+            recorded = partial(self._approvals.recorded, connection)
+            why = stopped(recorded("task.stopped"), task)
+            return why, frozenset(self._labels(recorded("task.tainted"), task))
 
     def stopped(self, task: str) -> str | None:
         """Why a person stopped a task; None if nobody did."""
-        with self._approvals.transaction() as t:
-            return t.stopped(task)
+        with self._approvals.reading() as connection:
+            return stopped(self._approvals.recorded(connection, "task.stopped"), task)
 
     @staticmethod
-    def _labels(t: Transaction, task: str) -> set[str]:
-        return {body["label"] for body in t.recorded("task.tainted") if body["task"] == task}
+    def _labels(tainted: Iterable[dict[str, Any]], task: str) -> set[str]:
+        return {body["label"] for body in tainted if body["task"] == task}
 
 
 def _grant(row: Row[Any]) -> Grant:

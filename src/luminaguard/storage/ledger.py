@@ -127,7 +127,10 @@ class Ledger:
             return
         if head.seq > (last.seq if last else 0):
             raise _cut_off(f"its end was entry {head.seq}, and now it is {last.seq if last else 0}")
-        found = connection.execute(select(tables.ledger.c.hash).where(tables.ledger.c.seq == head.seq)).scalar()
+        if last is not None and last.seq == head.seq:
+            found: str | None = last.hash
+        else:
+            found = connection.execute(select(tables.ledger.c.hash).where(tables.ledger.c.seq == head.seq)).scalar()
         if found != head.hash:
             raise _cut_off(f"entry {head.seq} is another one than when it was the end")
         verify_checkpoint(head, self.public_key)

@@ -65,7 +65,7 @@ def connect(text_of: str) -> tuple[Engine, str]:
     """An engine, and what people call the database. Raises SettingsError."""
     url = parse_url(text_of)
     plain = URL.create("postgresql+psycopg")
-    engine = create_engine(plain, connect_args=conninfo(url), pool_pre_ping=True, pool_size=8, max_overflow=24)
+    engine = create_engine(plain, connect_args=conninfo(url), pool_size=8, max_overflow=24)
     event.listen(engine, "begin", _begin)
     name = url.set(drivername="postgresql", password=None, query={}).render_as_string()
     return engine, name

@@ -206,12 +206,11 @@ class TaskStore:
 
     @staticmethod
     def _say(t: Transaction, task_id: str, messages: Sequence[dict[str, Any]]) -> None:
-        if not messages:
-            return
-        query = select(func.max(tables.messages.c.seq)).where(tables.messages.c.task == task_id)
-        first = (t.connection.execute(query).scalar() or 0) + 1
-        rows = [{"task": task_id, "seq": first + at, "body": json.dumps(body)} for at, body in enumerate(messages)]
-        t.connection.execute(insert(tables.messages), rows)
+        row = tables.messages.c
+        after = select(func.coalesce(func.max(row.seq), 0) + 1).where(row.task == task_id).scalar_subquery()
+        for body in messages:
+            values = {"task": task_id, "seq": after, "body": json.dumps(body)}
+            t.connection.execute(insert(tables.messages).values(**values))
 
     @staticmethod
     def _read(row: Any, read: Read[T]) -> T:
