@@ -107,7 +107,7 @@ class Host:
 
     def at_work(self):
         """How many of its machines work for a task now."""
-        found = [one for one in VMTracker(self.home.folder / "run").running() if one.workspace]
+        found = [one for one in VMTracker(self.home.folder / "run").running() if one.workspace and one.alive]
         self.most = max(self.most, len(found))
         return len(found)
 

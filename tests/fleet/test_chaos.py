@@ -103,6 +103,38 @@ def test_killed_frozen_and_without_a_database(kind, request, make_host, tmp_path
     assert bodies
 
 
+LONG = "turns:\n  - calls:\n      - shell: {command: sleep 100}\n  - say: Done.\n"
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("how", ["ended by another", "frozen database", "frozen itself"])
+def test_who_loses_its_lease_kills_its_machines(how, postgres, make_host, tmp_path, cache):
+    host = make_host("a", url=postgres.create(), played=False, cache=cache)
+    (tmp_path / "long.yaml").write_text(LONG)
+    host.begin(1, tmp_path / "long.yaml", tmp_path / "workspaces")
+    host.start()
+    until(host.at_work, timeout_s=60, what="a machine runs")
+    end = "UPDATE hosts SET alive = 0"
+    match how:
+        case "ended by another":
+            postgres.sql(end, host.url.rsplit("/", 1)[1])
+        case "frozen database":
+            postgres.freeze()
+        case "frozen itself":
+            host.send(signal.SIGSTOP)
+            postgres.sql(end, host.url.rsplit("/", 1)[1])
+            host.send(signal.SIGCONT)
+    try:
+        until(lambda: not host.at_work(), timeout_s=LEASE_S, what="its machine ended")
+    finally:
+        if how == "frozen database":
+            postgres.thaw()
+    log = host.home.folder / "state" / "log" / "luminaguard.jsonl"
+    assert '"lease.lost"' in log.read_text()
+    until(lambda: host.hosts()["a"].alive, what="it has a lease again")
+    until(host.at_work, timeout_s=60, what="it goes on")
+
+
 @pytest.mark.slow
 @pytest.mark.vm
 @pytest.mark.parametrize("kind", ["embedded", "fleet"])

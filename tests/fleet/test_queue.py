@@ -23,7 +23,7 @@ from luminaguard.errors import (
 )
 from luminaguard.runtime.decisions import Answer
 from luminaguard.runtime.tasks import LocalTasks
-from luminaguard.runtime.worker import Worker
+from luminaguard.runtime.worker import Worker, slots_of
 from luminaguard.storage.approvals import Approvals
 from luminaguard.storage.contents import Contents
 from luminaguard.storage.database import Database
@@ -33,6 +33,7 @@ from luminaguard.storage.postgres import conninfo, parse_url
 from luminaguard.storage.queue import FINISH, REGISTER, RETRY, Jobs
 from luminaguard.storage.tasks import Due
 from luminaguard.tasks.model import Status, Task
+from luminaguard.tasks.queues import Later
 from luminaguard.tasks.queues.lease import Lease
 from luminaguard.testing.bench import PlayedBench
 
@@ -354,6 +355,38 @@ def test_a_step_that_fails_again_and_again_lets_its_task_rest(kind, request, mak
         anyio.run(work, runtime)
     task = host.tasks()[one]
     assert (task.status, task.step) == (Status.PAUSED, 2) and "did not boot" in task.why
+
+
+def test_without_memory_a_machine_waits_and_may_start_elsewhere(make_host, tmp_path, script, monkeypatch):
+    host = make_host()
+    (one,) = host.begin(1, script, tmp_path / "workspaces")
+    with host.runtime() as runtime:
+        worker = Worker(runtime)
+        monkeypatch.setattr("luminaguard.runtime.worker._free_mib", lambda: runtime.settings.memory_mib - 1)
+        with pytest.raises(Later) as caught:
+            anyio.run(worker._handle, Due(one, 1, "machine", ""), 0)
+        assert caught.value.elsewhere and host.tasks()[one].step == 0
+
+
+@pytest.mark.parametrize(("free", "memory", "cores", "slots"), [
+    (100, 256, 8, 1), (2000, 256, 8, 4), (64_000, 256, 2, 4), (64_000, 8192, 64, 7)])  # fmt: skip
+def test_slots_follow_memory_and_cores(make_host, monkeypatch, free, memory, cores, slots):
+    monkeypatch.setattr("luminaguard.runtime.worker._free_mib", lambda: free)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    with make_host().runtime() as runtime:
+        runtime.settings = runtime.settings.model_copy(update={"memory_mib": memory, "slots": 0})
+        assert slots_of(runtime) == slots
+        runtime.settings = runtime.settings.model_copy(update={"slots": 3})
+        assert slots_of(runtime) == 3
+
+
+def test_a_database_that_anybody_may_connect_to_is_refused(postgres, make_host):
+    url = postgres.create()
+    postgres.sql(f"GRANT CONNECT ON DATABASE {url.rsplit('/', 1)[1]} TO PUBLIC")
+    host = make_host("a", url=url)
+    host.start()
+    assert host.process.wait(30) != 0
+    assert "Every role of its server may connect" in host.said()
 
 
 def test_one_worker_has_a_state_folder(make_host, tmp_path):

@@ -16,7 +16,7 @@ from luminaguard.storage import schema
 from luminaguard.storage.revisions import newer
 from luminaguard.storage.revisions import upgrade as bring_up
 
-__all__ = ["check_schema", "connect", "conninfo", "explain", "grant", "parse_url"]
+__all__ = ["check_schema", "connect", "conninfo", "explain", "grant", "parse_url", "refuse_open"]
 
 _LOCK = 0x4C756D696E61
 """The advisory lock of writers; a number that no other program of this database should use."""
@@ -91,6 +91,15 @@ def check_schema(connection: Connection, *, name: str, upgrade: bool) -> None:
             f"The database {name} {what}.", hint="Run 'luminaguard database upgrade' once, as its owner."
         )
     bring_up(connection, name)
+
+
+def refuse_open(connection: Connection, name: str) -> None:
+    """Refuse a database that any role may connect to: each could end other people's jobs. Raises StorageError."""
+    if connection.execute(text("SELECT has_database_privilege('public', current_database(), 'CONNECT')")).scalar():
+        raise StorageError(
+            f"Every role of its server may connect to the database {name}.",
+            hint="Run 'luminaguard database upgrade --role NAME' as its owner, which closes it.",
+        )
 
 
 def grant(connection: Connection, role: str, *, closed: bool) -> None:

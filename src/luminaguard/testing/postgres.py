@@ -103,13 +103,25 @@ class Postgres:
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:  # rarely it hangs in its own handler of this signal
-            pid = self._process.pid
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            for one in (pid, *map(int, children)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(one, signal.SIGKILL)
+            self._signal(signal.SIGKILL)
             self._process.wait(_DEADLINE_S)
         self._process = None
+
+    def freeze(self) -> None:
+        """Let all its processes stand still, with their connections open."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for one in (pid, *map(int, children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, number)
 
     def sql(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
         """What a statement of the owner gives."""

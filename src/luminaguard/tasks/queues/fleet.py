@@ -30,7 +30,7 @@ from psycopg_pool import PoolTimeout
 from sqlalchemy import Connection
 
 from luminaguard import log
-from luminaguard.errors import LeaseLost, LuminaGuardError, StorageError, TaskError
+from luminaguard.errors import DatabaseUnreachable, LeaseLost, LuminaGuardError, StorageError, TaskError
 from luminaguard.storage import postgres
 from luminaguard.storage.database import Database
 from luminaguard.storage.hosts import Hosts
@@ -84,9 +84,15 @@ class FleetQueue:
         self._jobs.enqueue(connection, due)
 
     async def run(self, handle: Handler) -> None:
-        """Take part in the fleet until cancelled; raises TaskError if a worker of this name stays alive."""
+        """Take part in the fleet until cancelled.
+
+        Raises:
+            TaskError: a worker of this name stays alive.
+            StorageError: every role of the server may connect to the database.
+        """
         logging.getLogger("procrastinate").setLevel(logging.CRITICAL)  # what matters of it is in our own log
         logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
+        await anyio.to_thread.run_sync(self._refuse_open)
         while True:
             hosts = Hosts(self._database, self._host, secrets.token_hex(16), self._lease_s)
             try:
@@ -102,6 +108,10 @@ class FleetQueue:
             finally:
                 self._hosts = None
             await anyio.sleep(0.2 + random.random() * 0.5)  # noqa: S311  # not to come back all at once
+
+    def _refuse_open(self) -> None:
+        with contextlib.suppress(DatabaseUnreachable), self._database.read() as connection:
+            postgres.refuse_open(connection, self._database.name)
 
     async def _join(self, hosts: Hosts) -> None:
         """Take the lease; that of a worker of this name that was killed runs out first."""
