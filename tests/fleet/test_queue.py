@@ -204,6 +204,21 @@ def test_a_dead_hosts_job_that_waits_already_is_not_there_twice(database, url):
     assert sql(database, "SELECT status::text FROM procrastinate_jobs") == [("todo",)]
 
 
+def test_a_job_whose_end_was_lost_is_put_back(database, url):
+    """Ending it failed, and its worker lives: nobody else would ever look at it."""
+    hosts, jobs = Hosts(database, "a", "1", LEASE_S), Jobs(database)
+    hosts.join(2)
+    with database.write() as connection:
+        jobs.enqueue(connection, Due("task-1", 0, "turn", "a"))
+    job = job_of(url, "1")
+    states = "SELECT status::text FROM procrastinate_jobs"
+    assert hosts.reap() == [] and jobs.put_back("1", set()) == 0  # it may just have been taken
+    sql(database, "UPDATE procrastinate_events SET at = at - interval '1 minute'")
+    assert jobs.put_back("1", {job["job_id"]}) == 0 and jobs.put_back("2", set()) == 0
+    assert sql(database, states) == [("doing",)]
+    assert jobs.put_back("1", set()) == 1 and sql(database, states) == [("todo",)]
+
+
 def test_the_sweep_adds_what_is_missing_and_moves_what_waited_for_a_near_host(database):
     jobs = Jobs(database, "gone")
     with database.write() as connection:
@@ -336,8 +351,18 @@ class Broken(PlayedBench):
         raise BootFailed("It did not boot.", hint="Look.")
 
 
+class Unforeseen(PlayedBench):
+    """A fault of ours."""
+
+    async def evaluate(self, task, call, work):
+        return {}["x"]
+
+
+@pytest.mark.parametrize(("bench", "told"), [(Broken, "did not boot"), (Unforeseen, "did not foresee: KeyError")])
 @pytest.mark.parametrize("kind", ["embedded", "fleet"])
-def test_a_step_that_fails_again_and_again_lets_its_task_rest(kind, request, make_host, tmp_path, script, monkeypatch):
+def test_a_step_that_fails_again_and_again_lets_its_task_rest(
+    kind, bench, told, request, make_host, tmp_path, script, monkeypatch
+):
     monkeypatch.setattr("luminaguard.runtime.worker._MOST_TRIES", 2)
     host = make_host("a" if kind == "fleet" else "",
                      url=request.getfixturevalue("postgres").create() if kind == "fleet" else "")  # fmt: skip
@@ -345,7 +370,7 @@ def test_a_step_that_fails_again_and_again_lets_its_task_rest(kind, request, mak
 
     async def work(runtime):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(Worker(runtime, bench=Broken).run)
+            tasks.start_soon(Worker(runtime, bench=bench).run)
             with anyio.fail_after(40):
                 while host.tasks()[one].status is Status.RUNNING:
                     await anyio.sleep(0.2)
@@ -354,7 +379,7 @@ def test_a_step_that_fails_again_and_again_lets_its_task_rest(kind, request, mak
     with host.runtime() as runtime:
         anyio.run(work, runtime)
     task = host.tasks()[one]
-    assert (task.status, task.step) == (Status.PAUSED, 2) and "did not boot" in task.why
+    assert (task.status, task.step) == (Status.PAUSED, 2) and told in task.why
 
 
 def test_without_memory_a_machine_waits_and_may_start_elsewhere(make_host, tmp_path, script, monkeypatch):

@@ -167,7 +167,7 @@ def worker(
     """Do the steps of all tasks that can be done on this host, until interrupted."""
     import anyio
 
-    from luminaguard.runtime.worker import Worker
+    from luminaguard.runtime.worker import Worker, first_of
 
     with signals.held() as held:
         runtime = open_runtime(slots=slots)
@@ -187,10 +187,7 @@ def worker(
         try:
             anyio.run(run)
         except BaseExceptionGroup as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+            raise first_of(group) from None
         signals.over()
         held.take()
         _tell("ended; what was begun goes on at its last finished step")

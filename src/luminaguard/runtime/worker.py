@@ -16,6 +16,7 @@ import anyio
 
 from luminaguard import log
 from luminaguard.approvals.model import State
+from luminaguard.effects.text import visible
 from luminaguard.errors import (
     DatabaseUnreachable,
     GuestUnresponsive,
@@ -23,7 +24,6 @@ from luminaguard.errors import (
     LeaseLost,
     LuminaGuardError,
     MachineError,
-    StorageError,
     TaskError,
 )
 from luminaguard.runtime.bench import MachineBench
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from luminaguard.storage.tasks import Due
     from luminaguard.workspaces.snapshots import Snapshots
 
-__all__ = ["Worker", "slots_of"]
+__all__ = ["Worker", "first_of", "slots_of"]
 
 _TURNS = 8
 """Steps without a machine that are done at once: they wait for models, mostly."""
@@ -173,11 +173,18 @@ class Worker:
         except TaskError as error:  # somebody else works on it, or has done this step
             self._tell(f"{due.task}: {error.message}")
             raise Later(1.0) from error
-        except StorageError as error:
+        except DatabaseUnreachable as error:
             self._tell(f"{due.task}: {error.message}")
             raise Later(1.0) from error
         except LuminaGuardError as error:
             self._failed(due, tries, error)
+        except Exception as raised:  # noqa: BLE001  # what nobody foresaw of one task must not stop the others
+            error = first_of(raised)
+            unforeseen = TaskError(
+                f"Something went wrong that LuminaGuard did not foresee: {type(error).__name__}: {visible(str(error))}",
+                hint="See the log, and report it.",
+            )
+            self._failed(due, tries, unforeseen)
 
     async def _step(self, due: Due) -> None:
         from luminaguard.runtime.models import open_models
@@ -203,9 +210,12 @@ class Worker:
         if tries < _MOST_TRIES or isinstance(error, HypervisorUnavailable):
             broken = isinstance(error, MachineError) and not isinstance(error, GuestUnresponsive)
             raise Later(min(30.0, 0.5 * 2**tries), elsewhere=broken or due.needs != "folder") from error
-        task = self.tasks.engine.get(due.task)
-        if task.step == due.step:
-            self.tasks.engine.pause(task, f"{error.message} {error.hint}")
+        try:
+            task = self.tasks.engine.get(due.task)
+            if task.step == due.step:
+                self.tasks.engine.pause(task, f"{error.message} {error.hint}")
+        except LuminaGuardError as second:  # such as a row that cannot be read: it stays as it is
+            raise Later(60.0) from second
 
     async def _look_after_folders(self) -> None:
         """Settle what was interrupted, and publish what people approved elsewhere; a task's next step does its own."""
@@ -227,6 +237,13 @@ class Worker:
             except LuminaGuardError as error:
                 log.event("worker.not_published", error=error.message)
             await anyio.sleep(_PUBLISH_S)
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first error of a group of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class _NotAsked:

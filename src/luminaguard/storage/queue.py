@@ -34,6 +34,8 @@ INSERT INTO host_workers (worker_id, token) SELECT id, %(token)s FROM made RETUR
 """
 """A worker is known as part of its host from its first moment: a job of an unknown one is given to others."""
 _MACHINES = "machines"
+_YOUNG_S = 5
+"""Younger, a job may have been taken and not begun."""
 
 
 def queues_of(host: str) -> tuple[list[str], list[str]]:
@@ -97,6 +99,26 @@ class Jobs:
                     {"channel": f"procrastinate_queue_v1#{_MACHINES}", "note": note},
                 )
         return missing
+
+    def put_back(self, token: str, handled: set[int]) -> int:
+        """Put back jobs that a host has by the queue's word and does not do: ending them failed; how many.
+
+        Args:
+            token: of the host's lease.
+            handled: the jobs that it does.
+        """
+        lost = text(
+            "SELECT procrastinate_retry_job_v2(id, now(), NULL, NULL, NULL) FROM (SELECT job.id "
+            "FROM procrastinate_jobs AS job JOIN host_workers USING (worker_id) WHERE job.status = 'doing' AND host_workers.token = :token "
+            "AND NOT job.id = ANY(:handled) AND NOT EXISTS (SELECT 1 FROM procrastinate_events AS event "
+            "WHERE event.job_id = job.id AND event.type = 'started' "
+            "AND event.at > now() - make_interval(secs => :young)) "
+            "AND NOT EXISTS (SELECT 1 FROM procrastinate_jobs AS other WHERE other.status = 'todo' "
+            "AND other.queueing_lock = job.queueing_lock) FOR UPDATE OF job SKIP LOCKED) AS found"
+        )
+        with self._database.write() as connection:
+            values = {"token": token, "handled": sorted(handled), "young": _YOUNG_S}
+            return len(connection.execute(lost, values).all())
 
     def waiting(self) -> int:
         """How many jobs wait for a host."""

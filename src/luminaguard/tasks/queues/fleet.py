@@ -3,7 +3,7 @@
 * a fence: a job is ended or put back only by the worker that still has it;
 * a lease for each host (:mod:`.lease`): whoever loses it kills its own machines, and writes nothing any more;
 * a reaper that every worker runs: what dead hosts were at goes to whoever is there;
-* a sweep: each step that can be done has a job, whatever was lost;
+* a sweep: each step that can be done has a job, whatever was lost, and a job that somebody has is being done;
 * a loop around it all: a database that was restarted, and a lost lease, are begun anew.
 """
 
@@ -72,6 +72,7 @@ class FleetQueue:
         self._jobs = Jobs(database, host)
         self._hosts: Hosts | None = None
         self._doing: dict[str, tuple[int, anyio.CancelScope]] = {}
+        self._handled: set[int] = set()
 
     def guard(self, connection: Connection) -> None:
         """Refuse to write anything without a lease; see :meth:`Hosts.guard`."""
@@ -177,12 +178,15 @@ class FleetQueue:
         due = self._store().due_step(task, number)
         if due is None:  # it was done, or waits for somebody
             return
+        assert job.id is not None
+        self._handled.add(job.id)
         with anyio.CancelScope() as scope:
             self._doing[task] = (number, scope)
             try:
                 await handle(due, job.attempts)
             finally:
                 self._doing.pop(task, None)
+                self._handled.discard(job.id)
 
     async def _look_after(self, hosts: Hosts) -> None:
         """Reap, sweep, and stop what somebody else did or ended meanwhile."""
@@ -192,6 +196,7 @@ class FleetQueue:
                 for name in dead:
                     log.event("fleet.host_died", host=name, found_by=self._host)
                 await anyio.to_thread.run_sync(self._jobs.sweep, _PATIENCE_S)
+                await anyio.to_thread.run_sync(self._jobs.put_back, hosts.token, set(self._handled))
                 for task, (number, scope) in tuple(self._doing.items()):
                     if self._store().step_of(task) != number:
                         scope.cancel()
