@@ -109,7 +109,8 @@ class Jobs:
         """
         lost = text(
             "SELECT procrastinate_retry_job_v2(id, now(), NULL, NULL, NULL) FROM (SELECT job.id "
-            "FROM procrastinate_jobs AS job JOIN host_workers USING (worker_id) WHERE job.status = 'doing' AND host_workers.token = :token "
+            "FROM procrastinate_jobs AS job JOIN host_workers USING (worker_id) "
+            "WHERE job.status = 'doing' AND host_workers.token = :token "
             "AND NOT job.id = ANY(:handled) AND NOT EXISTS (SELECT 1 FROM procrastinate_events AS event "
             "WHERE event.job_id = job.id AND event.type = 'started' "
             "AND event.at > now() - make_interval(secs => :young)) "
