@@ -41,6 +41,8 @@ raises; only the command line exits.
     │   └── TaskNotFound
     ├── ModelRefused                     122  a language model will not answer this
     │   └── HistoryTooLong                    it does not take so much at once
+    ├── McpServerFailed                  122  a server of tools failed; the call may have been executed
+    │   └── ToolQuarantined                   a tool is not what a person accepted; it was not called
     ├── StorageError                     125  the database or a state file cannot be used
     │   └── DatabaseUnreachable               its server does not answer, for now
     └── LedgerError                      122  the ledger does not verify
@@ -81,6 +83,7 @@ __all__ = [
     "LuminaGuardError",
     "MachineError",
     "MachineNotFound",
+    "McpServerFailed",
     "ModelRefused",
     "ModelUnavailable",
     "OutcomeUnknown",
@@ -94,6 +97,7 @@ __all__ = [
     "TaskError",
     "TaskNotFound",
     "TaskStopped",
+    "ToolQuarantined",
     "Unavailable",
     "WorkspaceChanged",
     "WorkspaceError",
@@ -318,6 +322,16 @@ class HistoryTooLong(ModelRefused):
 
 class StorageError(LuminaGuardError):
     """The database or a state file cannot be used."""
+
+
+class McpServerFailed(LuminaGuardError):
+    """An MCP server crashed, hung, or said what cannot be; a call that it was at may have been executed."""
+
+    exit_code = EXIT_REFUSED
+
+
+class ToolQuarantined(McpServerFailed):
+    """A tool is not what a person accepted."""
 
 
 class DatabaseUnreachable(StorageError):

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from luminaguard.errors import SettingsError
 
-__all__ = ["Folders", "Settings", "load_settings"]
+__all__ = ["Folders", "McpServer", "Settings", "load_settings"]
 
 _MAX_FILE = 1 << 20
+ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 
 
 class Folders:
@@ -71,6 +72,29 @@ class Folders:
         return self
 
 
+class McpServer(BaseModel):
+    """A server of tools that speaks MCP on its standard input and output, in a machine of its own.
+
+    Attributes:
+        command: what is run in the machine.
+        folder: absolute path of the folder that it gets a copy of; what it changes there is asked for.
+        timeout_s: how long a call may take.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: tuple[str, ...] = Field(min_length=1, max_length=256)
+    folder: Path
+    timeout_s: float = Field(default=60, gt=0, le=3600)
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, folder: Path) -> Path:
+        if not folder.is_absolute():
+            raise ValueError("it is no absolute path")
+        return folder
+
+
 class Settings(BaseSettings):
     """All that a user can set. Sizes are in the unit that the name says."""
 
@@ -108,6 +132,7 @@ class Settings(BaseSettings):
     service_url: str = ""
     service_authority: str = ""
     lease_s: float = Field(default=30, ge=2, le=600)
+    mcp_servers: dict[ServerName, McpServer] = Field(default_factory=dict)
     debug: bool = False
 
     @classmethod

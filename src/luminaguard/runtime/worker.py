@@ -179,9 +179,9 @@ class Worker:
         except LuminaGuardError as error:
             self._failed(due, tries, error)
         except Exception as raised:  # noqa: BLE001  # what nobody foresaw of one task must not stop the others
-            error = first_of(raised)
+            first = first_of(raised)
             unforeseen = TaskError(
-                f"Something went wrong that LuminaGuard did not foresee: {type(error).__name__}: {visible(str(error))}",
+                f"Something went wrong that LuminaGuard did not foresee: {type(first).__name__}: {visible(str(first))}",
                 hint="See the log, and report it.",
             )
             self._failed(due, tries, unforeseen)

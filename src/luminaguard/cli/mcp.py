@@ -1,0 +1,179 @@
+"""``luminaguard mcp``: servers of tools in machines of their own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luminaguard.cli import signals
+from luminaguard.cli.common import Json, open_runtime
+
+if TYPE_CHECKING:
+    from luminaguard.runtime import Runtime
+    from luminaguard.runtime.mcp import McpServers, Opened
+    from luminaguard.runtime.rehearsal import Execution
+
+__all__ = ["mcp_app"]
+
+mcp_app = typer.Typer(help="MCP servers, each in a machine of its own.", no_args_is_help=True, rich_markup_mode=None)
+Name = Annotated[str, typer.Argument(metavar="SERVER")]
+
+
+@mcp_app.command("list")
+def mcp_list(as_json: Json = False) -> None:
+    """List the configured servers."""
+    from luminaguard.cli.output import print_json
+    from luminaguard.effects.text import visible
+
+    servers = open_runtime(as_json=as_json).settings.mcp_servers
+    if as_json:
+        print_json({"servers": {name: server.model_dump(mode="json") for name, server in servers.items()}})
+        return
+    for name, server in servers.items():
+        print(f"{name:16}  {visible(str(server.folder))}  {visible(' '.join(server.command))}")
+    if not servers:
+        print("no servers; write them into luminaguard.toml: [mcp_servers.NAME] with command and folder")
+
+
+@mcp_app.command("tools")
+def mcp_tools(server: Name, as_json: Json = False) -> None:
+    """Start a server, and list its tools as it describes them now."""
+    from luminaguard.cli.output import print_json
+    from luminaguard.effects.text import visible
+
+    async def work(servers: McpServers, opened: Opened) -> None:
+        tools = await opened.session.list_tools()
+        found = servers.check(server, tools)
+        if as_json:
+            print_json({"server": server, "tools": list(tools.values()), "quarantined": list(found.quarantined),
+                        "gone": list(found.gone)})  # fmt: skip
+            return
+        for name, tool in tools.items():
+            state = "QUARANTINED" if name in found.quarantined else "accepted"
+            lines = visible(str(tool.get("description", ""))).splitlines() or [""]
+            print(f"{visible(name):24}  {state:11}  {lines[0][:100]}")
+        for name in found.gone:
+            print(f"{visible(name):24}  gone")
+
+    _with(server, work, as_json=as_json, quiet=True)
+
+
+@mcp_app.command("call")
+def mcp_call(
+    server: Name, tool: Annotated[str, typer.Argument(metavar="TOOL")],
+    arguments: Annotated[str, typer.Argument(metavar="JSON", help="An object; - is standard input.")] = "{}",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Call a tool; what the server changes in its folder waits for your approval."""
+    from luminaguard.effects.text import visible_text
+
+    given = _arguments(arguments)
+    told: dict[str, Any] = {}
+
+    async def work(servers: McpServers, opened: Opened) -> None:
+        result = await servers.call(opened, tool, given)
+        told.update({"text": result.text, "structured": result.structured, "failed": result.failed})
+        if not as_json:
+            print(visible_text(result.text))
+
+    _with(server, work, as_json=as_json, told=told)
+
+
+@mcp_app.command("accept")
+def mcp_accept(
+    server: Name, yes: Annotated[bool, typer.Option("--yes", help="Accept without being asked.")] = False,
+) -> None:  # fmt: skip
+    """Show what changed in a server's tools since you accepted them, and accept them as they are now."""
+    import anyio.to_thread
+
+    from luminaguard.effects.text import visible
+    from luminaguard.errors import Forbidden
+    from luminaguard.mcp.definitions import difference
+
+    async def work(servers: McpServers, opened: Opened) -> None:
+        now = await opened.session.list_tools()
+        found, before = servers.check(server, now), servers.pinned(server) or {}
+        if not found.quarantined and not found.gone:
+            print("nothing changed")
+            return
+        for name in (*found.quarantined, *found.gone):
+            print("\n".join(map(visible, difference(name, before.get(name), now.get(name)))))
+        if not yes and not (sys.stdin.isatty() and await anyio.to_thread.run_sync(_asked)):
+            raise Forbidden("The definitions were not accepted.", hint="'--yes' accepts them without a terminal.",
+                            kept="What was accepted before still holds.")  # fmt: skip
+        servers.accept(server, now)
+        print(f"accepted {len(now)} tools of {server}")
+
+    _with(server, work, as_json=False, quiet=True)
+
+
+def _asked() -> bool:
+    return input("accept these definitions? [y/N] ").strip().lower() == "y"
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    from luminaguard.errors import SettingsError
+
+    raw = sys.stdin.read(8 << 20) if text == "-" else text
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise SettingsError("The arguments are no JSON object.", hint='For example: \'{"path": "a.txt"}\'')
+    return found
+
+
+def _with(
+    server: str, work: Callable[[McpServers, Opened], Awaitable[None]], *, as_json: bool,
+    told: dict[str, Any] | None = None, quiet: bool = False,
+) -> None:  # fmt: skip
+    """Do something with a server in its machine; then tell what it changed, which waits."""
+    import anyio
+
+    from luminaguard.errors import EXIT_PENDING
+    from luminaguard.runtime.mcp import McpServers
+    from luminaguard.runtime.worker import first_of
+
+    with signals.held() as held:
+        runtime = open_runtime(as_json=as_json)
+
+        async def run() -> Execution | None:
+            async with anyio.create_task_group() as tasks:
+
+                async def until_signal() -> None:
+                    while (number := await held.next()) not in signals.ENDING:
+                        pass
+                    raise signals.Interrupted(number)
+
+                tasks.start_soon(until_signal)
+                async with (servers := McpServers(runtime)).open(server) as opened:
+                    await work(servers, opened)
+                tasks.cancel_scope.cancel()
+            return opened.execution
+
+        try:
+            execution = anyio.run(run)
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
+        signals.over()
+        held.take()
+    request = execution.request if execution else None
+    _tell(runtime, request.id if request else "", told, as_json=as_json and not quiet)
+    failed = bool(told and told.get("failed"))
+    sys.exit(EXIT_PENDING if request else 1 if failed else 0)
+
+
+def _tell(runtime: Runtime, request_id: str, told: dict[str, Any] | None, *, as_json: bool) -> None:
+    from luminaguard.cli.output import print_json
+
+    del runtime
+    if as_json:
+        print_json((told or {}) | {"request_id": request_id or None})
+    elif request_id:
+        sys.stderr.write(f"it changed files; nothing of it is published before you approve: {request_id}\n"
+                         f"  look at it: luminaguard approvals show {request_id}\n")  # fmt: skip

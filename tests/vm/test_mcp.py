@@ -1,0 +1,109 @@
+"""MCP servers in machines: tools, effects, pins, and servers that fail in every way within their deadline."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from luminaguard.settings import Folders, Settings, load_settings
+
+pytestmark = pytest.mark.vm
+SERVER = Path(__file__).parent.parent / "data" / "notes_server.py"
+
+
+@pytest.fixture
+def notes(home, tmp_path):
+    """Configures the server with a fault, and gives what runs a command about it."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "server.py").write_bytes(SERVER.read_bytes())
+
+    def run(*words, fault="", timeout_s=20, **more):
+        config = home.folder / "config"
+        config.mkdir(mode=0o700, exist_ok=True)
+        command = json.dumps(["python3", "server.py", fault])
+        (config / "luminaguard.toml").write_text(
+            f'[mcp_servers.notes]\ncommand = {command}\nfolder = "{folder}"\ntimeout_s = {timeout_s}\n'
+        )
+        return home.run("mcp", *words, **more)
+
+    run.folder = folder
+    return run
+
+
+def test_a_tool_is_called_in_a_machine_and_what_it_changes_waits(notes, home):
+    listed = notes("tools", "notes")
+    assert listed.code == 0 and "add_note" in listed.out and "accepted" in listed.out, listed.err
+    assert list(notes.folder.iterdir()) == [notes.folder / "server.py"]
+    called = notes("call", "notes", "add_note", '{"text": "buy milk"}')
+    assert called.code == 120 and called.out == "1 notes\n", called.err
+    assert not (notes.folder / "notes.txt").exists()
+    waiting = home.run("approvals", "list", "--json").json["requests"]
+    assert [one["workspace"] for one in waiting] == [str(notes.folder)]
+    assert home.run("approvals", "approve", waiting[0]["id"]).code == 0
+    assert (notes.folder / "notes.txt").read_text() == "buy milk\n"
+    counted = notes("call", "notes", "count", "--json")
+    assert counted.code == 0
+    assert counted.json == {"text": "1", "structured": {"count": 1}, "failed": False, "request_id": None}
+    kinds = [json.loads(line)["kind"] for line in home.run("ledger", "export").out.splitlines()[1:]]
+    assert kinds.count("mcp.accepted") == 1 and kinds.count("mcp.called") == 2
+
+
+@pytest.mark.parametrize(("fault", "tool"), [("changed", "add_note"), ("more", "new_one")])
+def test_a_tool_that_is_not_what_was_accepted_is_not_called(notes, home, fault, tool):
+    assert notes("tools", "notes").code == 0
+    refused = notes("call", "notes", tool, '{"text": "x"}', fault=fault)
+    assert refused.code == 122 and "not what was accepted" in refused.err and "mcp accept" in refused.err
+    assert notes("call", "notes", "count", fault=fault).code == 0  # the others still are
+    listed = notes("tools", "notes", "--json", fault=fault)
+    assert listed.json["quarantined"] == [tool]
+    no = notes("accept", "notes", fault=fault)
+    assert no.code == 122 and tool in no.out and ("evil@example" in no.out) == (fault == "changed")
+    assert notes("accept", "notes", "--yes", fault=fault).code == 0
+    assert notes("call", "notes", tool, '{"text": "x"}', fault=fault).code in {0, 120}
+    assert home.run("ledger", "verify").code == 0
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("crash", "boom"), ("dead", "status 7"), ("half", "ended with status 0"), ("long", "longer than 8 MiB"),
+    ("senseless", "what it says cannot be"), ("twice", "bear the same name"), ("hang", "no answer within"),
+])  # fmt: skip
+def test_a_server_that_fails_is_an_error_of_that_call(notes, fault, said):
+    started = time.monotonic()
+    failed = notes("call", "notes", "count", fault=fault, timeout_s=4)
+    assert failed.code == 122 and said in failed.err and "Traceback" not in failed.err, failed.err
+    assert time.monotonic() - started < 40
+    assert notes("call", "notes", "count").code == 0
+
+
+def test_what_is_no_message_is_left_out(notes):
+    assert notes("call", "notes", "count", fault="garbage").out == "0\n"
+
+
+def test_a_server_that_never_speaks_is_given_up(notes):
+    failed = notes("tools", "notes", fault="mute", timeout_s=2)
+    assert failed.code == 122 and "did not begin to speak" in failed.err, failed.err
+
+
+@pytest.mark.parametrize("words", [
+    ("call", "other", "x"), ("call", "notes", "x", "[]"), ("call", "notes", "x", "{"),
+    ("call", "notes", "no_such_tool"),
+])  # fmt: skip
+def test_what_there_is_none_of(notes, words):
+    found = notes(*words)
+    assert found.code in {2, 122, 123} and "Traceback" not in found.err and found.err
+
+
+@pytest.mark.parametrize("text", [
+    'command = []\nfolder = "/x"', 'command = ["x"]\nfolder = "x"', 'command = "x"\nfolder = "/x"', 'command = ["x"]',
+    'command = ["x"]\nfolder = "/x"\ntimeout_s = 0', 'command = ["x"]\nfolder = "/x"\nmore = 1',
+])  # fmt: skip
+def test_settings_of_servers_are_checked(tmp_path, text):
+    from luminaguard.errors import SettingsError
+
+    folders = Folders(tmp_path / "c", tmp_path / "s", tmp_path / "k", tmp_path / "r").ensure()
+    (folders.config / "luminaguard.toml").write_text(f"[mcp_servers.a]\n{text}\n")
+    with pytest.raises(SettingsError):
+        load_settings(folders)
+    assert Settings().mcp_servers == {}
