@@ -37,6 +37,7 @@ raises; only the command line exits.
     │   ├── Conflict                          the host's files are not the base any more
     │   └── OutcomeUnknown                    recovery could not restore the state before
     ├── TaskError                        122  a task cannot do what was asked of it
+    │   ├── TaskBusy                          another process works on it
     │   ├── LeaseLost                         of a worker: others do its work by now
     │   └── TaskNotFound
     ├── ModelRefused                     122  a language model will not answer this
@@ -94,6 +95,7 @@ __all__ = [
     "RequestNotFound",
     "SettingsError",
     "StorageError",
+    "TaskBusy",
     "TaskError",
     "TaskNotFound",
     "TaskStopped",
@@ -299,6 +301,10 @@ class TaskError(LuminaGuardError):
     """A task cannot do what was asked of it."""
 
     exit_code = EXIT_REFUSED
+
+
+class TaskBusy(TaskError):
+    """Another process works on the task."""
 
 
 class LeaseLost(TaskError):

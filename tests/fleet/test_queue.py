@@ -1,5 +1,6 @@
 """What stands around the queue, piece by piece, in a real PostgreSQL: leases, the fence, the reaper, the sweep."""
 
+import hashlib
 import json
 import os
 import time
@@ -8,7 +9,7 @@ import anyio
 import psycopg
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from fleet_hosts import LEASE_S, until
+from fleet_hosts import LEASE_S, Host, until
 
 from luminaguard.approvals import Request, State, Verdict
 from luminaguard.effects import Change, Changeset, FileEntry
@@ -18,6 +19,7 @@ from luminaguard.errors import (
     DatabaseUnreachable,
     LeaseLost,
     LedgerError,
+    SettingsError,
     StorageError,
     TaskError,
 )
@@ -336,12 +338,175 @@ def test_a_host_that_joins_later_says_so_and_watches_from_then_on(url, make_host
         assert kinds == [("one", None), ("ledger.joined", "b"), ("two", None), ("three", None)]
         assert here.ledger.verify() == there.ledger.verify() == 4
         postgres.sql("DELETE FROM checkpoints WHERE seq = 4", url.rsplit("/", 1)[1])
-        (b.home.folder / "state" / "ledger-head.json").unlink()
+        (there.data / "ledger-head.json").unlink()
         with pytest.raises(LedgerError, match="no signature of its end"):
             there.ledger.append("four")
 
 
 # -- a worker that cannot ------------------------------------------------------------------------------------------
+
+
+# -- rows that nobody of ours wrote, and homes that are not what they seem ---------------------------------------------
+
+
+JOB = "INSERT INTO procrastinate_jobs (queue_name, task_name, args"
+TASK = "INSERT INTO tasks VALUES ('task-bad', '/w', 'running', 1, 1, 1"
+STRANGE = [
+    f"{JOB}, scheduled_at) VALUES ('turns', 'luminaguard.step', '{{}}', '-infinity')",
+    f"{JOB}) VALUES ('turns', 'luminaguard.step', '[1]')",
+    f"{JOB}) VALUES ('turns', 'other', '{{\"x\": 1}}')",
+    f"{JOB}) VALUES ('machines', 'luminaguard.step', '{{\"task\": 1, \"number\": \"x\"}}')",
+    "UPDATE procrastinate_jobs SET args = '{}'",
+    "UPDATE procrastinate_jobs SET scheduled_at = 'infinity'",
+    "INSERT INTO hosts VALUES ('x', 't', 9000000000000000000, 9000000000000000000, 1, 0, 1)",
+    "INSERT INTO hosts VALUES ('x', 't', -9000000000000000000, -9000000000000000000, 1, 0, 7)",
+    "INSERT INTO host_workers VALUES (-5, 'x')",
+    f"{TASK}, '{{', '', 'a', 'turn')",
+    f"{TASK}, '{{\"turns\": Infinity}}', '', 'a', 'odd')",
+    "INSERT INTO tasks SELECT 'task-bad', workspace, 'running', step, 1, 1, body, '', home, 'turn' FROM tasks LIMIT 1",
+]
+
+
+@pytest.mark.parametrize("statement", STRANGE, ids=range(len(STRANGE)))
+def test_a_strange_row_stops_nobody(statement, url, database, make_host, tmp_path, script):
+    host = make_host("a", url=url)
+    (one,) = host.begin(1, script, tmp_path / "workspaces")
+    sql(database, statement)
+    host.start()
+    done = "SELECT status FROM tasks WHERE id = %s"
+    until(lambda: sql(database, done, one) == [("finished",)], timeout_s=45, what=host.said())
+    assert "Traceback" not in host.said()
+
+
+def test_a_beat_from_the_future_is_no_life(database):
+    a, b = Hosts(database, "a", "1", LEASE_S), Hosts(database, "b", "2", LEASE_S)
+    a.join(1)
+    sql(database, "UPDATE hosts SET beat_ns = beat_ns + 3600000000000")
+    assert not b.all()[0].alive and b.reap() == ["a"]
+    Hosts(database, "a", "3", LEASE_S).join(1)
+
+
+def test_a_name_belongs_to_one_state_folder(url, make_host, tmp_path):
+    a = make_host("a", url=url)
+    with a.runtime() as here:
+        here.ledger.append("one")
+    other = Host(tmp_path / "other", "a", url=url, keys_of=a)
+    with other.runtime() as there, pytest.raises(SettingsError, match="another state folder"):
+        there.ledger.append("two")
+    with a.runtime() as here:
+        here.ledger.append("three")
+
+
+def approved(runtime, folder):
+    """A request to write a file there, approved and not published."""
+    folder.mkdir()
+    name, data = f"req-{folder.name}", b"x"
+    changes = Changeset.of([Change("new", None, FileEntry(0o644, 1, hashlib.sha256(data).hexdigest()))])
+    writer = runtime.blobs.writer(name)
+    writer.begin()
+    writer.write(data)
+    writer.end()
+    runtime.blobs.persist(name)
+    now = runtime.ledger.current_time()
+    request = Request(name, str(folder), folder.stat().st_ino, changes.digest, ("true",), 0, now, now + 10**12,
+                      State.PENDING)  # fmt: skip
+    runtime.decisions.decide(runtime.decisions.ask(request, changes), Answer(Verdict.APPROVE, "test"))
+
+
+def test_what_cannot_be_published_holds_nothing_else_up(url, make_host, tmp_path):
+    host = make_host("a", url=url)
+    (host.folders.config / "luminaguard.toml").write_text("")
+    blocked, free = tmp_path / "blocked", tmp_path / "free"
+    with host.runtime() as runtime:
+        for folder in (blocked, free):
+            approved(runtime, folder)
+        (blocked / ".luminaguard.toml").write_text("garbage")
+        before = len(list(runtime.ledger.entries()))
+    host.start()
+    until((free / "new").exists, timeout_s=30)
+    time.sleep(3)
+    assert host.said().count("req-blocked: it is approved, and not published") == 1
+    with host.runtime() as runtime:
+        assert len(list(runtime.ledger.entries())) - before < 8
+    (blocked / ".luminaguard.toml").unlink()
+    until((blocked / "new").exists, timeout_s=30)
+
+
+def test_what_waits_in_one_database_is_no_orphan_of_another(url, make_host):
+    alone = make_host()
+    with alone.runtime() as runtime:
+        writer = runtime.blobs.writer("req-old")
+        writer.begin()
+        writer.end()
+        kept = [runtime.agent_tasks.snapshots.folder / "task-old", runtime.blobs.folder / "req-old"]
+        kept[0].mkdir(parents=True)
+        for path in kept:
+            os.utime(path, (0, 0))
+    with Host(alone.home.folder, "a", url=url).runtime() as runtime:
+        runtime.decisions.recover()
+        runtime.agent_tasks.collect()
+    assert all(path.is_dir() for path in kept)
+    with alone.runtime() as runtime:
+        runtime.decisions.recover()
+    assert not kept[1].exists()
+
+
+def test_a_damaged_copy_is_fetched_again_and_an_exchanged_one_refused(url, database, make_host, tmp_path, script):
+    a, b = make_host("a", url=url), make_host("b", url=url)
+    (one,) = a.begin(1, script, tmp_path / "workspaces")
+    with b.runtime() as there:
+        task, states = there.agent_tasks.engine.get(one), there.agent_tasks.snapshots
+        PlayedBench(there, states).check_first(task)
+        for name in ("base.json", "base.squashfs", "rules"):
+            (states.folder / one / name).write_bytes(b"")
+            PlayedBench(there, states).check_first(task)
+        sql(database, "UPDATE contents SET data = %s WHERE name = 'rules'", b"[policy]\n")
+        (states.folder / one / "rules").unlink()
+        with pytest.raises(StorageError, match="not what it began with"):
+            PlayedBench(there, states).check_first(task)
+
+
+def test_nothing_at_all_is_written_without_a_lease(url, make_host, database):
+    a = make_host("a", url=url)
+    with a.runtime() as runtime:
+        hosts = Hosts(database, "a", "1", LEASE_S)
+        hosts.join(1)
+        runtime.guard = hosts.guard
+        runtime.ledger.append("before")
+        sql(database, "UPDATE hosts SET alive = 0")
+        fd = os.memfd_create("x")
+        for write in (lambda: runtime.ledger.append("x"), lambda: runtime.approvals.stop_task("task-1", "x"),
+                      lambda: runtime.shared.put("x", "x", fd), lambda: runtime.shared.forget("x"),
+                      lambda: runtime.approvals.claim("req-1", "x", {})):  # fmt: skip
+            with pytest.raises(LeaseLost):
+                write()
+        os.close(fd)
+        assert [entry.kind for entry in runtime.ledger.entries()] == ["before"]
+
+
+def test_run_beside_a_worker_of_the_same_home(make_host, tmp_path):
+    host, talk = make_host(), tmp_path / "talk.yaml"
+    talk.write_text("turns:\n  - say: Nothing to do.\n")
+    host.start()
+    until(lambda: "waiting for tasks" in host.said())
+    for number in range(3):
+        folder = tmp_path / f"w{number}"
+        folder.mkdir()
+        done = host.home.run("run", "x", "-w", str(folder), "--model", f"script:{talk}")
+        assert done.code == 0 and "Nothing to do." in done.out, done.err
+
+
+@pytest.mark.slow
+def test_a_worker_ends_even_if_its_database_stands_still(postgres, make_host, cache):
+    host = make_host("a", url=postgres.create(), played=False, cache=cache)
+    host.start()
+    until(lambda: "waiting for tasks" in host.said(), timeout_s=60)
+    postgres.freeze()
+    try:
+        host.send(15)
+        host.process.wait(30)
+    finally:
+        postgres.thaw()
 
 
 class Broken(PlayedBench):

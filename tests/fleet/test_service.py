@@ -197,7 +197,7 @@ def test_only_contents_of_the_request_are_given(served, tmp_path, script):
     request = until(lambda: next((task.request for task in served.host.tasks().values() if task.request), None))
     other = asked(served)
     with served.host.runtime() as runtime:
-        until(runtime.approvals.list)
+        until(lambda: any(waiting.id == request for waiting in runtime.approvals.list()))
         entry = runtime.approvals.changeset(request).changes[0].after
     path = f"/v1/requests/{request}/contents/{entry.sha256}"
     assert served.ask("GET", path, key=key) == (200, b"1")

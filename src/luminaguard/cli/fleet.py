@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,10 +15,13 @@ from luminaguard.errors import SettingsError
 
 if TYPE_CHECKING:
     from luminaguard.cli.remote import Service
+    from luminaguard.cli.signals import Held
     from luminaguard.runtime import Runtime
+    from luminaguard.runtime.worker import Worker
 
 __all__ = ["database_app", "hosts", "remote_app", "serve", "worker"]
 
+_PATIENCE_S = 15.0
 database_app = typer.Typer(help="The database that a fleet shares.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -172,6 +176,7 @@ def worker(
     with signals.held() as held:
         runtime = open_runtime(slots=slots)
         work = Worker(runtime, _tell)
+        _end_anyway(held, work)
 
         async def run() -> None:
             async with anyio.create_task_group() as tasks:
@@ -191,6 +196,21 @@ def worker(
         signals.over()
         held.take()
         _tell("ended; what was begun goes on at its last finished step")
+
+
+def _end_anyway(held: Held, work: Worker) -> None:
+    """See to it that a worker ends when it is told to: a database that stands still would hold it up for ever."""
+    import threading
+    import time
+
+    def watch() -> None:
+        while not held.told:
+            time.sleep(0.5)
+        time.sleep(_PATIENCE_S)
+        work.kill_machines()  # all that was finished is kept
+        os._exit(0)
+
+    threading.Thread(target=watch, name="end-anyway", daemon=True).start()
 
 
 def _tell(sentence: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import termios
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from luminaguard.errors import (
     EXIT_REFUSED,
     PolicyChanged,
     SettingsError,
+    TaskBusy,
     TaskError,
 )
 from luminaguard.reasoning.budget import Budget, parse_budget
@@ -138,14 +140,23 @@ def _work(runtime: Runtime, task: Task, held: Held, shown: _Shown, *, new: bool)
         tasks = runtime.agent_tasks
         async with anyio.create_task_group() as group:
             group.start_soon(watch, group.cancel_scope)
-            if new:
-                task = await tasks.engine.create(task)
-                shown.began(task)
-            if runtime.host:  # in a fleet the workers do it
-                task = await tasks.follow(task, shown.watcher())
-            else:
-                async with open_models(task.models, shown.watcher().note) as model:
-                    task = await tasks.run(task, model, shown.watcher())
+            with ExitStack() as stack:
+                if not runtime.host:  # held from the beginning: a worker of this home would take it, too
+                    try:
+                        stack.enter_context(tasks.worker(task.id))
+                    except TaskBusy:
+                        shown.watcher().note(f"another process works on {task.id}: this one watches")
+                        task = await tasks.follow(task, shown.watcher())
+                        group.cancel_scope.cancel()
+                        return task
+                if new:
+                    task = await tasks.engine.create(task)
+                    shown.began(task)
+                if runtime.host:  # in a fleet the workers do it
+                    task = await tasks.follow(task, shown.watcher())
+                else:
+                    async with open_models(task.models, shown.watcher().note) as model:
+                        task = await tasks.run(task, model, shown.watcher(), held=True)
             group.cancel_scope.cancel()
         return task
 
@@ -344,6 +355,7 @@ async def _replay(runtime: Runtime, tasks: LocalTasks, old: Task, shown: _Shown)
     task = Task(tasks.new_id(), old.prompt, old.workspace, f"script:replay of {old.id}",
                 runtime.ledger.current_time(), publish="never", home=runtime.host, max_turns=len(turns) + 2,
                 budget=Budget(requests=None, tool_calls=None))  # fmt: skip
+    tasks = LocalTasks(runtime, here=True)  # no worker takes part in it
     tasks.snapshots.copy_first(old.id, task.id)
     task = await tasks.engine.create(task)
     shown.began(task)

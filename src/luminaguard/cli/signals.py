@@ -43,6 +43,8 @@ class Held:
         for end in (self._wakes, self._waker):
             end.setblocking(False)
         self._raising = False
+        self.told = False
+        """Whether a signal that asks to end ever came."""
 
     async def next(self) -> int:
         """Wait for a signal and take it; one task at a time."""
@@ -87,6 +89,7 @@ class Held:
         """Called by the handler."""
         if self._raising and number in ENDING:
             raise Interrupted(number)
+        self.told = self.told or number in ENDING
         self._kept.append(number)
 
     def open(self) -> None:

@@ -43,12 +43,20 @@ class MachineBench:
     def __init__(self, runtime: Runtime, snapshots: Snapshots, slots: anyio.CapacityLimiter | None = None) -> None:
         self._runtime, self._snapshots = runtime, snapshots
         self._slots = slots or anyio.CapacityLimiter(math.inf)
+        self._checked: set[str] = set()
 
-    async def begin(self, task: Task) -> None:
-        """Keep the first state of the task's workspace; one that is kept stays."""
-        if task.id in self._snapshots.tasks():
+    def check_first(self, task: Task) -> None:
+        """Have the task's first state and its folder's rules as they were recorded; raises StorageError."""
+        if not self._runtime.host or task.id in self._checked:
             return
-        await anyio.to_thread.run_sync(self._begin, task)
+        self._snapshots.expect(task.id, self._runtime.tasks.first_state(task.id))
+        self._checked.add(task.id)
+
+    async def begin(self, task: Task) -> str:
+        """Keep the first state of the task's workspace; one that is kept stays. Its digest, where hosts share it."""
+        if task.id not in self._snapshots.tasks():
+            await anyio.to_thread.run_sync(self._begin, task)
+        return await anyio.to_thread.run_sync(self._snapshots.digest, task.id) if self._runtime.host else ""
 
     def _begin(self, task: Task) -> None:
         from luminaguard.runtime.policy import own_rules
@@ -73,6 +81,7 @@ class MachineBench:
         from luminaguard.runtime.policy import marked_labels
 
         runtime = self._runtime
+        self.check_first(task)
         policy = runtime.policy(Path(task.workspace), home=task.home, task=task.id)
         marked = marked_labels(policy, (change.path for change in changed.changes))
         labels = runtime.tasks.labels(task.id) | {label for label, _ in marked}
@@ -95,6 +104,7 @@ class MachineBench:
         async with AsyncExitStack() as stack:
             prepared = Prepared(stack)
             prepared.image = runtime.images.current()
+            await anyio.to_thread.run_sync(self.check_first, task)
             disks, entries = await anyio.to_thread.run_sync(self._snapshots.open, task.id, task.snapshot)
             prepared.disks = tuple(prepared.keep(fd) for fd in disks)
             self.permit(task, call, workspace, entries)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from luminaguard.storage.approvals import Approvals
     from luminaguard.storage.approvers import Approvers
     from luminaguard.storage.contents import Contents
+    from luminaguard.storage.database import Database
     from luminaguard.storage.grants import Grants, Tasks
     from luminaguard.storage.ledger import Ledger
     from luminaguard.workspaces.blobs import BlobStore
@@ -47,7 +48,7 @@ class Runtime:
         self.folders = folders.ensure()
         self._closing = ExitStack()
         self.guard: Callable[[Connection], None] | None = None
-        """Of a worker: refuses to write anything once its lease is lost. Set before the database is used."""
+        """Of a worker: refuses to write anything once its lease is lost."""
 
     def close(self) -> None:
         """Close what was opened; the runtime is of no more use."""
@@ -100,21 +101,21 @@ class Runtime:
         """Contents that wait for a decision."""
         from luminaguard.workspaces.blobs import BlobStore
 
-        return BlobStore(self.folders.state, self.shared)
+        return BlobStore(self.data, self.shared)
 
     @cached_property
     def shared(self) -> Contents | None:
         """What the hosts of a fleet share; None where there is one host only."""
         from luminaguard.storage.contents import Contents
 
-        return Contents(self.ledger.database) if self.host else None
+        return Contents(self.ledger.database, self._check_lease) if self.host else None
 
     @cached_property
     def publisher(self) -> Publisher:
         """Publishes into workspaces."""
         from luminaguard.workspaces.publish import Publisher
 
-        return Publisher(self.folders.state, self.blobs)
+        return Publisher(self.data, self.blobs, self.folders.state)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -126,14 +127,40 @@ class Runtime:
         database = Database.open(self.settings.database_url or self.folders.state / "luminaguard.db")
         self._closing.callback(database.close)
         key = load_key(self.folders.state / "keys", "ledger")
-        return Ledger(database, key, self.folders.state / "ledger-head.json", host=self.host)
+        data = self.folders.state if not self.host else self._data_of(database)
+        if self.host:
+            self._claim_name(database, data)
+        return Ledger(database, key, data / "ledger-head.json", host=self.host, guard=self._check_lease)
+
+    def _data_of(self, database: Database) -> Path:
+        """What is kept for one fleet's database: of another one's it must collect and settle nothing."""
+        data = self.folders.state / "fleets" / database.id
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return data
+
+    def _claim_name(self, database: Database, data: Path) -> None:
+        """Make sure that this host's name is this state folder's; raises SettingsError."""
+        from luminaguard.storage.hosts import Hosts
+        from luminaguard.storage.keys import load_secret
+
+        mine = load_secret(data, "folder").hex()[:32]
+        Hosts(database, self.host, "", self.settings.lease_s).claim_name(mine)
+
+    def _check_lease(self, connection: Connection) -> None:
+        if self.guard is not None:
+            self.guard(connection)
+
+    @property
+    def data(self) -> Path:
+        """Where contents, states and journals lie: each fleet's database has a folder of its own."""
+        return self._data_of(self.ledger.database) if self.host else self.folders.state
 
     @cached_property
     def approvals(self) -> Approvals:
         """Requests and decisions."""
         from luminaguard.storage.approvals import Approvals
 
-        return Approvals(self.ledger.database, self.ledger, self.guard, self.host)
+        return Approvals(self.ledger.database, self.ledger, self._check_lease, self.host)
 
     @cached_property
     def grants(self) -> Grants:

@@ -188,8 +188,8 @@ class Decisions:
                 hint="'luminaguard policy explain' shows how the rules came to that; change the rule if it is wrong.",
                 kept="Nothing ran.",
             )
-        for found in self._runtime.approvals.list():
-            if (found.effect, found.digest, found.task) == ("run", run.digest, task):
+        for found in self._runtime.approvals.list(task=task):
+            if (found.effect, found.digest) == ("run", run.digest):
                 if found.state is State.APPROVED:
                     try:
                         self.hand_over(found.id)
@@ -401,8 +401,8 @@ class Decisions:
         effect = self._runtime.approvals.effect(request_id)
         request = self._runtime.approvals.get(request_id)
         people = self._people(request)
-        self._runtime.approvals.claim(request_id, effect.digest, self._runtime.approvers.public(), people=people)
-        self._runtime.approvals.finish(request_id, State.DONE, "handed over to whoever asked")
+        keys = self._runtime.approvers.public()
+        self._runtime.approvals.claim(request_id, effect.digest, keys, people=people, hand_over=True)
         return self._runtime.approvals.get(request_id)
 
     def deny(self, request: Request, answer: Answer) -> Request:

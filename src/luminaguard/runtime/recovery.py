@@ -41,8 +41,8 @@ class Recovery:
                 self._mark_unknown(path.stem, error.message)
                 told.append(f"{path.stem}: {error.message} {error.hint}")
         self._forget_orphans()
-        for request in self._runtime.approvals.list():
-            journal = self._runtime.folders.state / "journal" / f"{request.id}.json"
+        for request in self._runtime.approvals.list(readable=True):
+            journal = self._runtime.data / "journal" / f"{request.id}.json"
             here = request.home == self._runtime.host or request.effect != "changeset"
             if here and request.state is State.CLAIMED and not journal.exists():
                 told += self._settle_claimed(request.id, request.workspace, files=request.effect == "changeset")

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from luminaguard.errors import (
     Forbidden,
     LuminaGuardError,
     RequestNotFound,
+    TaskBusy,
     TaskError,
     WorkspaceError,
 )
@@ -54,13 +55,15 @@ class LocalTasks:
         runtime: its parts.
         bench: where calls are evaluated; in machines if not given.
         enqueue: told of each step that can be done; in a fleet, its queue is, if nothing is given.
+        here: new tasks are done by this process alone.
     """
 
     def __init__(
         self, runtime: Runtime, bench: Callable[[Runtime, Snapshots], Workbench] | None = None,
-        enqueue: Enqueue | None = None,
+        enqueue: Enqueue | None = None, *, here: bool = False,
     ) -> None:  # fmt: skip
         self._runtime = runtime
+        self._here = here
         self._make_bench = bench or MachineBench
         self._enqueue = enqueue
 
@@ -70,18 +73,18 @@ class LocalTasks:
         from luminaguard.storage.tasks import TaskStore
 
         enqueue = self._enqueue
-        if enqueue is None and self._runtime.host:
+        if enqueue is None and self._runtime.host and not self._here:
             from luminaguard.storage.queue import Jobs
 
             enqueue = Jobs(self._runtime.ledger.database).enqueue
-        return TaskStore(self._runtime.approvals, enqueue)
+        return TaskStore(self._runtime.approvals, enqueue, here=self._here)
 
     @cached_property
     def snapshots(self) -> Snapshots:
         """Their states."""
         from luminaguard.workspaces.snapshots import Snapshots
 
-        return Snapshots(self._runtime.folders.state, self._runtime.blobs, self._runtime.shared)
+        return Snapshots(self._runtime.data, self._runtime.blobs, self._runtime.shared)
 
     @cached_property
     def engine(self) -> Engine:
@@ -100,13 +103,13 @@ class LocalTasks:
         """Only one process works on a task at a time; the kernel lets go for a process that was killed.
 
         Raises:
-            TaskError: another one does.
+            TaskBusy: another one does.
         """
         try:
             with locked(self._runtime.folders.run / "tasks.lock", task_id):
                 yield
         except Busy:
-            raise TaskError(
+            raise TaskBusy(
                 f"Another process works on {task_id}.", hint=f"See 'luminaguard tasks show {task_id}'."
             ) from None
 
@@ -118,13 +121,20 @@ class LocalTasks:
         except TaskError:
             return True
 
-    async def run(self, task: Task, model: Model, watcher: Watcher) -> Task:
-        """Move a task on, as the only worker; see :meth:`luminaguard.tasks.engine.Engine.run`."""
-        with self.worker(task.id):
+    async def run(self, task: Task, model: Model, watcher: Watcher, *, held: bool = False) -> Task:
+        """Move a task on, as the only worker; see :meth:`luminaguard.tasks.engine.Engine.run`.
+
+        Args:
+            task: which.
+            model: whom to ask.
+            watcher: told what happens.
+            held: the caller is its :meth:`worker`.
+        """
+        with nullcontext() if held else self.worker(task.id):
             return await self.engine.run(self.engine.get(task.id), model, watcher)
 
     async def follow(self, task: Task, watcher: Watcher) -> Task:
-        """Watch what the workers of the fleet make of a task, until it waits for a person, pauses or ends."""
+        """Watch what other processes make of a task, until it waits for a person, pauses or ends."""
         from luminaguard.storage.hosts import Hosts
 
         calls: dict[str, ToolCall] = {}
@@ -143,7 +153,10 @@ class LocalTasks:
             request = self.stopped_at(task)
             if request is not None and request.state in {State.PENDING, State.UNKNOWN}:
                 return task
-            if not warned and time.monotonic() - since > _NOBODY_S and not any(host.alive for host in hosts.all()):
+            if not self._runtime.host:
+                if not self.is_worked_on(task.id):  # the worker has ended in the middle
+                    return task
+            elif not warned and time.monotonic() - since > _NOBODY_S and not any(host.alive for host in hosts.all()):
                 watcher.note("no host of the fleet is alive: start 'luminaguard worker' on one; the task waits")
                 warned = True
             await anyio.sleep(_FOLLOW_S)

@@ -7,6 +7,7 @@ its host's lease and runs no more machines than it has slots, from a pool of its
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +85,8 @@ class Worker:
         self._bench = bench
         self.slots = slots_of(runtime)
         self._machines = anyio.CapacityLimiter(self.slots)
+        self._unpublished: dict[str, tuple[int, float]] = {}
+        """Approved requests that could not be published: how often it was tried, and when it is tried again."""
 
     @cached_property
     def tasks(self) -> LocalTasks:
@@ -104,7 +107,7 @@ class Worker:
         queue = FleetQueue(
             self._runtime.ledger.database, s.database_url, self._runtime.host, lambda: self.tasks.store,
             machines=self.slots, turns=_TURNS, lease_s=s.lease_s,
-            busy=lambda: int(self._machines.borrowed_tokens), kill=self._kill_machines,
+            busy=lambda: int(self._machines.borrowed_tokens), kill=self.kill_machines,
         )  # fmt: skip
         self._runtime.guard = queue.guard
         return queue
@@ -155,7 +158,7 @@ class Worker:
         async with self._runtime.open_pool(limits) as pool:
             await Lender(pool, self._runtime.folders.run, self._runtime.kind).serve(on_ready=task_status.started)
 
-    def _kill_machines(self) -> None:
+    def kill_machines(self) -> None:
         """End this worker's machines: by now another host may do what they are at."""
         for record in self._runtime.tracker.running():
             if record.owner == os.getpid():
@@ -209,7 +212,7 @@ class Worker:
         self._tell(f"{due.task}: {error.message}")
         if tries < _MOST_TRIES or isinstance(error, HypervisorUnavailable):
             broken = isinstance(error, MachineError) and not isinstance(error, GuestUnresponsive)
-            raise Later(min(30.0, 0.5 * 2**tries), elsewhere=broken or due.needs != "folder") from error
+            raise Later(min(30.0, 0.5 * 2 ** min(tries, 8)), elsewhere=broken or due.needs != "folder") from error
         try:
             task = self.tasks.engine.get(due.task)
             if task.step == due.step:
@@ -219,24 +222,39 @@ class Worker:
 
     async def _look_after_folders(self) -> None:
         """Settle what was interrupted, and publish what people approved elsewhere; a task's next step does its own."""
-        runtime = self._runtime
         while True:
             try:
-                here = [one for one in runtime.approvals.list()
-                        if one.effect == "changeset" and one.home == runtime.host]  # fmt: skip
+                here = [one for one in self._runtime.approvals.list(readable=True)
+                        if one.effect == "changeset" and one.home == self._runtime.host]  # fmt: skip
                 # A publish may have lost its database in the middle, in this very process.
-                if any(one.state is State.CLAIMED for one in here) or runtime.publisher.interrupted():
-                    for sentence in runtime.decisions.recover():
+                if any(one.state is State.CLAIMED for one in here) or self._runtime.publisher.interrupted():
+                    for sentence in self._runtime.decisions.recover():
                         self._tell(sentence)
-                for request in here if runtime.host else ():
+                for request in here if self._runtime.host else ():
                     if request.state is State.APPROVED and not request.task:
-                        runtime.decisions.publish(request.id)
-                        self._tell(f"{request.id}: published")
+                        self._publish(request.id)
             except LeaseLost:
                 pass
-            except LuminaGuardError as error:
-                log.event("worker.not_published", error=error.message)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the next look may do better
+                log.event("worker.not_published", error=repr(error)[:500])
             await anyio.sleep(_PUBLISH_S)
+
+    def _publish(self, request_id: str) -> None:
+        """Publish one; what cannot be published is tried again ever later, and stops no other."""
+        tries, at = self._unpublished.get(request_id, (0, 0.0))
+        if time.monotonic() < at:
+            return
+        try:
+            self._runtime.decisions.publish(request_id)
+        except (LeaseLost, DatabaseUnreachable):
+            raise
+        except LuminaGuardError as error:
+            self._unpublished[request_id] = (tries + 1, time.monotonic() + min(300.0, 2.0 ** min(tries, 9)))
+            if not tries:
+                self._tell(f"{request_id}: it is approved, and not published: {error.message} {error.hint}")
+        else:
+            self._unpublished.pop(request_id, None)
+            self._tell(f"{request_id}: published")
 
 
 def first_of(error: BaseException) -> BaseException:

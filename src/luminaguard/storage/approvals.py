@@ -25,6 +25,7 @@ from luminaguard.errors import (
     ActionInvalid,
     ApprovalError,
     ChangesetRefused,
+    LeaseLost,
     LedgerError,
     LuminaGuardError,
     RequestNotFound,
@@ -119,7 +120,7 @@ class Approvals:
 
     def refused(self, request_id: str, error: LuminaGuardError) -> None:
         """Record that something was refused about a request; nothing of what there is no request for."""
-        if request_id and not isinstance(error, RequestNotFound | LedgerError):
+        if request_id and not isinstance(error, RequestNotFound | LedgerError | LeaseLost | StorageError):
             self._ledger.append("request.refused", request=request_id, why=visible(error.message))
 
     # -- asking and looking ---------------------------------------------------------------------------
@@ -147,14 +148,30 @@ class Approvals:
         with self._database.read() as connection:
             return _request(self._row(connection, request_id))
 
-    def list(self, *, everything: bool = False) -> list[Request]:
-        """Requests, newest last: those that wait, or all."""
+    def list(self, *, everything: bool = False, task: str | None = None, readable: bool = False) -> list[Request]:
+        """Requests, newest last: those that wait, or all; of one task, if one is given.
+
+        Args:
+            everything: those that ended, too.
+            task: of which task.
+            readable: leave out what cannot be read, for whoever works on the others.
+        """
         query = select(tables.requests).order_by(tables.requests.c.created_ns)
+        if task is not None:
+            query = query.where(tables.requests.c.task == task)
         if not everything:
             query = query.where(tables.requests.c.state.in_(_WAITING))
         self._expire()
         with self._database.read() as connection:
-            return [_request(row) for row in connection.execute(query)]
+            rows = connection.execute(query).all()
+        found = []
+        for row in rows:
+            try:
+                found.append(_request(row))
+            except StorageError:
+                if not readable:
+                    raise
+        return found
 
     def outcome(self, request_id: str) -> str:
         """How a request ended, in words; empty while it has not. Raises RequestNotFound."""
@@ -344,7 +361,7 @@ class Approvals:
             self._move(t.connection, request, State.DENIED, why)
             t.record("request.voided", request=request_id, digest=request.digest, why=visible(why))
 
-    def claim(self, request_id: str, digest: str, keys: Keys, *, people: int = 1) -> Request:
+    def claim(self, request_id: str, digest: str, keys: Keys, *, people: int = 1, hand_over: bool = False) -> Request:
         """Use up the decision, before anything is done.
 
         Args:
@@ -352,6 +369,7 @@ class Approvals:
             digest: of what is about to be done, computed from its bytes.
             keys: the approvers' public keys.
             people: how many must have approved by the rules that hold now, whatever is stored.
+            hand_over: whoever asked does it, and it ends here.
 
         Raises:
             ApprovalError: there is no matching, unexpired, unused, validly signed approval.
@@ -392,15 +410,20 @@ class Approvals:
                 )
             self._move(t.connection, request, State.CLAIMED)
             t.record("request.claimed", request=request_id, digest=digest)
-        return dataclasses.replace(request, state=State.CLAIMED)
+            claimed = dataclasses.replace(request, state=State.CLAIMED)
+            if hand_over:
+                self._end(t, claimed, State.DONE, "handed over to whoever asked")
+        return claimed
 
     def finish(self, request_id: str, state: State, outcome: str) -> None:
         """Record how a claimed request ended."""
         with self.transaction(request_id) as t:
-            request = _request(self._row(t.connection, request_id))
-            self._move(t.connection, request, state, outcome)
-            t.record("request.finished", request=request_id, digest=request.digest, state=state.value,
-                     outcome=visible(outcome))  # fmt: skip
+            self._end(t, _request(self._row(t.connection, request_id)), state, outcome)
+
+    def _end(self, t: Transaction, request: Request, state: State, outcome: str) -> None:
+        self._move(t.connection, request, state, outcome)
+        t.record("request.finished", request=request.id, digest=request.digest, state=state.value,
+                 outcome=visible(outcome))  # fmt: skip
 
     # -- helpers ------------------------------------------------------------------------------------------
 

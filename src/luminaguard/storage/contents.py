@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
-from sqlalchemy import delete, exists, func, insert, select, update
+from sqlalchemy import Connection, delete, exists, func, select, update
+from sqlalchemy.dialects.postgresql import insert
 
 from luminaguard.errors import StorageError
 from luminaguard.storage import schema as tables
@@ -23,10 +25,15 @@ _PART = 1 << 20
 
 
 class Contents:
-    """The contents that a database shares between hosts."""
+    """The contents that a database shares between hosts.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        database: a PostgreSQL one.
+        guard: called in each transaction that writes, before anything else; what it raises ends it.
+    """
+
+    def __init__(self, database: Database, guard: Callable[[Connection], None] = lambda _: None) -> None:
+        self._database, self._guard = database, guard
 
     def put(self, owner: str, name: str, fd: int, *, step: int = 0) -> None:
         """Share the whole of an open file, unless it is there.
@@ -39,6 +46,7 @@ class Contents:
         """
         row = tables.contents.c
         with self._database.write(alone=False) as connection:
+            self._guard(connection)
             where = (row.owner == owner) & (row.name == name)
             again = update(tables.contents).where(where).values(step=func.greatest(row.step, step))
             if connection.execute(again).rowcount:
@@ -49,7 +57,8 @@ class Contents:
                 if not data and at:
                     return
                 values = {"owner": owner, "name": name, "part": at // _PART, "step": step, "data": data}
-                connection.execute(insert(tables.contents).values(**values))
+                # Another process may put the same; it is the same.
+                connection.execute(insert(tables.contents).values(**values).on_conflict_do_nothing())
                 at += len(data)
                 if len(data) < _PART:
                     return
@@ -74,6 +83,8 @@ class Contents:
                     digest.update(data)
                     file.write(data)
                     parts += 1
+                file.flush()
+                os.fsync(file.fileno())
             if not parts:
                 return False
             if sha256 and digest.hexdigest() != sha256:
@@ -95,11 +106,13 @@ class Contents:
         row = tables.contents.c
         where = (row.owner == owner) & row.name.not_in(sorted(keep)) & (row.step < step)
         with self._database.write(alone=False) as connection:
+            self._guard(connection)
             connection.execute(delete(tables.contents).where(where))
 
     def forget(self, owner: str) -> None:
         """Forget all of an owner's."""
         with self._database.write(alone=False) as connection:
+            self._guard(connection)
             connection.execute(delete(tables.contents).where(tables.contents.c.owner == owner))
 
     def has(self, owner: str, name: str) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from luminaguard.errors import LuminaGuardError, StorageError
-from luminaguard.storage import postgres, sqlite
+from luminaguard.storage import postgres, schema, sqlite
 
 __all__ = ["Database"]
 
@@ -111,6 +112,15 @@ class Database:
         """:meth:`write` for whoever only looks: it waits for no writer where the database allows that."""
         with self.write(alone=False) as connection:
             yield connection
+
+    @cached_property
+    def id(self) -> str:
+        """What tells this database from others; hex digits."""
+        with self.read() as connection:
+            found = connection.execute(select(schema.about.c.id)).scalar()
+        if not found or not found.isalnum() or len(found) > 32:
+            raise StorageError(f"The database {self.name} has lost its id.", hint="Restore it from a backup.")
+        return str(found)
 
     def close(self) -> None:
         """Close all connections."""

@@ -145,6 +145,17 @@ class Tasks:
             why = stopped(recorded("task.stopped"), task)
             return why, frozenset(self._labels(recorded("task.tainted"), task))
 
+    def first_state(self, task: str) -> str:
+        """The digest of the state that a task began with; raises StorageError if none was recorded."""
+        with self._approvals.reading() as connection:
+            for body in self._approvals.recorded(connection, "task.created"):
+                if body["task"] == task and body.get("first"):
+                    return str(body["first"])
+        raise StorageError(
+            f"What {task} began with was not recorded.",
+            hint="It was begun without a fleet: begin it again in this one.",
+        )
+
     def stopped(self, task: str) -> str | None:
         """Why a person stopped a task; None if nobody did."""
         with self._approvals.reading() as connection:

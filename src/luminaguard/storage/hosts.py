@@ -11,12 +11,17 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from luminaguard.errors import LeaseLost, TaskError
+from luminaguard.errors import LeaseLost, SettingsError, TaskError
 from luminaguard.storage.database import Database
 
 __all__ = ["Host", "Hosts"]
 
 _NOW = "(extract(epoch from clock_timestamp()) * 1000000000)::bigint"
+_FRESH = (
+    f"(hosts.beat_ns::numeric + least(hosts.lease_ns, 600000000000) >= {_NOW} "
+    f"AND hosts.beat_ns <= {_NOW} + 60000000000)"
+)
+"""Whether a lease holds, whatever numbers stand there; one from the future, as after a change of servers, does not."""
 _BILLION = 1_000_000_000
 
 
@@ -55,7 +60,7 @@ class Hosts:
             f"INSERT INTO hosts (name, token, beat_ns, lease_ns, slots, busy, alive) "  # noqa: S608  # the clock's words
             f"VALUES (:name, :token, {_NOW}, :lease, :slots, 0, 1) ON CONFLICT (name) DO UPDATE SET token = :token, "
             f"beat_ns = {_NOW}, lease_ns = :lease, slots = :slots, busy = 0, alive = 1 "
-            f"WHERE hosts.alive = 0 OR hosts.beat_ns + hosts.lease_ns < {_NOW}"
+            f"WHERE hosts.alive <> 1 OR NOT {_FRESH}"
         )
         with self._database.write(alone=False) as connection:
             if not connection.execute(taken, values).rowcount:
@@ -96,7 +101,7 @@ class Hosts:
         """Mark hosts dead whose leases ran out, and give their jobs to whoever is there; the hosts' names."""
         ended = text(
             "UPDATE hosts SET alive = 0 WHERE name IN (SELECT name FROM hosts "  # noqa: S608  # as above
-            f"WHERE alive = 1 AND beat_ns + lease_ns < {_NOW} FOR UPDATE SKIP LOCKED) RETURNING name"
+            f"WHERE alive = 1 AND NOT {_FRESH} FOR UPDATE SKIP LOCKED) RETURNING name"
         )
         with self._database.write(alone=False) as connection:
             dead = [str(row.name) for row in connection.execute(ended).all()]
@@ -123,8 +128,32 @@ class Hosts:
 
     def all(self) -> list[Host]:
         """All hosts that ever were, by name."""
-        query = text(f"SELECT *, {_NOW} AS now_ns FROM hosts ORDER BY name")  # noqa: S608  # as above
+        query = text(f"SELECT *, {_NOW} AS now_ns, {_FRESH} AS fresh FROM hosts "  # noqa: S608  # as above
+                     "WHERE slots > 0 ORDER BY name")  # fmt: skip
         with self._database.read() as connection:
             rows = connection.execute(query).all()
-        return [Host(row.name, row.slots, row.busy, bool(row.alive) and row.beat_ns + row.lease_ns >= row.now_ns,
+        return [Host(row.name, row.slots, row.busy, row.alive == 1 and row.fresh,
                      (row.now_ns - row.beat_ns) / _BILLION) for row in rows]  # fmt: skip
+
+    def claim_name(self, folder: str) -> None:
+        """Let a state folder have this host's name, for good: what lies in its folders is its to publish and settle.
+
+        Raises:
+            SettingsError: another state folder has it.
+        """
+        taken = text(
+            "INSERT INTO hosts (name, token, beat_ns, lease_ns, slots, busy, alive, folder) "
+            "VALUES (:name, '', 0, 0, 0, 0, 0, :folder) ON CONFLICT (name) DO UPDATE SET folder = :folder "
+            "WHERE hosts.folder = ''"
+        )
+        with self._database.write(alone=False) as connection:
+            mine = text("SELECT folder FROM hosts WHERE name = :name")
+            found = connection.execute(mine, {"name": self.name}).scalar()
+            if not found:
+                connection.execute(taken, {"name": self.name, "folder": folder})
+                found = connection.execute(mine, {"name": self.name}).scalar()
+        if found != folder:
+            raise SettingsError(
+                f"The name {self.name!a} is that of another state folder of this fleet.",
+                hint="Give this one a name of its own: host in luminaguard.toml, or LUMINAGUARD_HOST.",
+            )

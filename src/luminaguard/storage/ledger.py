@@ -41,9 +41,10 @@ class Ledger:
     """Append and verify; every append extends the chain and signs its new end."""
 
     def __init__(
-        self, database: Database, key: Ed25519PrivateKey, head: Path, clock: Clock = time.time_ns, host: str = ""
-    ) -> None:
-        self._host = host
+        self, database: Database, key: Ed25519PrivateKey, head: Path, clock: Clock = time.time_ns, host: str = "",
+        guard: Callable[[Connection], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._host, self._guard = host, guard
         self.database = database
         self._key = key
         self._head = head
@@ -52,6 +53,7 @@ class Ledger:
     def append(self, kind: str, **body: Any) -> Entry:
         """Write one entry in a transaction of its own."""
         with self.database.write() as connection:
+            self._guard(connection)
             entry = self.append_in(connection, kind, body)
         self.publish_head(entry)
         return entry

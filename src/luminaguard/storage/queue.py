@@ -34,6 +34,13 @@ INSERT INTO host_workers (worker_id, token) SELECT id, %(token)s FROM made RETUR
 """
 """A worker is known as part of its host from its first moment: a job of an unknown one is given to others."""
 _MACHINES = "machines"
+_WRONG = """(task_name <> :step OR (CASE WHEN jsonb_typeof(args) = 'object'
+THEN jsonb_typeof(args -> 'task') IS DISTINCT FROM 'string' OR jsonb_typeof(args -> 'number') IS DISTINCT FROM 'number'
+OR (args ->> 'task') || chr(58) || (args ->> 'number') IS DISTINCT FROM queueing_lock
+OR args - 'task' - 'number' <> '{}'
+ELSE true END) OR (scheduled_at IS NOT NULL AND (NOT isfinite(scheduled_at) OR scheduled_at > now() + interval '1 hour'
+OR scheduled_at < now() - interval '10 years')))"""
+"""A row that this code did not write. It is deleted: what it hinted at is added again, if it can be done."""
 _YOUNG_S = 5
 """Younger, a job may have been taken and not begun."""
 
@@ -78,6 +85,8 @@ class Jobs:
         """Add what is missing, and let any host take what waited for a near one; how many were missing."""
         missing = 0
         with self._database.write() as connection:
+            connection.execute(text(f"DELETE FROM procrastinate_jobs WHERE status = 'todo' AND {_WRONG}"),  # noqa: S608
+                               {"step": STEP})  # fmt: skip
             here = text("SELECT queueing_lock FROM procrastinate_jobs WHERE status IN ('todo', 'doing')")
             known = {row.queueing_lock for row in connection.execute(here).all()}
             for due in TaskStore.due_in(connection):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, Column, ForeignKey, Integer, LargeBinary, MetaData, String, Table, Text
 
 __all__ = [
-    "REVISIONS", "checkpoints", "contents", "decisions", "grants", "host_workers", "hosts", "ledger", "messages",
-    "metadata", "outputs", "requests", "revision", "tasks",
+    "REVISIONS", "about", "checkpoints", "contents", "decisions", "grants", "host_workers", "hosts", "ledger",
+    "messages", "metadata", "outputs", "requests", "revision", "tasks",
 ]  # fmt: skip
 
 REVISIONS = ("0001", "0002")
@@ -149,7 +149,11 @@ hosts = Table(
     Column("slots", Integer, nullable=False),
     Column("busy", Integer, nullable=False),
     Column("alive", Integer, nullable=False),
+    # The id of the state folder that has this name.
+    Column("folder", String(32), nullable=False, server_default=""),
 )
+# One row: the id of this database, by which state folders tell what belongs to it.
+about = Table("about", metadata, Column("id", String(32), primary_key=True))
 host_workers = Table(
     "host_workers",
     metadata,

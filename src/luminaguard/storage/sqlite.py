@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, select
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select
 from sqlalchemy.exc import DBAPIError
 
 from luminaguard.errors import StorageError
@@ -42,6 +43,7 @@ def check_schema(connection: Connection, name: str) -> None:
             upgrade(connection, name, before_alembic=True)
         else:
             schema.metadata.create_all(connection)
+            connection.execute(insert(schema.about).values(id=secrets.token_hex(16)))
             stamp(connection)
         return
     found = connection.execute(select(schema.revision.c.version_num)).scalar()

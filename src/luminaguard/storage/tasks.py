@@ -20,9 +20,13 @@ from luminaguard.storage.approvals import Approvals, Transaction
 
 __all__ = ["Due", "Enqueue", "Needs", "Stored", "TaskStore"]
 
+HERE = "here"
+"""What a step needs that no queue offers: the process that began its task."""
 Needs = Literal["turn", "machine", "folder"]
 """What the next step of a task needs: a model, a machine, or the host that has the folder."""
-_MOST_DUE = 1000
+_MOST_DUE = 10_000
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError, LookupError,
+               ChangesetRefused)  # fmt: skip
 _UNANSWERED = ("pending", "claimed", "unknown")
 
 
@@ -76,18 +80,21 @@ class TaskStore:
     Args:
         approvals: whose transactions are used.
         enqueue: told in the same transaction of each step that can be done from then on.
+        here: what is stored is done by this process alone; no queue offers it.
     """
 
-    def __init__(self, approvals: Approvals, enqueue: Enqueue | None = None) -> None:
+    def __init__(self, approvals: Approvals, enqueue: Enqueue | None = None, *, here: bool = False) -> None:
         self._approvals = approvals
         self._enqueue = enqueue
+        self._here = here
 
     def create(self, task: Stored, status: str, messages: Sequence[dict[str, Any]], **told: Any) -> None:
         """Store a new task with the beginning of its history."""
         with self._approvals.transaction() as t:
             t.connection.execute(insert(tables.tasks).values(
                 id=task.id, workspace=task.workspace, status=status, step=task.step, created_ns=task.created_ns,
-                updated_ns=t.now, body=json.dumps(task.to_json()), waits_for=task.request, home=task.home, needs="turn",
+                updated_ns=t.now, body=json.dumps(task.to_json()), waits_for=task.request, home=task.home,
+                needs=HERE if self._here else "turn",
             ))  # fmt: skip
             self._say(t, task.id, messages)
             self._next(t, Due(task.id, task.step, "turn", task.home), status)
@@ -105,7 +112,7 @@ class TaskStore:
         with self._approvals.transaction() as t:
             where = (tables.tasks.c.id == task.id) & (tables.tasks.c.step == task.step)
             values = {"status": status, "step": task.step + 1, "updated_ns": t.now, "body": json.dumps(task.to_json()),
-                      "waits_for": task.request, "needs": needs}  # fmt: skip
+                      "waits_for": task.request, "needs": HERE if self._here else needs}  # fmt: skip
             if t.connection.execute(update(tables.tasks).where(where).values(**values)).rowcount != 1:
                 raise TaskError(
                     f"{task.id} was worked on by another process meanwhile.",
@@ -154,8 +161,10 @@ class TaskStore:
         with self._approvals.reading() as connection:
             rows = connection.execute(query.order_by(tables.messages.c.seq)).all()
         try:
+            if not rows:
+                raise LookupError("it has no history")
             return [read(json.loads(row.body)) for row in rows]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except _UNREADABLE as error:
             raise _damaged(task_id, error) from error
 
     def output(self, task_id: str, name: str) -> str | None:
@@ -195,13 +204,18 @@ class TaskStore:
         asked = (requests.c.id == row.waits_for) & requests.c.state.in_(_UNANSWERED)
         unanswered = exists().where(asked & ~by_rule)
         waited = (row.status == "waiting") & (row.waits_for != "") & ~unanswered
-        runs = (row.status == "running") | waited
+        runs = ((row.status == "running") | waited) & (row.needs != HERE)
         query = select(row.id, row.step, row.needs, row.home).where(runs if only is None else only & runs)
         rows = connection.execute(query.order_by(row.created_ns).limit(_MOST_DUE)).all()
-        return [Due(str(one.id), int(one.step), one.needs or "turn", str(one.home)) for one in rows]
+        return [Due(one.id, one.step, one.needs or "turn", one.home) for one in rows
+                if isinstance(one.step, int) and isinstance(one.id, str) and isinstance(one.home, str)]  # fmt: skip
 
     def _next(self, t: Transaction, due: Due, status: str) -> None:
-        if self._enqueue is not None and (status == "running" or (status == "waiting" and due.needs == "folder")):
+        if (
+            self._enqueue is not None
+            and not self._here
+            and (status == "running" or (status == "waiting" and due.needs == "folder"))
+        ):
             self._enqueue(t.connection, due)
 
     @staticmethod
@@ -216,7 +230,7 @@ class TaskStore:
     def _read(row: Any, read: Read[T]) -> T:
         try:
             return read(row, json.loads(row.body))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ChangesetRefused) as error:
+        except _UNREADABLE as error:
             raise _damaged(str(row.id), error) from error
 
 

@@ -111,8 +111,9 @@ class Engine:
 
     async def create(self, task: Task) -> Task:
         """Store a new task; its first state is kept before that, so that it can always begin."""
-        await self._bench.begin(task)
-        self._store.create(task, task.status.value, [Message("user", task.prompt).to_json()], models=task.models)
+        first = await self._bench.begin(task)
+        said = [Message("user", task.prompt).to_json()]
+        self._store.create(task, task.status.value, said, models=task.models, first=first)
         return task
 
     async def run(self, task: Task, model: Model, watcher: Watcher) -> Task:

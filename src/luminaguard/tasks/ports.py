@@ -28,8 +28,12 @@ class Evaluated:
 class Workbench(Protocol):
     """Where calls are evaluated, each in a machine of its own."""
 
-    async def begin(self, task: Task) -> None:
-        """Keep the first state of the task's workspace; raises WorkspaceError and what machines raise."""
+    async def begin(self, task: Task) -> str:
+        """Keep the first state of the task's workspace; its digest, or nothing, for the record.
+
+        Raises:
+            WorkspaceError: the folder cannot be read.
+        """
 
     def runs_unasked(self, task: Task, call: ToolCall, changed: Changeset) -> bool:
         """Whether the rules let a call run without anybody's answer, after these changes; raises PolicyInvalid."""

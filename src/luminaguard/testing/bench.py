@@ -36,6 +36,7 @@ class PlayedBench(MachineBench):
     async def evaluate(self, task: Task, call: ToolCall, work: Plan) -> Evaluated:
         """What the call would do, by its arguments alone."""
         del work
+        self.check_first(task)
         entries = task.snapshot.changes.applied_to(self._states.first(task.id).entries)
         self.permit(task, call, Path(task.workspace), entries)
         self.evaluated.append(call.id)

@@ -42,11 +42,17 @@ __all__ = ["Publisher", "Step"]
 
 
 class Publisher:
-    """Publishes into workspaces; keeps journals and locks in the state folder."""
+    """Publishes into workspaces; keeps journals and locks in the state folder.
 
-    def __init__(self, state: Path, blobs: BlobStore) -> None:
-        self._journals = state / "journal"
-        self._lock = state / "publish.lock"
+    Args:
+        data: the folder of the journals.
+        blobs: what is published.
+        state: the folder of the lock, if it is another one.
+    """
+
+    def __init__(self, data: Path, blobs: BlobStore, state: Path | None = None) -> None:
+        self._journals = data / "journal"
+        self._lock = (state or data) / "publish.lock"
         self._blobs = blobs
 
     @contextmanager

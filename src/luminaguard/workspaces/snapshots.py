@@ -149,6 +149,48 @@ class Snapshots:
                 hint="Answer on the host that has the folder, or give the task a new start there.",
             ) from error
 
+    def digest(self, task: str) -> str:
+        """What tells a task's first state, and its folder's rules, from any others; raises StorageError."""
+        digest = hashlib.sha256()
+        try:
+            for name in (_META, _RULES):
+                data = (self.folder / task / name).read_bytes()
+                digest.update(len(data).to_bytes(8) + data)
+        except OSError as error:
+            raise StorageError(
+                f"The first state of {task} cannot be read ({error}).",
+                hint="The state folder was damaged or edited: the task cannot go on; begin it again.",
+            ) from error
+        return digest.hexdigest()
+
+    def expect(self, task: str, digest: str) -> None:
+        """Have the first state of a task, as it was when the task began; a damaged copy is fetched anew.
+
+        Raises:
+            StorageError: what can be had is another one.
+        """
+        if self._is_whole(task, digest):
+            return
+        self._known = None
+        for name in (_META, _RULES, _BASE):
+            path = self.folder / task / name
+            if self._shared is not None:
+                path.unlink(missing_ok=True)
+                self._fetch(task, path)
+        if not self._is_whole(task, digest):
+            raise StorageError(
+                f"The first state of {task} is not what it began with.",
+                hint="The database or the state folder was damaged or edited: begin the task again.",
+                kept="Nothing ran.",
+            )
+
+    def _is_whole(self, task: str, digest: str) -> bool:
+        try:
+            image = json.loads((self.folder / task / _META).read_bytes())["image"]
+            return self.digest(task) == digest and _sha256(self.folder / task / _BASE) == image
+        except (OSError, ValueError, KeyError, TypeError, StorageError):
+            return False
+
     def copy_first(self, task: str, other: str) -> None:
         """Let another task begin where this one began.
 
@@ -159,6 +201,8 @@ class Snapshots:
         image = self._open(self.folder / task / _BASE)
         try:
             self.begin(other, state, image)
+            if self._shared is not None:
+                self.keep_rules(other, self.rules(task))
         finally:
             os.close(image)
 

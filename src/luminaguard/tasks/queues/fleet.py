@@ -13,10 +13,11 @@ import contextlib
 import logging
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 from anyio.from_thread import BlockingPortal
 from procrastinate import App, JobContext, PsycopgConnector, RetryDecision
@@ -30,7 +31,7 @@ from psycopg_pool import PoolTimeout
 from sqlalchemy import Connection
 
 from luminaguard import log
-from luminaguard.errors import DatabaseUnreachable, LeaseLost, LuminaGuardError, StorageError, TaskError
+from luminaguard.errors import DatabaseUnreachable, LeaseLost, StorageError, TaskError
 from luminaguard.storage import postgres
 from luminaguard.storage.database import Database
 from luminaguard.storage.hosts import Hosts
@@ -92,7 +93,7 @@ class FleetQueue:
             StorageError: every role of the server may connect to the database.
         """
         logging.getLogger("procrastinate").setLevel(logging.CRITICAL)  # what matters of it is in our own log
-        logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
+        logging.getLogger("psycopg").setLevel(logging.CRITICAL)
         await anyio.to_thread.run_sync(self._refuse_open)
         while True:
             hosts = Hosts(self._database, self._host, secrets.token_hex(16), self._lease_s)
@@ -158,8 +159,9 @@ class FleetQueue:
         app = App(connector=connector)
         app.job_manager = _Fenced(connector, hosts.token)
 
-        async def step(context: JobContext, task: str, number: int) -> None:
-            await self._do(context.job, task, number, handle)
+        async def step(context: JobContext, /, task: object = None, number: object = None, **_: object) -> None:
+            if isinstance(task, str) and isinstance(number, int):  # else somebody else wrote it, and it ends here
+                await self._do(context.job, task, number, handle)
 
         app.task(name=STEP, pass_context=True, retry=_Again())(step)
         async with app.open_async(), anyio.create_task_group() as tasks:
@@ -189,20 +191,30 @@ class FleetQueue:
                 self._handled.discard(job.id)
 
     async def _look_after(self, hosts: Hosts) -> None:
-        """Reap, sweep, and stop what somebody else did or ended meanwhile."""
+        """Reap, sweep, put back what was lost, and stop what somebody else did or ended meanwhile."""
         while True:
-            try:
-                dead = await anyio.to_thread.run_sync(hosts.reap)
-                for name in dead:
-                    log.event("fleet.host_died", host=name, found_by=self._host)
-                await anyio.to_thread.run_sync(self._jobs.sweep, _PATIENCE_S)
-                await anyio.to_thread.run_sync(self._jobs.put_back, hosts.token, set(self._handled))
-                for task, (number, scope) in tuple(self._doing.items()):
-                    if self._store().step_of(task) != number:
-                        scope.cancel()
-            except LuminaGuardError as error:
-                log.event("fleet.not_swept", error=error.message)
+            await self._tried(self._reap, hosts)
+            await self._tried(self._jobs.sweep, _PATIENCE_S)
+            await self._tried(self._jobs.put_back, hosts.token, set(self._handled))
+            await self._tried(self._stop_what_is_done)
             await anyio.sleep(_SWEEP_S * (0.75 + random.random() / 2))  # noqa: S311  # not all at once
+
+    @staticmethod
+    async def _tried(function: Callable[..., object], *arguments: object) -> None:
+        """Each by itself: what stops one must not stop the others."""
+        try:
+            await anyio.to_thread.run_sync(function, *arguments)
+        except Exception as error:  # noqa: BLE001  # as the line above says
+            log.event("fleet.not_looked_after", what=function.__name__, error=repr(error)[:300])
+
+    def _reap(self, hosts: Hosts) -> None:
+        for name in hosts.reap():
+            log.event("fleet.host_died", host=name, found_by=self._host)
+
+    def _stop_what_is_done(self) -> None:
+        for task, (number, scope) in tuple(self._doing.items()):
+            if self._store().step_of(task) != number:
+                anyio.from_thread.run_sync(scope.cancel)
 
 
 class _Again(BaseRetryStrategy):
@@ -229,12 +241,23 @@ class _Fenced(JobManager):
 
     async def finish_job(self, job: Job, status: JobStatus, delete_job: bool) -> None:  # theirs
         del delete_job
-        await self.connector.execute_query_async(query=FINISH, status=status.value, **_mine(job))
+        with _logged(job):
+            await self.connector.execute_query_async(query=FINISH, status=status.value, **_mine(job))
 
     async def retry_job(self, job: Job, retry_at: Any = None, priority: Any = None, queue: Any = None,
                         lock: Any = None) -> None:  # fmt: skip
         del priority, lock
-        await self.connector.execute_query_async(query=RETRY, retry_at=retry_at, queue=queue, **_mine(job))
+        with _logged(job):
+            await self.connector.execute_query_async(query=RETRY, retry_at=retry_at, queue=queue, **_mine(job))
+
+
+@contextlib.contextmanager
+def _logged(job: Job) -> Iterator[None]:
+    """Whoever calls this could do nothing about a failure; the look at what is not being done puts the job back."""
+    try:
+        yield
+    except (ConnectorException, PsycopgError, PoolTimeout) as error:
+        log.event("fleet.job_not_ended", job=job.id, error=repr(error)[:300])
 
 
 def _mine(job: Job) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """For fleets: whose folder it is, what waits for what, contents that hosts share, hosts, and the queue's own tables."""
 
 import json
+import secrets
 
 from alembic import op
 from sqlalchemy import BigInteger, Column, Integer, LargeBinary, MetaData, String, Table, Text, select, update
@@ -34,7 +35,10 @@ def upgrade() -> None:
         Column("slots", Integer, nullable=False),
         Column("busy", Integer, nullable=False),
         Column("alive", Integer, nullable=False),
+        Column("folder", String(32), nullable=False, server_default=""),
     )
+    about = op.create_table("about", Column("id", String(32), primary_key=True))
+    op.bulk_insert(about, [{"id": secrets.token_hex(16)}])
     op.create_table(
         "host_workers",
         Column("worker_id", BigInteger, primary_key=True, autoincrement=False),
