@@ -386,6 +386,25 @@ def test_a_beat_from_the_future_is_no_life(database):
     Hosts(database, "a", "3", LEASE_S).join(1)
 
 
+def test_a_host_with_other_keys_is_refused_and_told_why(url, make_host, tmp_path):
+    a = make_host("a", url=url)
+    with a.runtime() as here:
+        here.ledger.append("one")
+    other = Host(tmp_path / "other", "b", url=url)
+    with other.runtime() as there, pytest.raises(SettingsError, match="are not those of the fleet"):
+        there.ledger.append("two")
+
+
+def test_who_waits_for_a_person_is_no_failure(url, make_host, tmp_path, script):
+    host = make_host("a", url=url)
+    (host.folders.config / "luminaguard.toml").write_text("")
+    (one,) = host.begin(1, script, tmp_path / "workspaces")
+    host.start()
+    until(lambda: host.tasks()[one].request, timeout_s=30)
+    time.sleep(4)
+    assert "foresee" not in host.said() and host.tasks()[one].status is Status.WAITING
+
+
 def test_a_name_belongs_to_one_state_folder(url, make_host, tmp_path):
     a = make_host("a", url=url)
     with a.runtime() as here:

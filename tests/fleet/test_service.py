@@ -116,7 +116,12 @@ def test_an_approver_without_a_database_looks_and_answers(served, tmp_path, scri
     request = next(item for item in found if item["task"] == one)
     shown = served.remote("show", request["id"])
     assert shown.code == 0 and "one.txt" in shown.err and "+1" in shown.err and request["task"] in shown.err
-    approved = served.remote("approve", request["id"])
+    unseen = served.remote("approve", request["id"])
+    assert unseen.code == 122 and "--digest" in unseen.err and "one.txt" in unseen.err
+    wrong = served.remote("approve", request["id"], "--digest", "sha256:" + "0" * 64)
+    assert wrong.code == 122 and "Nothing was signed" in wrong.err
+    assert request["digest"] in shown.err
+    approved = served.remote("approve", request["id"], "--digest", request["digest"])
     assert approved.code == 0, approved.err
     folder = tmp_path / "workspaces" / ("a-0" if served.host.name else "here-0")
     until((folder / "one.txt").exists)
@@ -124,7 +129,7 @@ def test_an_approver_without_a_database_looks_and_answers(served, tmp_path, scri
     denied = served.remote("deny", other["id"], "--reason", "not like this")
     assert denied.code == 0 and "denied" in denied.out
     until(lambda: served.host.tasks()[one].step > 4)
-    assert served.remote("approve", other["id"]).code == 122
+    assert served.remote("approve", other["id"], "--digest", other["digest"]).code == 122
     assert served.remote("list", stdin=b"wrong\n").code == 122
     told = json.loads(served.host.home.run("approvals", "show", request["id"], "--json", **served.host.variables).out)
     assert [(one["person"], one["means"]) for one in told["decisions"]] == [("anna", "service")]
@@ -138,7 +143,7 @@ def test_who_has_no_key_here_learns_nothing(served):
     assert served.ask("GET", target, key=key)[0] == 200
     headers = [None, "x", "LuminaGuard", "LuminaGuard a.b.c", "LuminaGuard " + "9" * 4000, "Bearer x",
                sign_ticket("GET", target, now, stranger), sign_ticket("GET", target, now - 61 * 10**9, key),
-               sign_ticket("GET", target, now + 61 * 10**9, key), sign_ticket("POST", target, now, key),
+               sign_ticket("GET", target, now + 600 * 10**9, key), sign_ticket("POST", target, now, key),
                sign_ticket("GET", "/v1/requests", now, key), sign_ticket("GET", target + "?all=1", now, key),
                sign_ticket("GET", target, now, key).replace("LuminaGuard ", "LuminaGuard x")]  # fmt: skip
     for header in headers:
@@ -262,6 +267,17 @@ def test_what_a_lying_service_shows_is_not_signed():
 def test_a_service_elsewhere_is_asked_by_tls_only(url):
     with pytest.raises(SettingsError):
         Service(url, "", "anna", Ed25519PrivateKey.generate())
+
+
+def test_what_cannot_be_served_is_said(served, tmp_path):
+    listen = f"127.0.0.1:{served.port}"
+    taken = served.host.home.run("serve", "--listen", listen, **served.host.variables)
+    assert taken.code == 123 and "cannot be listened at" in taken.err and "approvers may ask" not in taken.err
+    files = tmp_path / "server.pem", tmp_path / "authority.pem"
+    for certificate, key in (files, (files[0], files[0])):
+        wrong = served.host.home.run("serve", "--listen", "127.0.0.1:1", "--certificate", str(certificate), "--key",
+                                     str(key), **served.host.variables)  # fmt: skip
+        assert wrong.code == 123 and "belong together" in wrong.err
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "x", "127.0.0.1:x", "localhost:1", ":1"])

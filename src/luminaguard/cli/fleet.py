@@ -44,6 +44,7 @@ def serve(
     """Let approvers look at requests and answer them over HTTPS, with their own keys, until interrupted."""
     import anyio
 
+    from luminaguard.runtime.worker import first_of
     from luminaguard.service.server import Server
 
     with signals.held() as held:
@@ -60,17 +61,14 @@ def serve(
                     server.should_exit = True
 
                 tasks.start_soon(until_signal)
-                _tell(f"approvers may ask at {'https' if certificate else 'http'}://{listen} (Ctrl-C ends it)")
-                await server.serve()
+                where = f"{'https' if certificate else 'http'}://{listen}"
+                await server.serve_at(lambda: _tell(f"approvers may ask at {where} (Ctrl-C ends it)"))
                 tasks.cancel_scope.cancel()
 
         try:
             anyio.run(run)
-        except SystemExit:  # how it says that it cannot listen
-            raise SettingsError(
-                f"{listen} cannot be listened at.",
-                hint="Another program may have this port, or the certificate and key do not belong together.",
-            ) from None
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
         signals.over()
         held.take()
 
@@ -102,15 +100,17 @@ def remote_approve(
     request_id: RequestId, person: As,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="PATH", help="This path alone; may be repeated.")]
     = None,
+    digest: Annotated[str, typer.Option("--digest", help="Of what you saw: approve that, without being asked.")] = "",
     service: Url = None, authority: Authority = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Approve a request; the host that has the folder publishes it."""
+    """Show a request and approve it, if you say so; the host that has the folder publishes it."""
     from luminaguard.approvals import State, Verdict
     from luminaguard.cli import remote
     from luminaguard.errors import EXIT_PENDING
 
     desk = _service(person, service, authority, as_json=as_json)
-    after = remote.answer(desk, request_id, Verdict.APPROVE, "", tuple(only) if only else None, as_json=as_json)
+    part = tuple(only) if only else None
+    after = remote.answer(desk, request_id, Verdict.APPROVE, "", part, digest=digest, as_json=as_json)
     if after.state is State.PENDING:
         sys.exit(EXIT_PENDING)
 
@@ -239,7 +239,11 @@ def hosts(as_json: Json = False) -> None:
     for one in found:
         stands = "alive" if one.alive else "gone"
         print(f"{one.name:36}  {stands:5}  {one.busy} of {one.slots} machines  heard {one.silent_s:.0f} s ago")
-    print(f"{waiting} steps wait for a host" if found else "no host was ever there: start 'luminaguard worker' on one")
+    print(
+        f"{waiting} {'step waits' if waiting == 1 else 'steps wait'} for a host"
+        if found
+        else "no host was ever there: start 'luminaguard worker' on one"
+    )
 
 
 def _in_a_fleet(runtime: Runtime) -> None:
@@ -252,7 +256,9 @@ def _in_a_fleet(runtime: Runtime) -> None:
 
 @database_app.command("upgrade")
 def database_upgrade(
-    role: Annotated[str, typer.Option("--role", help="A role that workers use; it gets no right on tables.")] = "",
+    role: Annotated[
+        str, typer.Option("--role", help="A role for workers: it may read and write the tables, and change none.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Create or upgrade the tables in PostgreSQL, as the database's owner, and let nobody else connect."""
@@ -264,8 +270,12 @@ def database_upgrade(
     _in_a_fleet(runtime)
     database = Database.upgrade(runtime.settings.database_url, role=role)
     database.close()
+    keys = runtime.folders.state / "keys"
+    _ = runtime.ledger, runtime.approvers.owner()  # made now, so that they can be copied to the other hosts
     if as_json:
         print_json({"database": database.name, "revision": REVISIONS[-1], "role": role or None})
     else:
         print(f"{database.name} has the tables of revision {REVISIONS[-1]}; nobody but its owner"
-              + (f" and {role}" if role else "") + " may connect")  # fmt: skip
+              + (f" and {role}" if role else "") + " may connect\n"
+              f"the fleet's keys: copy ledger.key, approver.key and approvers (if there is one) from {keys} "
+              "to the other hosts")  # fmt: skip

@@ -11,6 +11,7 @@ import http.client
 import json
 import secrets
 import ssl
+import sys
 import time
 import urllib.parse
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ class Service:
         except (OSError, http.client.HTTPException) as error:
             raise Unavailable(
                 f"The service {self._split.netloc} cannot be reached: {error}.",
-                hint="Check its address and that 'luminaguard serve' runs there.",
+                hint="Check its address, that 'luminaguard serve' runs there, and the authority of its certificate "
+                "(--authority).",
             ) from error
         finally:
             connection.close()
@@ -118,9 +120,10 @@ class Service:
         try:
             told = json.loads(data)["error"]
             message, hint = visible(str(told["message"]))[:1000], visible(str(told["hint"]))[:1000]
+            kept = visible(str(told.get("kept", "")))[:1000]
         except (ValueError, KeyError, TypeError, RecursionError):
-            message, hint = f"it answered with status {status}", ""
-        return ApprovalError(f"The service refuses: {message}", hint=hint or "Ask who runs the service.")
+            message, hint, kept = f"it answered with status {status}", "", ""
+        return ApprovalError(f"The service refuses: {message}", hint=hint or "Ask who runs the service.", kept=kept)
 
     def json(self, target: str, body: bytes | None = None) -> Any:
         """:meth:`ask` for JSON."""
@@ -176,15 +179,19 @@ def show_list(service: Service, *, everything: bool, as_json: bool) -> None:
 
 
 def show_one(service: Service, request_id: str, *, full: bool) -> None:
-    """Print one request with its card, made here from what was got and checked."""
-    asked = service.request(request_id)
+    """Print one request with its card."""
+    _show(service, service.request(request_id), full=full)
+
+
+def _show(service: Service, asked: _Asked, *, full: bool) -> None:
+    """Print a request with its card, made here from what was got and checked."""
     request, effect = asked.request, asked.effect
     if isinstance(effect, Changeset):
         sizes = {entry.sha256: entry.size for change in effect.changes for entry in (change.before, change.after)
                  if isinstance(entry, FileEntry)}  # fmt: skip
 
         def content(sha256: str) -> bytes | None:
-            return service.content(request_id, sha256) if sizes.get(sha256, 0) <= MAX_TEXT else None
+            return service.content(request.id, sha256) if sizes.get(sha256, 0) <= MAX_TEXT else None
 
         card = make_card(effect, content, content)
     else:
@@ -194,19 +201,47 @@ def show_one(service: Service, request_id: str, *, full: bool) -> None:
                  *render(card, max_diff_lines=None if full else 40)])  # fmt: skip
 
 
+def _is_meant(service: Service, asked: _Asked, digest: str) -> None:
+    """See to it that what is approved is what the person saw: here and now, or by the digest that they saw before.
+
+    Raises:
+        ApprovalError: it is something else, or they say no.
+    """
+    if digest:
+        if digest != asked.effect.digest:
+            raise ApprovalError(
+                "What the service shows now is not what has this digest.", hint="Look at it again.",
+                kept="Nothing was signed.",
+            )  # fmt: skip
+        return
+    _show(service, asked, full=False)
+    if not sys.stdin.isatty():
+        raise ApprovalError(
+            "There is no terminal to ask at.", hint="Give the digest of what you saw: --digest sha256:...",
+            kept="Nothing was signed.",
+        )  # fmt: skip
+    sys.stderr.write("approve this? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() != "y":
+        raise ApprovalError("You did not approve it.", hint="It still waits.", kept="Nothing was signed.")
+
+
 def answer(
-    service: Service, request_id: str, verdict: Verdict, reason: str, part: tuple[str, ...] | None, *, as_json: bool
-) -> Request:
+    service: Service, request_id: str, verdict: Verdict, reason: str, part: tuple[str, ...] | None, *,
+    digest: str = "", as_json: bool,
+) -> Request:  # fmt: skip
     """Sign an answer here and hand it in; return the request as it then stands."""
     asked = service.request(request_id)
+    if verdict is Verdict.APPROVE:
+        _is_meant(service, asked, digest)
     request, effect = asked.request, asked.effect
-    digest = request.digest
+    signed = request.digest
     if part is not None:
         if not isinstance(effect, Changeset):
             raise ApprovalError(f"{request_id} is not about files.", hint="Approve it whole, or deny it.")
-        digest = effect.part(part).digest
+        signed = effect.part(part).digest
     decision = sign(Decision(
-        request_id=request.id, digest=digest, workspace=request.workspace, verdict=verdict, means="service",
+        request_id=request.id, digest=signed, workspace=request.workspace, verdict=verdict, means="service",
         decided_ns=time.time_ns(), expires_ns=request.expires_ns, nonce=secrets.token_hex(16), approver="",
         reason=reason, part=part, policy=request.judged.policy, person=service.name,
     ), service.key)  # fmt: skip

@@ -111,7 +111,11 @@ def _see_through(runtime: Runtime, task: Task, held: Held, *, as_json: bool, new
         signals.over()
         held.take()
         progress.clear()
-        sys.stderr.write(f"interrupted: {task.id} goes on with: luminaguard tasks resume {task.id}\n")
+        if runtime.host:
+            sys.stderr.write(f"{task.id} goes on in the fleet; watch it with: luminaguard tasks resume {task.id}\n"
+                             f"  end it with: luminaguard tasks cancel {task.id}\n")  # fmt: skip
+        else:
+            sys.stderr.write(f"interrupted: {task.id} goes on with: luminaguard tasks resume {task.id}\n")
         return interrupted.exit_code
     finally:
         progress.clear()

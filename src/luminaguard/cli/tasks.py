@@ -67,7 +67,7 @@ def show_list(runtime: Runtime, *, everything: bool, as_json: bool) -> None:
 
 def _stands(runtime: Runtime, task: Task) -> str:
     """Where a task stands; one that nobody works on any more was interrupted."""
-    if task.status is Status.RUNNING and not runtime.agent_tasks.is_worked_on(task.id):
+    if task.status is Status.RUNNING and not runtime.host and not runtime.agent_tasks.is_worked_on(task.id):
         return "interrupted"
     return task.status.value
 

@@ -128,9 +128,11 @@ class Runtime:
         self._closing.callback(database.close)
         key = load_key(self.folders.state / "keys", "ledger")
         data = self.folders.state if not self.host else self._data_of(database)
+        ledger = Ledger(database, key, data / "ledger-head.json", host=self.host, guard=self._check_lease)
         if self.host:
+            ledger.refuse_other_key(self.folders.state / "keys")
             self._claim_name(database, data)
-        return Ledger(database, key, data / "ledger-head.json", host=self.host, guard=self._check_lease)
+        return ledger
 
     def _data_of(self, database: Database) -> Path:
         """What is kept for one fleet's database: of another one's it must collect and settle nothing."""

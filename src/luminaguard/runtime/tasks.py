@@ -19,6 +19,7 @@ from luminaguard.approvals.model import Request, State, Verdict
 from luminaguard.effects.changes import Changeset, FileEntry
 from luminaguard.errors import (
     ApprovalError,
+    DatabaseUnreachable,
     Forbidden,
     LuminaGuardError,
     RequestNotFound,
@@ -139,26 +140,39 @@ class LocalTasks:
 
         calls: dict[str, ToolCall] = {}
         seen, step, since, warned = len(self.engine.history(task)), task.step, time.monotonic(), False
+        away = False
         hosts = Hosts(self._runtime.ledger.database, self._runtime.host, "", self._runtime.settings.lease_s)
         while True:
-            task = self.engine.get(task.id)
+            try:
+                task = self.engine.get(task.id)
+                history = self.engine.history(task) if task.step != step else []
+                request = self.stopped_at(task)
+                alive = {host.name for host in hosts.all() if host.alive} if self._runtime.host else set()
+            except DatabaseUnreachable as error:
+                if not away:
+                    watcher.note(f"{error.message} {task.id} goes on when it answers again; this waits for it")
+                away = True
+                await anyio.sleep(1)
+                continue
+            away = False
             if task.step != step:
                 step, since = task.step, time.monotonic()
-                history = self.engine.history(task)
                 for message in history[seen:]:
                     _tell(message, calls, watcher)
                 seen = len(history)
             if task.status not in {Status.RUNNING, Status.WAITING} or task.question:
                 return task
-            request = self.stopped_at(task)
             if request is not None and request.state in {State.PENDING, State.UNKNOWN}:
                 return task
             if not self._runtime.host:
                 if not self.is_worked_on(task.id):  # the worker has ended in the middle
                     return task
-            elif not warned and time.monotonic() - since > _NOBODY_S and not any(host.alive for host in hosts.all()):
-                watcher.note("no host of the fleet is alive: start 'luminaguard worker' on one; the task waits")
-                warned = True
+            elif not warned and time.monotonic() - since > _NOBODY_S:
+                if not alive:
+                    watcher.note("no host of the fleet is alive: start 'luminaguard worker' on one; the task waits")
+                elif task.request and task.home not in alive:
+                    watcher.note(f"the folder is on {task.home}, where no worker is alive: the task waits for it")
+                warned = not alive or bool(task.request and task.home not in alive)
             await anyio.sleep(_FOLLOW_S)
 
     def check_folder(self, task: Task) -> None:

@@ -107,7 +107,7 @@ class Worker:
         queue = FleetQueue(
             self._runtime.ledger.database, s.database_url, self._runtime.host, lambda: self.tasks.store,
             machines=self.slots, turns=_TURNS, lease_s=s.lease_s,
-            busy=lambda: int(self._machines.borrowed_tokens), kill=self.kill_machines,
+            busy=lambda: int(self._machines.borrowed_tokens), kill=self.kill_machines, tell=self._tell,
         )  # fmt: skip
         self._runtime.guard = queue.guard
         return queue
@@ -127,7 +127,8 @@ class Worker:
                     if self._bench is None:
                         await group.start(self._lend)
                     group.start_soon(self._look_after_folders)
-                    self._tell(f"{runtime.host or 'this host'}: {self.slots} machines at once; waiting for tasks")
+                    if not runtime.host:
+                        self._tell(f"{self.slots} machines at once; waiting for tasks")
                     await queue.run(self._handle)
         except Busy:
             raise TaskError(
@@ -171,6 +172,8 @@ class Worker:
         try:
             with self.tasks.worker(due.task):
                 await self._step(due)
+        except Later:
+            raise
         except LeaseLost:
             return  # whoever has it by now does it
         except TaskError as error:  # somebody else works on it, or has done this step

@@ -126,8 +126,15 @@ class _Service:
             raise _Refused(403, "the decision is about another request, or somebody else's")
         after = self._runtime.decisions.accept(decision)
         here = after.effect == "changeset" and after.home == self._runtime.host
+        log.event("service.decided", request=after.id, person=decision.person, verdict=decision.verdict.value)
         if here and after.state is State.APPROVED:  # the folder is on this very host
-            self._runtime.decisions.publish(after.id)
+            try:
+                self._runtime.decisions.publish(after.id)
+            except LuminaGuardError as error:
+                state = self._runtime.approvals.get(after.id).state
+                if state not in {State.CLAIMED, State.PUBLISHED}:  # a worker may just be doing it
+                    raise _Refused(409, f"It was approved, and could not be published: {error.message} {error.hint} "
+                                   f"The request is {state.value}.") from error  # fmt: skip
             after = self._runtime.approvals.get(after.id)
         return JSONResponse({"request": request_to_json(after), "outcome": self._runtime.approvals.outcome(after.id)})
 
@@ -143,7 +150,8 @@ def _answering(endpoint: Callable[[HttpRequest, bytes], Response]) -> Endpoint:
             return _error(error.status, {"type": "Refused", "message": error.message, "hint": ""})
         except LuminaGuardError as error:
             status = 404 if isinstance(error, RequestNotFound) else 503 if isinstance(error, StorageError) else 409
-            return _error(status, {"type": type(error).__name__, "message": error.message, "hint": error.hint})
+            told = {"type": type(error).__name__, "message": error.message, "hint": error.hint, "kept": error.kept}
+            return _error(status, told)
 
     return answer
 

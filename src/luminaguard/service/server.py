@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-from collections.abc import Iterator
+import socket
+import ssl
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,11 +50,40 @@ class Server(uvicorn.Server):
         for path in (certificate, key):
             if path is not None and not path.is_file():
                 raise SettingsError(f"There is no file {path}.", hint="It is a certificate, or a key, in PEM.")
-        super().__init__(uvicorn.Config(
+        config = uvicorn.Config(
             build(runtime), host=str(address), port=number, log_config=None, access_log=False, server_header=False,
             proxy_headers=False, limit_concurrency=64, timeout_keep_alive=5, h11_max_incomplete_event_size=64 << 10,
             ssl_certfile=certificate, ssl_keyfile=key, lifespan="off", ws="none", timeout_graceful_shutdown=5,
-        ))  # fmt: skip
+        )  # fmt: skip
+        try:
+            config.load()
+        except (ssl.SSLError, OSError) as error:
+            raise SettingsError(
+                f"The certificate and its key cannot be used: {error}.", hint="They are PEM, and belong together."
+            ) from error
+        super().__init__(config)
+        self._address = (str(address), number)
+
+    async def serve_at(self, on_ready: Callable[[], None]) -> None:
+        """Serve until ``should_exit``; ``on_ready`` is called once it listens.
+
+        Raises:
+            SettingsError: the address cannot be listened at.
+        """
+        host, port = self._address
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            with listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((host, port))
+                listener.listen(128)
+                listener.setblocking(False)
+                on_ready()
+                await self.serve(sockets=[listener])
+        except OSError as error:
+            raise SettingsError(
+                f"{host}:{port} cannot be listened at: {error.strerror}.", hint="Another program may have this port."
+            ) from error
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -94,13 +94,13 @@ class Hosts:
     def leave(self) -> None:
         """Give the lease back."""
         with self._database.write(alone=False) as connection:
-            connection.execute(text("UPDATE hosts SET alive = 0 WHERE name = :name AND token = :token"),
+            connection.execute(text("UPDATE hosts SET alive = 0, busy = 0 WHERE name = :name AND token = :token"),
                                {"name": self.name, "token": self.token})  # fmt: skip
 
     def reap(self) -> list[str]:
         """Mark hosts dead whose leases ran out, and give their jobs to whoever is there; the hosts' names."""
         ended = text(
-            "UPDATE hosts SET alive = 0 WHERE name IN (SELECT name FROM hosts "  # noqa: S608  # as above
+            "UPDATE hosts SET alive = 0, busy = 0 WHERE name IN (SELECT name FROM hosts "  # noqa: S608  # as above
             f"WHERE alive = 1 AND NOT {_FRESH} FOR UPDATE SKIP LOCKED) RETURNING name"
         )
         with self._database.write(alone=False) as connection:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from sqlalchemy import Connection, insert, select
 
 from luminaguard.effects.text import visible
-from luminaguard.errors import LedgerError, StorageError
+from luminaguard.errors import LedgerError, SettingsError, StorageError
 from luminaguard.ledger.chain import (
     Checkpoint,
     Entry,
@@ -106,6 +106,27 @@ class Ledger:
             entry = self._extend(connection, last, "ledger.resumed", {"found": visible(why), "reason": visible(reason)})
         self.publish_head(entry)
         return entry
+
+    def refuse_other_key(self, keys: Path) -> None:
+        """Refuse to work with a ledger that this installation's key did not sign; raises SettingsError.
+
+        Args:
+            keys: the folder of this installation's keys, for the message.
+        """
+        with self.database.read() as connection:
+            query = select(tables.checkpoints).order_by(tables.checkpoints.c.seq.desc()).limit(1)
+            row = connection.execute(query).first()
+        if row is None:
+            return
+        try:
+            verify_checkpoint(Checkpoint(**row._mapping), self.public_key)  # noqa: SLF001  # SQLAlchemy's documented name
+        except LedgerError:
+            raise SettingsError(
+                f"This host's keys in {keys} are not those of the fleet {self.database.name}.",
+                hint="Copy ledger.key, approver.key and the folder approvers from a host of the fleet, mode 0600. "
+                "If they are the same, somebody changed the database: find out who could.",
+                kept="Nothing was written.",
+            ) from None
 
     def _join(self, connection: Connection, last: Entry) -> Entry:
         """Begin to watch a chain that other hosts have begun; who removes the head that a host had leaves this trace.

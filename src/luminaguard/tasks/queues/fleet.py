@@ -61,15 +61,17 @@ class FleetQueue:
         lease_s: how long a host that is silent still counts as alive.
         busy: how many machines run here.
         kill: ends all machines of this worker; called in a thread when the lease is lost.
+        tell: told in a sentence how this host stands.
     """
 
     def __init__(
         self, database: Database, url: str, host: str, store: Callable[[], TaskStore], *, machines: int, turns: int,
-        lease_s: float, busy: Callable[[], int], kill: Callable[[], None],
+        lease_s: float, busy: Callable[[], int], kill: Callable[[], None], tell: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self._database, self._url, self._host, self._store = database, url, host, store
         self._machines, self._turns, self._lease_s = machines, turns, lease_s
-        self._busy, self._kill = busy, kill
+        self._busy, self._kill, self._tell = busy, kill, tell
+        self._told = ""
         self._jobs = Jobs(database, host)
         self._hosts: Hosts | None = None
         self._doing: dict[str, tuple[int, anyio.CancelScope]] = {}
@@ -99,17 +101,28 @@ class FleetQueue:
             hosts = Hosts(self._database, self._host, secrets.token_hex(16), self._lease_s)
             try:
                 await self._join(hosts)
+                self._say(f"{self._host}: {self._machines} machines at once; waiting for tasks")
                 await self._with_lease(hosts, handle)
             except _BROKEN as error:
-                log.event("fleet.broken", host=self._host, error=repr(error)[:300])
+                self._broken(error)
             except BaseExceptionGroup as group:
                 broken, others = group.split(_BROKEN)
-                log.event("fleet.broken", host=self._host, error=repr(broken)[:300])
+                self._broken(broken)
                 if others is not None:
                     raise others from None
             finally:
                 self._hosts = None
             await anyio.sleep(0.2 + random.random() * 0.5)  # noqa: S311  # not to come back all at once
+
+    def _broken(self, error: BaseException | None) -> None:
+        log.event("fleet.broken", host=self._host, error=repr(error)[:300])
+        self._say(f"{self._host}: the database does not answer; it is tried again until it does")
+
+    def _say(self, sentence: str) -> None:
+        """Tell how this host stands, if it stands otherwise than before."""
+        if sentence != self._told:
+            self._tell(sentence)
+        self._told = sentence
 
     def _refuse_open(self) -> None:
         with contextlib.suppress(DatabaseUnreachable), self._database.read() as connection:
@@ -123,6 +136,7 @@ class FleetQueue:
                     await anyio.to_thread.run_sync(hosts.join, self._machines)
                     return
                 except TaskError:
+                    self._say(f"{self._host}: a worker of this name lives, or did a moment ago; waiting for its lease")
                     await anyio.sleep(self._lease_s / 20)
         await anyio.to_thread.run_sync(hosts.join, self._machines)
 
@@ -131,6 +145,7 @@ class FleetQueue:
         async with BlockingPortal() as portal, anyio.create_task_group() as tasks:
 
             def lost() -> None:
+                self._say(f"{self._host}: the lease was lost; its machines were ended")
                 self._kill()  # first: the loop may be waiting for a database that does not answer
                 with contextlib.suppress(RuntimeError):  # it has ended meanwhile
                     portal.start_task_soon(tasks.cancel_scope.cancel)
