@@ -22,7 +22,7 @@ test: setup ## all tests, with real micro-VMs
 test-unit: setup ## the tests that need no machine, in seconds
 	@$(BIN)/pytest -q -m "not vm" -n 2
 
-test-slow: setup ## tests that take long: large files and memories, set-up interrupted, every import (about 5 minutes)
+test-slow: setup ## tests that take long: large files, set-up interrupted, every import, a fleet under faults (about 10 minutes)
 	@tools/test-image && $(BIN)/pytest -q -m slow -n 2 --dist loadgroup
 
 test-hardened: setup ## all tests again, on a kernel that is built here (about 25 minutes)

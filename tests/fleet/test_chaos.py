@@ -78,6 +78,7 @@ def begin_all(where, script, workspaces):
             for one in host.begin(share + (number < more), script, workspaces)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["embedded", "fleet"])
 def test_killed_frozen_and_without_a_database(kind, request, make_host, tmp_path, script):
     where = around(kind, request, make_host, tmp_path, played=True, cache=None)
@@ -107,7 +108,10 @@ LONG = "turns:\n  - calls:\n      - shell: {command: sleep 100}\n  - say: Done.\
 
 
 @pytest.mark.vm
-@pytest.mark.parametrize("how", ["ended by another", "frozen database", "frozen itself"])
+@pytest.mark.parametrize(
+    "how",
+    ["frozen database", *(pytest.param(how, marks=pytest.mark.slow) for how in ("ended by another", "frozen itself"))],
+)
 def test_who_loses_its_lease_kills_its_machines(how, postgres, make_host, tmp_path, cache):
     host = make_host("a", url=postgres.create(), played=False, cache=cache)
     (tmp_path / "long.yaml").write_text(LONG)

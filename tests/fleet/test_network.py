@@ -116,6 +116,7 @@ def test_only_who_is_let_in_gets_in_and_only_by_tls(secure, tmp_path, monkeypatc
         Database.open(verified(secure, "other"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_host_that_is_cut_off_stops_and_comes_back(secure, network, make_host, tmp_path, script, monkeypatch):
     monkeypatch.setenv("PGPASSFILE", str(tmp_path / "worker.pgpass"))

@@ -367,6 +367,7 @@ STRANGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", STRANGE, ids=range(len(STRANGE)))
 def test_a_strange_row_stops_nobody(statement, url, database, make_host, tmp_path, script):
     host = make_host("a", url=url)

@@ -50,7 +50,7 @@ class Served:
         return response.status, data
 
 
-@pytest.fixture(params=["alone", "fleet"])
+@pytest.fixture(params=["fleet", pytest.param("alone", marks=pytest.mark.slow)])
 def served(request, make_host, tmp_path):
     url = request.getfixturevalue("postgres").create() if request.param == "fleet" else ""
     host = make_host("a" if url else "", url=url)

@@ -50,7 +50,9 @@ def test_a_tool_is_called_in_a_machine_and_what_it_changes_waits(notes, home):
     assert kinds.count("mcp.accepted") == 1 and kinds.count("mcp.called") == 2
 
 
-@pytest.mark.parametrize(("fault", "tool"), [("changed", "add_note"), ("more", "new_one")])
+@pytest.mark.parametrize(
+    ("fault", "tool"), [("changed", "add_note"), pytest.param("more", "new_one", marks=pytest.mark.slow)]
+)
 def test_a_tool_that_is_not_what_was_accepted_is_not_called(notes, home, fault, tool):
     assert notes("tools", "notes").code == 0
     refused = notes("call", "notes", tool, '{"text": "x"}', fault=fault)
@@ -65,9 +67,13 @@ def test_a_tool_that_is_not_what_was_accepted_is_not_called(notes, home, fault, 
     assert home.run("ledger", "verify").code == 0
 
 
+SLOWLY = [("dead", "status 7"), ("half", "ended with status 0"), ("senseless", "what it says cannot be"),
+          ("twice", "bear the same name"), ("hang", "no answer within")]  # fmt: skip
+
+
 @pytest.mark.parametrize(("fault", "said"), [
-    ("crash", "boom"), ("dead", "status 7"), ("half", "ended with status 0"), ("long", "longer than 8 MiB"),
-    ("senseless", "what it says cannot be"), ("twice", "bear the same name"), ("hang", "no answer within"),
+    ("crash", "boom"), ("long", "longer than 8 MiB"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWLY),
 ])  # fmt: skip
 def test_a_server_that_fails_is_an_error_of_that_call(notes, fault, said):
     started = time.monotonic()
@@ -81,6 +87,7 @@ def test_what_is_no_message_is_left_out(notes):
     assert notes("call", "notes", "count", fault="garbage").out == "0\n"
 
 
+@pytest.mark.slow
 def test_a_server_that_never_speaks_is_given_up(notes):
     failed = notes("tools", "notes", fault="mute", timeout_s=2)
     assert failed.code == 122 and "did not begin to speak" in failed.err, failed.err
