@@ -297,6 +297,8 @@ class _Shown:
 def _waits_for(task: Task) -> list[str]:
     """What a task waits for, and how it is answered."""
     resume = f"then: luminaguard tasks resume {task.id}"
+    if task.home:
+        resume = f"then it goes on in the fleet; watch it with: luminaguard tasks resume {task.id}"
     if task.question:
         asked = visible_text(task.question).replace("\n", f"\n{BY_MODEL}")
         return [

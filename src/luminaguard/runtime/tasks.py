@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from luminaguard import log
+from luminaguard.actions.model import Risk
 from luminaguard.approvals.model import Request, State, Verdict
 from luminaguard.effects.changes import Changeset, FileEntry
 from luminaguard.errors import (
@@ -41,11 +42,14 @@ if TYPE_CHECKING:
     from luminaguard.storage.tasks import Enqueue, TaskStore
     from luminaguard.workspaces.snapshots import Snapshots
 
-__all__ = ["LocalTasks"]
+__all__ = ["WORKER_LOCK", "LocalTasks"]
+
+WORKER_LOCK = "host.lock"
+"""The file, in the folder of what runs, that a worker holds the lock of."""
 
 _KEPT_S = 7 * 86400
 """How long the first states of tasks that ended are kept, for replays."""
-_FOLLOW_S = 0.2
+_FOLLOW_S = 0.3
 _NOBODY_S = 2.0
 
 
@@ -136,44 +140,60 @@ class LocalTasks:
 
     async def follow(self, task: Task, watcher: Watcher) -> Task:
         """Watch what other processes make of a task, until it waits for a person, pauses or ends."""
-        from luminaguard.storage.hosts import Hosts
-
         calls: dict[str, ToolCall] = {}
-        seen, step, since, warned = len(self.engine.history(task)), task.step, time.monotonic(), False
-        away = False
-        hosts = Hosts(self._runtime.ledger.database, self._runtime.host, "", self._runtime.settings.lease_s)
+        seen, step, since = len(self.engine.history(task)), task.step, time.monotonic()
+        said = ""
         while True:
             try:
                 task = self.engine.get(task.id)
-                history = self.engine.history(task) if task.step != step else []
-                request = self.stopped_at(task)
-                alive = {host.name for host in hosts.all() if host.alive} if self._runtime.host else set()
-            except DatabaseUnreachable as error:
-                if not away:
-                    watcher.note(f"{error.message} {task.id} goes on when it answers again; this waits for it")
-                away = True
-                await anyio.sleep(1)
-                continue
-            away = False
-            if task.step != step:
-                step, since = task.step, time.monotonic()
-                for message in history[seen:]:
-                    _tell(message, calls, watcher)
-                seen = len(history)
-            if task.status not in {Status.RUNNING, Status.WAITING} or task.question:
-                return task
-            if request is not None and request.state in {State.PENDING, State.UNKNOWN}:
-                return task
-            if not self._runtime.host:
-                if not self.is_worked_on(task.id):  # the worker has ended in the middle
+                if task.step != step:
+                    step, since = task.step, time.monotonic()
+                    history = self.engine.history(task)
+                    for message in history[seen:]:
+                        _tell(message, calls, watcher)
+                    seen = len(history)
+                if self._rests(task):
                     return task
-            elif not warned and time.monotonic() - since > _NOBODY_S:
-                if not alive:
-                    watcher.note("no host of the fleet is alive: start 'luminaguard worker' on one; the task waits")
-                elif task.request and task.home not in alive:
-                    watcher.note(f"the folder is on {task.home}, where no worker is alive: the task waits for it")
-                warned = not alive or bool(task.request and task.home not in alive)
+                why = self._held_up(task) if time.monotonic() - since > _NOBODY_S else ""
+            except DatabaseUnreachable as error:
+                why = f"{error.message} {task.id} goes on when it answers again; this waits for it"
+            if why and why != said:
+                watcher.note(why)
+            said = why or said
             await anyio.sleep(_FOLLOW_S)
+
+    def _rests(self, task: Task) -> bool:
+        """Whether a task goes no further without a person, or without somebody who works on it."""
+        if task.status not in {Status.RUNNING, Status.WAITING} or task.question:
+            return True
+        request = self.stopped_at(task)
+        if request is not None and request.state in {State.PENDING, State.UNKNOWN}:
+            judged = request.judged  # what a rule lets through is let through in a moment
+            return judged.risk is not Risk.GREEN or judged.people > 1 or task.denied
+        return not self._runtime.host and not self.worker_lives() and not self.is_worked_on(task.id)
+
+    def _held_up(self, task: Task) -> str:
+        """Why nobody does the next step of a task of the fleet, if nobody can."""
+        from luminaguard.storage.hosts import Hosts
+
+        runtime = self._runtime
+        if not runtime.host:
+            return ""
+        hosts = Hosts(runtime.ledger.database, runtime.host, "", runtime.settings.lease_s)
+        alive = {host.name for host in hosts.all() if host.alive}
+        if not alive:
+            return "no host of the fleet is alive: start 'luminaguard worker' on one; the task waits"
+        if task.request and task.home not in alive:
+            return f"the folder is on {task.home}, where no worker is alive: the task waits for it"
+        return ""
+
+    def worker_lives(self) -> bool:
+        """Whether a worker is at work with this state folder."""
+        try:
+            with locked(self._runtime.folders.run / WORKER_LOCK, "worker"):
+                return False
+        except Busy:
+            return True
 
     def check_folder(self, task: Task) -> None:
         """Refuse to go on with a task whose folder is gone, or is another one.

@@ -28,7 +28,7 @@ from luminaguard.errors import (
     TaskError,
 )
 from luminaguard.runtime.bench import MachineBench
-from luminaguard.runtime.tasks import LocalTasks
+from luminaguard.runtime.tasks import WORKER_LOCK, LocalTasks
 from luminaguard.tasks.ports import Watcher, Workbench
 from luminaguard.tasks.queues import Later, Queue
 from luminaguard.tasks.queues.embedded import EmbeddedQueue
@@ -121,7 +121,7 @@ class Worker:
         """
         runtime = self._runtime
         try:
-            with locked(runtime.folders.run / "host.lock", "worker"):
+            with locked(runtime.folders.run / WORKER_LOCK, "worker"):
                 queue = await self._opened()
                 async with anyio.create_task_group() as group:
                     if self._bench is None:
