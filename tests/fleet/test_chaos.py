@@ -134,7 +134,7 @@ def test_who_loses_its_lease_kills_its_machines(how, postgres, make_host, tmp_pa
         if how == "frozen database":
             postgres.thaw()
     log = host.home.folder / "state" / "log" / "luminaguard.jsonl"
-    assert '"lease.lost"' in log.read_text()
+    until(lambda: '"lease.lost"' in log.read_text(), timeout_s=LEASE_S, what="it noticed")
     until(lambda: host.hosts()["a"].alive, what="it has a lease again")
     until(host.at_work, timeout_s=60, what="it goes on")
 

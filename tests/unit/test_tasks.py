@@ -719,7 +719,11 @@ def crashing(number, after):
     original, count = Database.write, [0]
 
     @contextmanager
-    def write_(self):
+    def write_(self, *, alone=True):
+        if not alone:  # whoever only looks
+            with original(self, alone=False) as connection:
+                yield connection
+            return
         at, count[0] = count[0], count[0] + 1
         if at == number and not after:
             raise Crash
