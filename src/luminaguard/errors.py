@@ -103,6 +103,7 @@ __all__ = [
     "Unavailable",
     "WorkspaceChanged",
     "WorkspaceError",
+    "first_of",
 ]
 
 EXIT_PENDING = 120
@@ -338,6 +339,13 @@ class McpServerFailed(LuminaGuardError):
 
 class ToolQuarantined(McpServerFailed):
     """A tool is not what a person accepted."""
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first error of a group of groups: what a person is told."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class DatabaseUnreachable(StorageError):

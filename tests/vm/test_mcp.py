@@ -83,6 +83,17 @@ def test_a_server_that_fails_is_an_error_of_that_call(notes, fault, said):
     assert notes("call", "notes", "count").code == 0
 
 
+def test_what_a_rule_forbids_is_not_called(notes, home):
+    (notes.folder / ".luminaguard.toml").write_text(
+        '[[policy.rules]]\nname = "no"\nrisk = "FORBIDDEN"\nreason = "Never."\n'
+        'when = { effect = "call", server = "notes", tool = "add_note" }\n'
+    )
+    refused = notes("call", "notes", "add_note", '{"text": "x"}')
+    assert refused.code == 122 and "Never." in refused.err and "It was not called" in refused.err, refused.err
+    assert not (notes.folder / "notes.txt").exists() and home.run("approvals", "list", "--json").json["requests"] == []
+    assert notes("call", "notes", "count").out == "0\n"
+
+
 def test_what_is_no_message_is_left_out(notes):
     assert notes("call", "notes", "count", fault="garbage").out == "0\n"
 

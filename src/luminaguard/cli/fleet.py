@@ -44,7 +44,7 @@ def serve(
     """Let approvers look at requests and answer them over HTTPS, with their own keys, until interrupted."""
     import anyio
 
-    from luminaguard.runtime.worker import first_of
+    from luminaguard.errors import first_of
     from luminaguard.service.server import Server
 
     with signals.held() as held:
@@ -171,7 +171,8 @@ def worker(
     """Do the steps of all tasks that can be done on this host, until interrupted."""
     import anyio
 
-    from luminaguard.runtime.worker import Worker, first_of
+    from luminaguard.errors import first_of
+    from luminaguard.runtime.worker import Worker
 
     with signals.held() as held:
         runtime = open_runtime(slots=slots)

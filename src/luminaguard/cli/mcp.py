@@ -13,7 +13,6 @@ from luminaguard.cli import signals
 from luminaguard.cli.common import Json, open_runtime
 
 if TYPE_CHECKING:
-    from luminaguard.runtime import Runtime
     from luminaguard.runtime.mcp import McpServers, Opened
     from luminaguard.runtime.rehearsal import Execution
 
@@ -135,9 +134,8 @@ def _with(
     """Do something with a server in its machine; then tell what it changed, which waits."""
     import anyio
 
-    from luminaguard.errors import EXIT_PENDING
+    from luminaguard.errors import EXIT_PENDING, first_of
     from luminaguard.runtime.mcp import McpServers
-    from luminaguard.runtime.worker import first_of
 
     with signals.held() as held:
         runtime = open_runtime(as_json=as_json)
@@ -163,15 +161,14 @@ def _with(
         signals.over()
         held.take()
     request = execution.request if execution else None
-    _tell(runtime, request.id if request else "", told, as_json=as_json and not quiet)
+    _tell(request.id if request else "", told, as_json=as_json and not quiet)
     failed = bool(told and told.get("failed"))
     sys.exit(EXIT_PENDING if request else 1 if failed else 0)
 
 
-def _tell(runtime: Runtime, request_id: str, told: dict[str, Any] | None, *, as_json: bool) -> None:
+def _tell(request_id: str, told: dict[str, Any] | None, *, as_json: bool) -> None:
     from luminaguard.cli.output import print_json
 
-    del runtime
     if as_json:
         print_json((told or {}) | {"request_id": request_id or None})
     elif request_id:

@@ -30,6 +30,7 @@ from luminaguard.errors import (
     SettingsError,
     TaskBusy,
     TaskError,
+    first_of,
 )
 from luminaguard.reasoning.budget import Budget, parse_budget
 from luminaguard.reasoning.messages import Message, ToolCall
@@ -167,10 +168,7 @@ def _work(runtime: Runtime, task: Task, held: Held, shown: _Shown, *, new: bool)
     try:
         task = anyio.run(work)
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise first_of(group) from None
     if interrupted:
         raise Interrupted(interrupted)
     return task

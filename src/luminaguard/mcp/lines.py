@@ -28,9 +28,11 @@ class Lines:
             McpServerFailed: a line is longer than it may be; nothing more is taken.
         """
         self._rest += data
-        *whole, rest = bytes(self._rest).split(b"\n")
-        self._rest = bytearray(rest)
-        if max(map(len, (*whole, rest))) > self._most:
+        whole: list[bytes] = []
+        if b"\n" in data:  # else a long line would be copied with each of its pieces
+            *whole, rest = bytes(self._rest).split(b"\n")
+            self._rest = bytearray(rest)
+        if max(map(len, (*whole, self._rest))) > self._most:
             self._rest.clear()
             raise McpServerFailed(
                 f"A message is longer than {self._most >> 20} MiB.", hint="The server must send less at once."

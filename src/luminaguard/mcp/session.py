@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -18,7 +18,7 @@ from mcp_types import jsonrpc_message_adapter
 from pydantic import ValidationError
 
 from luminaguard import log
-from luminaguard.errors import LuminaGuardError, McpServerFailed
+from luminaguard.errors import LuminaGuardError, McpServerFailed, first_of
 from luminaguard.mcp.definitions import Definition
 from luminaguard.mcp.lines import Lines
 
@@ -99,7 +99,6 @@ class Session:
     client: Client
     pipe: Pipe
     timeout_s: float
-    tools: dict[str, Definition] = field(default_factory=dict)
 
     async def list_tools(self) -> dict[str, Definition]:
         """What the server says of its tools now, by name.
@@ -124,7 +123,6 @@ class Session:
                 cursor = page.next_cursor
                 if not cursor:
                     break
-        self.tools = found
         return found
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> Result:
@@ -148,7 +146,9 @@ class Session:
 
     def failed(self, why: str) -> McpServerFailed:
         """An error of this server."""
-        return McpServerFailed(f"The server {self.name!a} failed: {why}.", hint="See 'luminaguard mcp test'.")
+        return McpServerFailed(
+            f"The server {self.name!a} failed: {why}.", hint=f"See 'luminaguard mcp tools {self.name}'."
+        )
 
 
 class _Failures:
@@ -167,9 +167,9 @@ class _Failures:
         if isinstance(error, MCPError):
             if session.pipe.failure is not None:
                 raise session.pipe.failure from error
-            raise session.failed(f"{error.message[:500]} ({error.code})") from error
+            raise session.failed(f"{ascii(error.message[:500])[1:-1]} ({error.code})") from error
         if isinstance(error, ValidationError | RuntimeError | ValueError):
-            raise session.failed(f"what it says cannot be: {str(error)[:300]}") from error
+            raise session.failed(f"what it says cannot be: {ascii(str(error)[:300])[1:-1]}") from error
 
 
 @asynccontextmanager
@@ -202,9 +202,7 @@ async def open_session(name: str, pipe: Pipe, timeout_s: float) -> AsyncIterator
                 begun.set()
                 yield session
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+        error = first_of(group)
         if not begun.is_set():
             with session.failures():
                 raise error from None

@@ -6,12 +6,13 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from luminaguard.errors import LuminaGuardError, McpServerFailed, SettingsError, ToolQuarantined
+from luminaguard.actions.model import Risk
+from luminaguard.approvals import Request, State
+from luminaguard.errors import Forbidden, LuminaGuardError, McpServerFailed, SettingsError, ToolQuarantined
 from luminaguard.mcp.definitions import Comparison, Definition, compare
 
 if TYPE_CHECKING:
@@ -33,12 +34,10 @@ class Opened:
     Attributes:
         session: speaks with it.
         execution: what the machine did, once it has ended.
-        said: the end of what it wrote to standard error.
     """
 
     session: Session
     execution: Execution | None = None
-    said: str = ""
 
 
 class McpServers:
@@ -118,8 +117,6 @@ class McpServers:
                         hint="A server ends when its standard input does.", kept="Nothing that it changed was kept.",
                     ))  # fmt: skip
                     tasks.cancel_scope.cancel()
-                if opened is not None:
-                    opened.said = said.decode("utf-8", "replace")
         pipe.close()
         if opened is not None and opened.execution is None and failure:
             raise failure[0]
@@ -152,6 +149,7 @@ class McpServers:
 
         Raises:
             ToolQuarantined: it is another one, or new; it was not called.
+            Forbidden: a rule forbids it; it was not called.
             McpServerFailed: there is no such tool, or the server failed; it may have been executed.
         """
         session = opened.session
@@ -166,12 +164,28 @@ class McpServers:
                 hint=f"See the difference and accept it: luminaguard mcp accept {session.name}",
                 kept="It was not called.",
             )
-        self._runtime.ledger.append("mcp.called", server=session.name, tool=tool, arguments=ascii(arguments)[:2000])
+        digest = self._refuse_forbidden(session.name, tool, arguments, dict(now[tool]))
+        self._runtime.ledger.append("mcp.called", server=session.name, tool=tool, digest=digest)
         return await session.call(tool, arguments)
 
-    def folder(self, name: str) -> Path:
-        """The folder of a server."""
-        return self._runtime.settings.mcp_servers[name].folder
+    def _refuse_forbidden(self, server: str, tool: str, arguments: dict[str, Any], definition: dict[str, Any]) -> str:
+        """The digest of a call. What it changes waits at the cliff anyway; what a rule forbids is not even called."""
+        from luminaguard.effects.outside import RemoteCall
+        from luminaguard.runtime.policy import action_of, judge
+
+        effect = RemoteCall(server, tool, arguments, definition, definition)
+        folder = self._runtime.settings.mcp_servers[server].folder
+        request = Request("", str(folder), 0, effect.digest, (server, tool), 0, 0, 0, State.PENDING, effect="call")
+        judgement, judged = judge(self._runtime.policy(folder), action_of(request, effect))
+        if judged.risk is Risk.FORBIDDEN:
+            self._runtime.ledger.append("effect.forbidden", effect="call", server=server, tool=tool,
+                                        digest=effect.digest, rule=judgement.rule, reason=judgement.reason)  # fmt: skip
+            raise Forbidden(
+                f"A rule forbids to call it ({judgement.rule}): {judgement.reason}",
+                hint="'luminaguard policy explain' shows how the rules came to that; change the rule if it is wrong.",
+                kept="It was not called.",
+            )
+        return effect.digest
 
 
 def _last(said: bytearray) -> str:

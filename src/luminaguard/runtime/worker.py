@@ -26,6 +26,7 @@ from luminaguard.errors import (
     LuminaGuardError,
     MachineError,
     TaskError,
+    first_of,
 )
 from luminaguard.runtime.bench import MachineBench
 from luminaguard.runtime.tasks import WORKER_LOCK, LocalTasks
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from luminaguard.storage.tasks import Due
     from luminaguard.workspaces.snapshots import Snapshots
 
-__all__ = ["Worker", "first_of", "slots_of"]
+__all__ = ["Worker", "slots_of"]
 
 _TURNS = 8
 """Steps without a machine that are done at once: they wait for models, mostly."""
@@ -258,13 +259,6 @@ class Worker:
         else:
             self._unpublished.pop(request_id, None)
             self._tell(f"{request_id}: published")
-
-
-def first_of(error: BaseException) -> BaseException:
-    """The first error of a group of groups."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 class _NotAsked:
