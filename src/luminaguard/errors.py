@@ -342,9 +342,10 @@ class ToolQuarantined(McpServerFailed):
 
 
 def first_of(error: BaseException) -> BaseException:
-    """The first error of a group of groups: what a person is told."""
+    """What a person is told of a group of groups: an interruption before what it brought about, else the first."""
     while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+        _, ends = error.split(Exception)
+        error = (ends or error).exceptions[0]
     return error
 
 

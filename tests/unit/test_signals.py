@@ -6,9 +6,13 @@ import subprocess
 import sys
 import time
 
+import anyio
 import pytest
 
-from luminaguard.cli import signals
+from luminaguard.cli import execute, signals
+from luminaguard.cli.output import Progress
+from luminaguard.errors import StorageError, first_of
+from luminaguard.microvm.machine import Command
 
 
 def test_an_import_is_not_left_in_the_middle(tmp_path):
@@ -94,3 +98,29 @@ def test_ctrl_c_at_any_moment_of_the_start_shows_no_traceback(bare_home):
         else:
             # Where it is slow, it is still Python itself that starts.
             assert process.returncode in {0, -signal.SIGINT} or b"KeyboardInterrupt" in err, err
+
+
+def test_what_fails_because_of_an_interruption_is_not_told_instead_of_it(tmp_path):
+    """The helper that packs the workspace dies of the same Ctrl-C, and its error comes after the signal."""
+
+    class Broken:
+        async def exec(self, *_args, **_options):
+            held.keep(signal.SIGINT)
+            try:
+                await anyio.sleep_forever()
+            finally:
+                raise StorageError("mksquashfs ended early.", hint="")
+
+    options = execute.Options(publish="never", as_json=True, terminal=False)
+    with signals.held() as held:
+        parts = (Command(["true"]), options, None, Progress(quiet=True), held)
+        assert anyio.run(execute._run, Broken(), tmp_path, *parts) == (None, signal.SIGINT)
+
+
+def test_an_interruption_is_told_before_what_it_brought_about():
+    end = signals.Interrupted(signal.SIGINT)
+    group = BaseExceptionGroup(
+        "", [StorageError("a", hint=""), BaseExceptionGroup("", [StorageError("b", hint=""), end])]
+    )
+    assert first_of(group) is end
+    assert first_of(BaseExceptionGroup("", [StorageError("a", hint=""), StorageError("b", hint="")])).message == "a"

@@ -29,6 +29,7 @@ from luminaguard.errors import (
     Forbidden,
     LuminaGuardError,
     PolicyChanged,
+    first_of,
 )
 from luminaguard.runtime import Execution, Runtime
 from luminaguard.runtime.decisions import Answer
@@ -172,7 +173,6 @@ async def _run(
     relay = Relay(terminal=command.terminal is not None)
     interrupted = 0
     result: Execution | None = None
-    failure: Exception | None = None
 
     async def watch(scope: anyio.CancelScope) -> None:
         nonlocal interrupted
@@ -205,19 +205,10 @@ async def _run(
             result = await runtime.exec(workspace, command, output=output, feed=relay.feed, progress=progress,
                                         task=options.task, taint=options.taint)  # fmt: skip
             tasks.cancel_scope.cancel()
-    except* Exception as group:  # noqa: BLE001  # raised again below, outside the task group's wrapping
-        failure = _first(group)
-    if failure is not None:
-        raise failure
+    except BaseExceptionGroup as group:
+        if not interrupted:  # what fails of an interrupted command fails because of that
+            raise first_of(group) from None
     return result, interrupted
-
-
-def _first(group: BaseExceptionGroup[Exception]) -> Exception:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception)
-    return error
 
 
 async def _write(fd: int, data: bytes) -> None:

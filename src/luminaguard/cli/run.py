@@ -168,7 +168,8 @@ def _work(runtime: Runtime, task: Task, held: Held, shown: _Shown, *, new: bool)
     try:
         task = anyio.run(work)
     except BaseExceptionGroup as group:
-        raise first_of(group) from None
+        if not interrupted:  # what fails of interrupted work fails because of that
+            raise first_of(group) from None
     if interrupted:
         raise Interrupted(interrupted)
     return task

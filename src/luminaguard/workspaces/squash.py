@@ -112,7 +112,9 @@ def _run(state: WorkspaceState, source: Source, out: Path, step: Step, layer: La
     # Readable by all: the folder is private, and a jail gets a link to it under another uid.
     os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        # In a group of its own: a Ctrl-C at the terminal is ours to act on.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   process_group=0)  # fmt: skip
     except FileNotFoundError as error:
         raise Unavailable("mksquashfs is not installed.", hint="apt-get install squashfs-tools") from error
     with process:
