@@ -43,6 +43,8 @@ raises; only the command line exits.
     ├── ModelRefused                     122  a language model will not answer this
     │   └── HistoryTooLong                    it does not take so much at once
     ├── McpServerFailed                  122  a server of tools failed; the call may have been executed
+    │   ├── MaybeExecuted                     a call was sent, and nobody knows what became of it
+    │   ├── SessionLost                       the server knows the session no more; it was not called
     │   └── ToolQuarantined                   a tool is not what a person accepted; it was not called
     ├── StorageError                     125  the database or a state file cannot be used
     │   └── DatabaseUnreachable               its server does not answer, for now
@@ -84,6 +86,7 @@ __all__ = [
     "LuminaGuardError",
     "MachineError",
     "MachineNotFound",
+    "MaybeExecuted",
     "McpServerFailed",
     "ModelRefused",
     "ModelUnavailable",
@@ -335,6 +338,14 @@ class McpServerFailed(LuminaGuardError):
     """An MCP server crashed, hung, or said what cannot be; a call that it was at may have been executed."""
 
     exit_code = EXIT_REFUSED
+
+
+class MaybeExecuted(McpServerFailed):
+    """A call was sent and no answer came: it may have been executed, and is not repeated."""
+
+
+class SessionLost(McpServerFailed):
+    """What a server knew of a session is gone; the call that met that was not executed."""
 
 
 class ToolQuarantined(McpServerFailed):

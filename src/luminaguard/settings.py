@@ -8,36 +8,53 @@ together under one folder.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from luminaguard.errors import SettingsError
 
-__all__ = ["Folders", "McpServer", "Settings", "load_settings"]
+__all__ = ["Folders", "HttpServer", "McpServer", "Settings", "StdioServer", "load_settings"]
 
 _MAX_FILE = 1 << 20
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_HEADER = re.compile(r"[A-Za-z0-9-]{1,64}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 
 
 class Folders:
     """Where things live. All are created with mode 0700 when first used."""
 
-    def __init__(self, config: Path, state: Path, cache: Path, run: Path) -> None:
+    def __init__(self, config: Path, state: Path, cache: Path, run: Path, data: Path | None = None) -> None:
         self.config = config
         self.state = state
         self.cache = cache
         self.run = run
+        self.data = data or state.parent / "data"
+        """What people work on who have no other place for it: of servers of tools that were given no folder."""
 
     @classmethod
     def from_environment(cls) -> Folders:
         """``LUMINAGUARD_HOME``, or the XDG base directories (specifications.freedesktop.org)."""
         if home := os.environ.get("LUMINAGUARD_HOME"):
             base = Path(home).absolute()
-            return cls(base / "config", base / "state", base / "cache", base / "run")
+            return cls(base / "config", base / "state", base / "cache", base / "run", base / "data")
 
         def xdg(variable: str, default: str) -> Path:
             value = os.environ.get(variable, "")
@@ -45,7 +62,8 @@ class Folders:
             return (Path(value) if value.startswith("/") else Path.home() / default) / "luminaguard"
 
         state = xdg("XDG_STATE_HOME", ".local/state")
-        return cls(xdg("XDG_CONFIG_HOME", ".config"), state, xdg("XDG_CACHE_HOME", ".cache"), state / "run")
+        return cls(xdg("XDG_CONFIG_HOME", ".config"), state, xdg("XDG_CACHE_HOME", ".cache"), state / "run",
+                   xdg("XDG_DATA_HOME", ".local/share"))  # fmt: skip
 
     def ensure(self) -> Folders:
         """Create the folders, private to the user.
@@ -72,27 +90,94 @@ class Folders:
         return self
 
 
-class McpServer(BaseModel):
+class StdioServer(BaseModel):
     """A server of tools that speaks MCP on its standard input and output, in a machine of its own.
 
     Attributes:
         command: what is run in the machine.
-        folder: absolute path of the folder that it gets a copy of; what it changes there is asked for.
+        folder: absolute path of the folder that it gets a copy of; what it changes there is asked for. None for an
+            empty one.
         timeout_s: how long a call may take.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     command: tuple[str, ...] = Field(min_length=1, max_length=256)
-    folder: Path
+    folder: Path | None = None
     timeout_s: float = Field(default=60, gt=0, le=3600)
 
     @field_validator("folder")
     @classmethod
-    def _absolute(cls, folder: Path) -> Path:
-        if not folder.is_absolute():
+    def _absolute(cls, folder: Path | None) -> Path | None:
+        if folder is not None and not folder.is_absolute():
             raise ValueError("it is no absolute path")
         return folder
+
+
+class HttpServer(BaseModel):
+    """A server of tools elsewhere, at one or several endpoints that do the same.
+
+    Attributes:
+        url: its address, or all its addresses.
+        weights: the share of each address; all the same if there are none.
+        resolve: each address of the host's name is an endpoint.
+        strategy: who gets a call: the less loaded of two, or one after another.
+        timeout_s: how long a call may take, with all attempts.
+        check_s: how often endpoints are looked at; 0 for never.
+        idempotent: tools that a person says may be called twice.
+        stateless: a session of the older era may be opened anew at another endpoint.
+        hedge: calls that only read are sent a second time when they take long.
+        busy_is_not_done: 429 and 503 are believed to mean that nothing was done.
+        headers: header to the environment variable that has its value.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str | tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    resolve: bool = False
+    strategy: Literal["two-choices", "round-robin"] = "two-choices"
+    timeout_s: float = Field(default=60, gt=0, le=3600)
+    check_s: float = Field(default=15, ge=0, le=3600)
+    idempotent: frozenset[str] = frozenset()
+    stateless: bool = False
+    hedge: bool = False
+    busy_is_not_done: bool = True
+    headers: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """All its addresses."""
+        return (self.url,) if isinstance(self.url, str) else self.url
+
+    @model_validator(mode="after")
+    def _usable(self) -> HttpServer:
+        urls = self.urls
+        if not 0 < len(urls) <= 64 or len(set(urls)) != len(urls):
+            raise ValueError("it has 1 to 64 addresses, each once")
+        for url in urls:
+            parts = urlsplit(url)
+            _ = parts.port  # raises for what is none
+            if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.fragment:
+                raise ValueError("an address is http or https, with a host and without a password")
+            if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+                raise ValueError("an address of another machine is https")
+        if self.weights and (len(self.weights) != len(urls) or not all(0 < one <= 1000 for one in self.weights)):
+            raise ValueError("there is one weight an address, each above 0")
+        if self.resolve and len(urls) != 1:
+            raise ValueError("resolve is for one address")
+        if any(not _HEADER.fullmatch(name) or not _VARIABLE.fullmatch(var) for name, var in self.headers.items()):
+            raise ValueError("headers give the name of an environment variable for the name of a header")
+        return self
+
+
+def _kind_of_server(raw: Any) -> str:
+    return "http" if "url" in (raw if isinstance(raw, dict) else vars(raw)) else "stdio"
+
+
+McpServer = Annotated[
+    Annotated[StdioServer, Tag("stdio")] | Annotated[HttpServer, Tag("http")], Discriminator(_kind_of_server)
+]
 
 
 class Settings(BaseSettings):

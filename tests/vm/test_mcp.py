@@ -114,7 +114,7 @@ def test_what_there_is_none_of(notes, words):
 
 
 @pytest.mark.parametrize("text", [
-    'command = []\nfolder = "/x"', 'command = ["x"]\nfolder = "x"', 'command = "x"\nfolder = "/x"', 'command = ["x"]',
+    'command = []\nfolder = "/x"', 'command = ["x"]\nfolder = "x"', 'command = "x"\nfolder = "/x"', 'folder = "/x"',
     'command = ["x"]\nfolder = "/x"\ntimeout_s = 0', 'command = ["x"]\nfolder = "/x"\nmore = 1',
 ])  # fmt: skip
 def test_settings_of_servers_are_checked(tmp_path, text):

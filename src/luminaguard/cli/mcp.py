@@ -27,13 +27,18 @@ def mcp_list(as_json: Json = False) -> None:
     """List the configured servers."""
     from luminaguard.cli.output import print_json
     from luminaguard.effects.text import visible
+    from luminaguard.settings import StdioServer
 
     servers = open_runtime(as_json=as_json).settings.mcp_servers
     if as_json:
         print_json({"servers": {name: server.model_dump(mode="json") for name, server in servers.items()}})
         return
     for name, server in servers.items():
-        print(f"{name:16}  {visible(str(server.folder))}  {visible(' '.join(server.command))}")
+        if isinstance(server, StdioServer):
+            where = f"in a machine, {server.folder or 'with a folder of its own'}: {' '.join(server.command)}"
+        else:
+            where = " ".join(server.urls)
+        print(f"{name:16}  {visible(where)}")
     if not servers:
         print("no servers; write them into luminaguard.toml: [mcp_servers.NAME] with command and folder")
 

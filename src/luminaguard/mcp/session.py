@@ -6,74 +6,25 @@ Every fault of a server becomes an error of the call that met it, within the cal
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
 from mcp import Client, MCPError
-from mcp.shared.message import SessionMessage
-from mcp_types import jsonrpc_message_adapter
 from pydantic import ValidationError
 
-from luminaguard import log
 from luminaguard.errors import LuminaGuardError, McpServerFailed, first_of
 from luminaguard.mcp.definitions import Definition
-from luminaguard.mcp.lines import Lines
 
-__all__ = ["Pipe", "Result", "Session", "open_session"]
+__all__ = ["Result", "Session", "open_session"]
 
 _PROBE_S = 10.0
 """The SDK asks servers of the new era first, and waits so long for those that say nothing to that."""
 _MOST_TOOLS = 1000
 _MOST_DEFINITION = 256 << 10
 _MOST_TEXT = 4 << 20
-
-
-class Pipe:
-    """Carries lines between the SDK and a server that somebody else runs."""
-
-    def __init__(self) -> None:
-        self._lines = Lines()
-        self.to_server, self._from_sdk = anyio.create_memory_object_stream[SessionMessage](0)
-        self._to_sdk, self.from_server = anyio.create_memory_object_stream[SessionMessage | Exception](64)
-        self.failure: LuminaGuardError | None = None
-
-    async def take(self, data: bytes) -> None:
-        """What the server printed; what is no message of the protocol is left out, as the protocol says."""
-        try:
-            lines = self._lines.feed(data)
-        except McpServerFailed as error:
-            self.ended(error)
-            return
-        for line in lines:
-            try:
-                message = SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
-            except (ValidationError, RecursionError):
-                log.event("mcp.not_a_message", bytes=len(line))
-                continue
-            try:
-                await self._to_sdk.send(message)
-            except (anyio.ClosedResourceError, anyio.BrokenResourceError):
-                return
-
-    async def given(self) -> AsyncIterator[bytes]:
-        """What is to be written to the server."""
-        async with self._from_sdk:
-            async for message in self._from_sdk:
-                text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
-                yield text.encode() + b"\n"
-
-    def ended(self, failure: LuminaGuardError | None = None) -> None:
-        """The server is gone; whoever waits for it is told."""
-        self.failure = self.failure or failure
-        self._to_sdk.close()
-
-    def close(self) -> None:
-        """Nobody talks any more."""
-        for stream in (self.to_server, self._from_sdk, self._to_sdk, self.from_server):
-            stream.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +48,7 @@ class Session:
 
     name: str
     client: Client
-    pipe: Pipe
+    explain: Callable[[MCPError], LuminaGuardError | None]
     timeout_s: float
 
     async def list_tools(self) -> dict[str, Definition]:
@@ -165,26 +116,30 @@ class _Failures:
         if isinstance(error, TimeoutError):
             raise session.failed(f"no answer within {session.timeout_s:g} s") from error
         if isinstance(error, MCPError):
-            if session.pipe.failure is not None:
-                raise session.pipe.failure from error
+            if (known := session.explain(error)) is not None:
+                raise known from error
             raise session.failed(f"{ascii(error.message[:500])[1:-1]} ({error.code})") from error
         if isinstance(error, ValidationError | RuntimeError | ValueError):
             raise session.failed(f"what it says cannot be: {ascii(str(error)[:300])[1:-1]}") from error
 
 
 @asynccontextmanager
-async def open_session(name: str, pipe: Pipe, timeout_s: float) -> AsyncIterator[Session]:
-    """Speak with a server through a pipe, for as long as this context lasts.
+async def open_session(
+    name: str, transport: AbstractAsyncContextManager[Any], explain: Callable[[MCPError], LuminaGuardError | None],
+    timeout_s: float,
+) -> AsyncIterator[Session]:  # fmt: skip
+    """Speak with a server, for as long as this context lasts.
+
+    Args:
+        name: what people call it.
+        transport: gives the SDK what it reads from, and what it writes to.
+        explain: what is known of an error beside what it says.
+        timeout_s: how long the server may take to begin, and for each answer.
 
     Raises:
         McpServerFailed: it does not begin to speak in time.
     """
-
-    @asynccontextmanager
-    async def transport() -> AsyncIterator[Any]:
-        yield pipe.from_server, pipe.to_server
-
-    session = Session(name, Client(transport(), read_timeout_seconds=timeout_s), pipe, timeout_s)
+    session = Session(name, Client(transport, read_timeout_seconds=timeout_s), explain, timeout_s)
     begun, late = anyio.Event(), False
 
     async def deadline(scope: anyio.CancelScope) -> None:

@@ -31,6 +31,7 @@ from luminaguard.errors import (
     ApprovalNeeded,
     Forbidden,
     LuminaGuardError,
+    MaybeExecuted,
     OutcomeUnknown,
     PolicyChanged,
     TaskStopped,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from luminaguard.actions.policy import Judgement, Policy
     from luminaguard.effects.card import DiffCard
     from luminaguard.effects.changes import Changeset
-    from luminaguard.effects.outside import Outside, ToolRun
+    from luminaguard.effects.outside import Outside, RemoteCall, ToolRun
     from luminaguard.runtime.core import Runtime
 
 __all__ = ["OWNER", "Again", "Answer", "Decisions"]
@@ -176,23 +177,40 @@ class Decisions:
             Forbidden: a rule forbids it; that is recorded.
             ApprovalNeeded: a person must answer first; the request that waits is named.
         """
-        request = _to_run(run, task, labels)
-        judgement, judged = judge(policy, action_of(request, run))
+        self.clear(dataclasses.replace(_to_run(run, task, labels), home=home), run, policy, self.hand_over)
+
+    def clear(
+        self, request: Request, effect: ToolRun | RemoteCall, policy: Policy, use: Callable[[str], object]
+    ) -> None:
+        """Let what its asker does be done, or not: by the rules, by an approval that waits for it, or by a grant.
+
+        Args:
+            request: what would ask for it, without its times.
+            effect: what would be done.
+            policy: the rules that hold.
+            use: uses up the approval of a request; not called where the rules let it.
+
+        Raises:
+            Forbidden: a rule forbids it; that is recorded.
+            ApprovalNeeded: a person must answer first; the request that waits is named.
+        """
+        judgement, judged = judge(policy, action_of(request, effect))
         if judged.risk is Risk.GREEN and judged.people == 1:
             return
         if judged.risk is Risk.FORBIDDEN:
-            self._runtime.ledger.append("run.forbidden", tool=run.tool, workspace=run.workspace, task=task,
-                                        digest=run.digest, rule=judgement.rule, reason=judgement.reason)  # fmt: skip
+            self._runtime.ledger.append(f"{effect.kind}.forbidden", tool=effect.tool, workspace=request.workspace,
+                                        task=request.task, digest=effect.digest, rule=judgement.rule,
+                                        reason=judgement.reason)  # fmt: skip
             raise Forbidden(
                 f"A rule forbids to run it ({judgement.rule}): {judgement.reason}",
                 hint="'luminaguard policy explain' shows how the rules came to that; change the rule if it is wrong.",
                 kept="Nothing ran.",
             )
-        for found in self._runtime.approvals.list(task=task):
-            if (found.effect, found.digest) == ("run", run.digest):
+        for found in self._runtime.approvals.list(task=request.task):
+            if (found.effect, found.digest) == (effect.kind, effect.digest):
                 if found.state is State.APPROVED:
                     try:
-                        self.hand_over(found.id)
+                        use(found.id)
                         return
                     except ApprovalError as error:  # such as rules that want another person's answer by now
                         if self._runtime.approvals.get(found.id).state is State.APPROVED:
@@ -202,11 +220,11 @@ class Decisions:
                     raise ApprovalNeeded(found.id)
         now = self._runtime.ledger.current_time()
         until = now + self._runtime.settings.approval_ttl_s * 1_000_000_000
-        request = self.ask(dataclasses.replace(request, created_ns=now, expires_ns=until, home=home), run)
+        request = self.ask(dataclasses.replace(request, created_ns=now, expires_ns=until), effect)
         if (answer := self.without_asking(request)) is None:
             raise ApprovalNeeded(request.id)
         self.approve_and_hand_over(request, answer)
-        self.hand_over(request.id)
+        use(request.id)
 
     def judge(self, request: Request, effect: Changeset | Outside) -> tuple[Judgement, Judged]:
         """What the rules say of a request's effect now, and of all that its task has read; raises PolicyInvalid."""
@@ -398,11 +416,35 @@ class Decisions:
         Raises:
             ApprovalError: there is no valid, unused approval.
         """
+        return self._claim(request_id, hand_over=True)
+
+    @contextmanager
+    def doing(self, request_id: str) -> Iterator[None]:
+        """Do what was approved in this context, once; how it ends is recorded, and after a crash it is unknown.
+
+        Raises:
+            ApprovalError: there is no valid, unused approval; the context is not entered.
+        """
+        with self._runtime.publisher.lock(request_id):  # recovery leaves alone what somebody is at
+            self._claim(request_id, hand_over=False)
+            try:
+                yield
+            except MaybeExecuted as error:
+                self._runtime.approvals.finish(request_id, State.UNKNOWN, error.message)
+                raise
+            except LuminaGuardError as error:
+                self._runtime.approvals.finish(request_id, State.REFUSED, error.message)
+                raise
+            except BaseException:
+                self._runtime.approvals.finish(request_id, State.UNKNOWN, "interrupted; it may have been done")
+                raise
+            self._runtime.approvals.finish(request_id, State.DONE, "it was called")
+
+    def _claim(self, request_id: str, *, hand_over: bool) -> Request:
         effect = self._runtime.approvals.effect(request_id)
-        request = self._runtime.approvals.get(request_id)
-        people = self._people(request)
+        people = self._people(self._runtime.approvals.get(request_id))
         keys = self._runtime.approvers.public()
-        self._runtime.approvals.claim(request_id, effect.digest, keys, people=people, hand_over=True)
+        self._runtime.approvals.claim(request_id, effect.digest, keys, people=people, hand_over=hand_over)
         return self._runtime.approvals.get(request_id)
 
     def deny(self, request: Request, answer: Answer) -> Request:

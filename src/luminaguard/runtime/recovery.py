@@ -52,7 +52,7 @@ class Recovery:
 
     def _settle_claimed(self, request_id: str, workspace: str, *, files: bool) -> list[str]:
         """Claimed, nobody at it, and no journal."""
-        with self._if_free(workspace) as free:
+        with self._if_free(workspace if files else request_id) as free:
             if not free or self._runtime.approvals.get(request_id).state is not State.CLAIMED:
                 return []
             if files:  # it ended before anything was written

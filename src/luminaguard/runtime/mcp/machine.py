@@ -1,0 +1,115 @@
+"""One server in a machine with a copy of its folder; what it changed is asked for when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from luminaguard.errors import LuminaGuardError, McpServerFailed
+
+if TYPE_CHECKING:
+    from luminaguard.mcp.session import Session
+    from luminaguard.microvm.channel import Call
+    from luminaguard.runtime.core import Runtime
+    from luminaguard.runtime.rehearsal import Execution
+    from luminaguard.settings import StdioServer
+
+__all__ = ["Ended", "folder_of", "open_in_machine"]
+
+_MOST_SAID = 64 << 10
+_END_S = 2.0
+
+
+class Ended:
+    """What the machine did, once it has ended."""
+
+    def __init__(self) -> None:
+        self.execution: Execution | None = None
+
+
+def folder_of(runtime: Runtime, name: str, server: StdioServer) -> Path:
+    """The folder that a server works on: the one that it was given, or one of its own that begins empty."""
+    if server.folder is not None:
+        return server.folder
+    folder = runtime.folders.data / "mcp" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+@asynccontextmanager
+async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ended: Ended) -> AsyncIterator[Session]:
+    """Run a server in a machine, for as long as this context lasts; its effects wait afterwards.
+
+    Raises:
+        McpServerFailed: it ends, or does not begin to speak.
+        LuminaGuardError: what :meth:`Runtime.exec` raises.
+    """
+    from luminaguard.mcp.pipe import Pipe
+    from luminaguard.mcp.session import open_session
+    from luminaguard.microvm.channel import CallFailed
+    from luminaguard.microvm.machine import Command
+
+    pipe, said = Pipe(), bytearray()
+    settings = runtime.settings
+
+    async def output(stream: int, data: bytes) -> None:
+        if stream == 1:
+            await pipe.take(data)
+        else:
+            said.extend(data)
+            del said[:-_MOST_SAID]
+
+    async def feed(call: Call) -> None:
+        async for line in pipe.given():
+            await call.write(line)
+        await call.write_eof()
+
+    failure: list[LuminaGuardError] = []
+    begun, done = False, anyio.Event()
+
+    async def work() -> None:
+        command = Command(server.command, processes=settings.processes, profile=settings.profile)
+        try:
+            execution = await runtime.exec(folder_of(runtime, name, server), command, output=output, feed=feed)
+        except CallFailed as error:
+            failure.append(McpServerFailed(f"The server {name!a} could not be started ({error.code}).",
+                                           hint="Check its command; see 'luminaguard exec'."))  # fmt: skip
+        except LuminaGuardError as error:
+            failure.append(error)
+        else:
+            if begun:
+                ended.execution = execution
+            code = execution.outcome.exit_code
+            failure.append(McpServerFailed(f"The server {name!a} ended with status {code}.", hint=_last(said)))
+        pipe.ended(failure[0])
+        done.set()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(work)
+        try:
+            async with open_session(name, pipe.transport(), pipe.explain, server.timeout_s) as session:
+                begun = True
+                yield session
+        finally:
+            pipe.to_server.close()  # end of file, upon which a server ends
+            with anyio.CancelScope(shield=True), anyio.move_on_after(_END_S):
+                await done.wait()
+            if not done.is_set():
+                failure.append(McpServerFailed(
+                    f"The server {name!a} did not end: its machine was destroyed.",
+                    hint="A server ends when its standard input does.", kept="Nothing that it changed was kept.",
+                ))  # fmt: skip
+                tasks.cancel_scope.cancel()
+    pipe.close()
+    if begun and ended.execution is None and failure:
+        raise failure[0]
+
+
+def _last(said: bytearray) -> str:
+    lines = said.decode("utf-8", "replace").strip().splitlines()
+    last = ascii(lines[-1])[1:-1][:300] if lines else ""
+    return f"It said last: {last}" if last else "It said nothing on standard error."

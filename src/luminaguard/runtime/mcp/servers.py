@@ -1,0 +1,240 @@
+"""The servers of one runtime: opened, compared with what was accepted of their tools, and called."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+
+from luminaguard.actions.model import Risk
+from luminaguard.approvals import Request, State
+from luminaguard.errors import Forbidden, McpServerFailed, SettingsError, ToolQuarantined
+from luminaguard.mcp.definitions import Comparison, Definition, compare
+from luminaguard.runtime.mcp.machine import Ended, folder_of, open_in_machine
+from luminaguard.settings import HttpServer, McpServer, StdioServer
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from luminaguard.effects.outside import RemoteCall
+    from luminaguard.mcp.http import BalancedTransport, Trust
+    from luminaguard.mcp.session import Result, Session
+    from luminaguard.runtime.core import Runtime
+    from luminaguard.runtime.rehearsal import Execution
+
+__all__ = ["McpServers", "Opened"]
+
+
+@dataclass(slots=True)
+class Opened:
+    """A server that answers.
+
+    Attributes:
+        session: speaks with it.
+        balanced: of a server over HTTP, what carries its messages.
+    """
+
+    session: Session
+    balanced: BalancedTransport | None = None
+    _ended: Ended = field(default_factory=Ended)
+
+    @property
+    def execution(self) -> Execution | None:
+        """Of a server in a machine, what that did, once it has ended."""
+        return self._ended.execution
+
+
+class McpServers:
+    """The servers of one runtime, and what was accepted of their tools."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def settings(self, name: str) -> McpServer:
+        """How a server was set up; raises SettingsError if there is none of this name."""
+        servers = self._runtime.settings.mcp_servers
+        if name not in servers:
+            known = ", ".join(servers) or "none"
+            raise SettingsError(
+                f"There is no MCP server {name[:64]!a}.", hint=f"Of luminaguard.toml there is: {known}."
+            )
+        return servers[name]
+
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[Opened]:
+        """Speak with a server for as long as this context lasts; one of a machine is run for that.
+
+        Raises:
+            SettingsError: there is none of this name, or what it needs is not set.
+            McpServerFailed: it ends, or does not answer.
+            LuminaGuardError: what :meth:`Runtime.exec` raises.
+        """
+        server = self.settings(name)
+        if isinstance(server, StdioServer):
+            ended = Ended()
+            async with open_in_machine(self._runtime, name, server, ended) as session:
+                yield Opened(session, _ended=ended)
+            return
+        from luminaguard.mcp.http.session import open_http
+
+        pinned = await anyio.to_thread.run_sync(self.pinned, name)
+        trust, auth = self._trust(name, server, pinned or {}), self._auth(name, server)
+        async with open_http(name, server, _headers(name, server), trust=trust, pinned=pinned, auth=auth) as http:
+            yield Opened(http.session, http.transport)
+
+    def _trust(self, name: str, server: HttpServer, pinned: Mapping[str, Definition]) -> Any:
+        """What is known of a tool: what a person says, and what a server says that a person trusts."""
+        from luminaguard.mcp.http import Trust
+
+        trusted = name in self._runtime.policy(None).trusted_servers
+
+        def trust(tool: str) -> Trust:
+            said = pinned.get(tool, {}).get("annotations") or {}
+            read_only = trusted and said.get("readOnlyHint") is True
+            twice = trusted and said.get("idempotentHint") is True
+            return Trust(read_only or twice or tool in server.idempotent, read_only)
+
+        return trust
+
+    def _auth(self, name: str, server: HttpServer) -> httpx2.Auth | None:
+        del name, server
+        return None
+
+    # -- what was accepted --------------------------------------------------------------------------------
+
+    def pinned(self, name: str) -> dict[str, Definition] | None:
+        """The definitions that were accepted last; None if the server was never used."""
+        with self._runtime.approvals.reading() as connection:
+            found = None
+            for body in self._runtime.approvals.recorded(connection, "mcp.accepted"):
+                if body["server"] == name:
+                    found = body["tools"]
+        return found
+
+    def check(self, name: str, now: Mapping[str, Definition]) -> Comparison:
+        """Compare a server's tools with what was accepted; on first use they are accepted as they are."""
+        pinned = self.pinned(name)
+        if pinned is None:
+            self.accept(name, now)
+            pinned = dict(now)
+        return compare(pinned, now)
+
+    def accept(self, name: str, now: Mapping[str, Definition]) -> None:
+        """Record that a server's tools are what they are meant to be."""
+        self._runtime.ledger.append("mcp.accepted", server=name, tools=json.loads(json.dumps(now)))
+
+    # -- calls ----------------------------------------------------------------------------------------------
+
+    async def call(
+        self, opened: Opened, tool: str, arguments: dict[str, Any], *, task: str = "",
+        labels: frozenset[str] = frozenset(), now: Mapping[str, Definition] | None = None,
+    ) -> Result:  # fmt: skip
+        """Call a tool that is what was accepted, if the rules and people let it.
+
+        Args:
+            opened: its server.
+            tool: its name.
+            arguments: a JSON object.
+            task: what it belongs to.
+            labels: the untrusted input that it follows.
+            now: the server's tools, if they were just listed.
+
+        Raises:
+            ToolQuarantined: it is another one, or new; it was not called.
+            Forbidden: a rule forbids it; it was not called.
+            ApprovalNeeded: a person must answer first; it was not called.
+            McpServerFailed: there is no such tool, or the server failed; MaybeExecuted if it may have done it.
+        """
+        session = opened.session
+        now = await session.list_tools() if now is None else now
+        effect = await anyio.to_thread.run_sync(self._effect, session.name, tool, arguments, now)
+        if opened.balanced is None:
+            await anyio.to_thread.run_sync(self._refuse_forbidden, effect)
+            return await self._recorded(opened, effect)
+        stack = ExitStack()  # an approval is used up before the call, and told how it ended
+
+        def clear() -> None:
+            decisions = self._runtime.decisions
+            request = self._request(effect, task=task, labels=labels)
+            decisions.clear(request, effect, self._runtime.policy(None),
+                            lambda request_id: stack.enter_context(decisions.doing(request_id)))  # fmt: skip
+
+        try:
+            await anyio.to_thread.run_sync(clear)
+            result = await self._recorded(opened, effect)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(stack.__exit__, *sys.exc_info())
+            raise
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(stack.close)
+        return result
+
+    async def _recorded(self, opened: Opened, effect: RemoteCall) -> Result:
+        await anyio.to_thread.run_sync(self._record, effect)
+        return await opened.session.call(effect.tool, effect.arguments)
+
+    def _record(self, effect: RemoteCall) -> None:
+        self._runtime.ledger.append("mcp.called", server=effect.server, tool=effect.tool, digest=effect.digest)
+
+    def _effect(self, server: str, tool: str, arguments: dict[str, Any], now: Mapping[str, Definition]) -> RemoteCall:
+        """The call as an effect; raises for a tool that there is not, or that is not what was accepted."""
+        from luminaguard.effects.outside import RemoteCall
+
+        found = self.check(server, now)
+        if tool not in now:
+            raise McpServerFailed(f"The server {server!a} has no tool {tool[:64]!a}.",
+                                  hint=f"It has: {', '.join(now)[:500] or 'none'}.")  # fmt: skip
+        if tool in found.quarantined:
+            raise ToolQuarantined(
+                f"The tool {tool!a} of {server!a} is not what was accepted.",
+                hint=f"See the difference and accept it: luminaguard mcp accept {server}",
+                kept="It was not called.",
+            )
+        definition = dict(now[tool])
+        return RemoteCall(server, tool, arguments, definition, definition)
+
+    def _request(self, effect: RemoteCall, *, task: str = "", labels: frozenset[str] = frozenset()) -> Request:
+        """What would ask for a call, without its times."""
+        server = self._runtime.settings.mcp_servers[effect.server]
+        folder = str(folder_of(self._runtime, effect.server, server)) if isinstance(server, StdioServer) else ""
+        return Request(f"req-{secrets.token_hex(6)}", folder, 0, effect.digest, (effect.server, effect.tool), 0, 0, 0,
+                       State.PENDING, effect="call", task=task, taint=tuple(sorted(labels)))  # fmt: skip
+
+    def _refuse_forbidden(self, effect: RemoteCall) -> None:
+        """What a call in a machine changes waits at the cliff anyway; what a rule forbids is not even called."""
+        from luminaguard.runtime.policy import action_of, judge
+
+        server = self._runtime.settings.mcp_servers[effect.server]
+        assert isinstance(server, StdioServer)
+        policy = self._runtime.policy(folder_of(self._runtime, effect.server, server))
+        judgement, judged = judge(policy, action_of(self._request(effect), effect))
+        if judged.risk is Risk.FORBIDDEN:
+            self._runtime.ledger.append("effect.forbidden", effect="call", server=effect.server, tool=effect.tool,
+                                        digest=effect.digest, rule=judgement.rule, reason=judgement.reason)  # fmt: skip
+            raise Forbidden(
+                f"A rule forbids to call it ({judgement.rule}): {judgement.reason}",
+                hint="'luminaguard policy explain' shows how the rules came to that; change the rule if it is wrong.",
+                kept="It was not called.",
+            )
+
+
+def _headers(name: str, server: HttpServer) -> dict[str, str]:
+    """The headers of each request, from the environment; raises SettingsError for one that is not there."""
+    found = {}
+    for header, variable in server.headers.items():
+        value = os.environ.get(variable, "")
+        if not value or not value.isascii() or not value.isprintable():
+            raise SettingsError(
+                f"The variable {variable}, which the server {name!a} needs, has no usable value.",
+                hint=f"Set it to what the header {header} shall be.",
+            )
+        found[header] = value
+    return found
