@@ -29,7 +29,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from luminaguard.errors import SettingsError
 
-__all__ = ["Folders", "HttpServer", "McpServer", "Settings", "StdioServer", "load_settings"]
+__all__ = ["Folders", "GatewaySettings", "HttpServer", "McpServer", "Settings", "StdioServer", "load_settings"]
 
 _MAX_FILE = 1 << 20
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -180,6 +180,30 @@ McpServer = Annotated[
 ]
 
 
+class GatewaySettings(BaseModel):
+    """What other programs see of the servers, and how they may call.
+
+    Attributes:
+        show, hide: patterns over ``SERVER__TOOL``; what is hidden cannot be called either.
+        wait_s: how long a call that waits for a person is held before its caller is told to come again.
+        ask_client: up to which severity the caller's own person may answer in the caller's own interface; ``never``
+            for none. An agent may be able to answer there by itself.
+        at_once: how many calls of one client run beside each other.
+        per_minute: how many calls one client may make in a minute.
+        idle_s: after how long without a call a server in a machine is ended, and what it changed is asked for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    show: tuple[str, ...] = ("*",)
+    hide: tuple[str, ...] = ()
+    wait_s: float = Field(default=45, ge=0, le=3600)
+    ask_client: Literal["never", "low", "medium"] = "never"
+    at_once: int = Field(default=16, ge=1, le=256)
+    per_minute: int = Field(default=6000, ge=1)
+    idle_s: float = Field(default=60, gt=0, le=86400)
+
+
 class Settings(BaseSettings):
     """All that a user can set. Sizes are in the unit that the name says."""
 
@@ -218,6 +242,7 @@ class Settings(BaseSettings):
     service_authority: str = ""
     lease_s: float = Field(default=30, ge=2, le=600)
     mcp_servers: dict[ServerName, McpServer] = Field(default_factory=dict)
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings)
     debug: bool = False
 
     @classmethod

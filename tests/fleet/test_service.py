@@ -19,6 +19,7 @@ from luminaguard.approvals.signing import sign_ticket
 from luminaguard.cli.remote import Service
 from luminaguard.effects import Change, Changeset, FileEntry
 from luminaguard.errors import ApprovalError, SettingsError
+from luminaguard.service.app import build
 from luminaguard.service.server import Server
 from luminaguard.service.wire import decision_to_json, request_to_json
 from luminaguard.testing import Home
@@ -283,4 +284,4 @@ def test_what_cannot_be_served_is_said(served, tmp_path):
 @pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "x", "127.0.0.1:x", "localhost:1", ":1"])
 def test_others_are_not_let_listen_in(make_host, listen):
     with make_host().runtime() as runtime, pytest.raises(SettingsError):
-        Server(runtime, listen, None, None)
+        Server(build(runtime), listen, None, None)

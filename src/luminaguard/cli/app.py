@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from luminaguard import log
-from luminaguard.cli import agent, cliff, fleet, mcp, signals
+from luminaguard.cli import agent, cliff, fleet, gateway, mcp, signals
 from luminaguard.cli.common import Call, Json, open_runtime
 from luminaguard.cli.paths import absolute
 from luminaguard.errors import LuminaGuardError
@@ -44,6 +44,7 @@ app.add_typer(agent.models_app, name="models")
 app.command("run")(agent.run)
 app.add_typer(fleet.database_app, name="database")
 app.add_typer(mcp.mcp_app, name="mcp")
+app.add_typer(gateway.gateway_app, name="gateway")
 app.command("worker")(fleet.worker)
 app.command("hosts")(fleet.hosts)
 app.command("serve")(fleet.serve)

@@ -45,12 +45,13 @@ def serve(
     import anyio
 
     from luminaguard.errors import first_of
+    from luminaguard.service.app import build
     from luminaguard.service.server import Server
 
     with signals.held() as held:
         runtime = open_runtime()
         _ = runtime.approvals
-        server = Server(runtime, listen, certificate, key)
+        server = Server(build(runtime), listen, certificate, key)
 
         async def run() -> None:
             async with anyio.create_task_group() as tasks:

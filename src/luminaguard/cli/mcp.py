@@ -79,7 +79,7 @@ def mcp_call(
     told: dict[str, Any] = {}
 
     async def work(servers: McpServers, opened: Opened) -> None:
-        result = await servers.call(opened, tool, given)
+        result = opened.session.in_words(await servers.call(opened, tool, given))
         told.update({"text": result.text, "structured": result.structured, "failed": result.failed})
         if not as_json:
             print(visible_text(result.text))

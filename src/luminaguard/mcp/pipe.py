@@ -26,11 +26,17 @@ class Pipe:
         self.to_server, self._from_sdk = anyio.create_memory_object_stream[SessionMessage](0)
         self._to_sdk, self.from_server = anyio.create_memory_object_stream[SessionMessage | Exception](64)
         self.failure: LuminaGuardError | None = None
+        self._is_over = False
 
     @asynccontextmanager
     async def transport(self) -> AsyncIterator[Any]:
         """Both ends, for the SDK."""
         yield self.from_server, self.to_server
+
+    @property
+    def gone(self) -> bool:
+        """Whether the server has ended."""
+        return self._is_over
 
     def explain(self, _error: object) -> LuminaGuardError | None:
         """Why nothing is to be had of the server any more."""
@@ -64,6 +70,7 @@ class Pipe:
     def ended(self, failure: LuminaGuardError | None = None) -> None:
         """The server is gone; whoever waits for it is told."""
         self.failure = self.failure or failure
+        self._is_over = True
         self._to_sdk.close()
 
     def close(self) -> None:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
-from mcp import Client, MCPError
+from mcp_types import CallToolResult
 from pydantic import ValidationError
 
 from luminaguard.errors import LuminaGuardError, McpServerFailed, first_of
 from luminaguard.mcp.definitions import Definition
+from mcp import Client, MCPError
 
 __all__ = ["Result", "Session", "open_session"]
 
@@ -77,13 +78,20 @@ class Session:
         return found
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> Result:
+        """Call a tool, for people; see :meth:`call_whole`."""
+        return self.in_words(await self.call_whole(tool, arguments))
+
+    async def call_whole(self, tool: str, arguments: dict[str, Any]) -> CallToolResult:
         """Call a tool.
 
         Raises:
             McpServerFailed: it does not answer in time, refuses, or says what cannot be. It may have done it.
         """
         with self.failures(), anyio.fail_after(self.timeout_s):
-            answer = await self.client.call_tool(tool, arguments)
+            return await self.client.call_tool(tool, arguments)
+
+    def in_words(self, answer: CallToolResult) -> Result:
+        """What a tool gave, as text; raises McpServerFailed if it is too long."""
         texts = [part.text for part in answer.content if part.type == "text"]
         others = [f"[{part.type}, not shown]" for part in answer.content if part.type != "text"]
         text = "\n".join((*texts, *others))

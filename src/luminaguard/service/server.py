@@ -8,24 +8,20 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 import uvicorn
 
 from luminaguard.errors import SettingsError
-from luminaguard.service.app import build
-
-if TYPE_CHECKING:
-    from luminaguard.runtime import Runtime
 
 __all__ = ["Server"]
 
 
 class Server(uvicorn.Server):
-    """A server of one runtime's approvals; ``should_exit`` ends it.
+    """A server of one application; ``should_exit`` ends it.
 
     Args:
-        runtime: whose approvals.
+        app: what is served.
         listen: ADDRESS:PORT.
         certificate, key: PEM files; without them, only this machine is listened to.
 
@@ -33,7 +29,10 @@ class Server(uvicorn.Server):
         SettingsError: the address cannot be used, or is open to others without TLS.
     """
 
-    def __init__(self, runtime: Runtime, listen: str, certificate: Path | None, key: Path | None) -> None:
+    def __init__(
+        self, app: Any, listen: str, certificate: Path | None, key: Path | None, *,
+        lifespan: Literal["on", "off"] = "off",
+    ) -> None:  # fmt: skip
         host, _, port = listen.rpartition(":")
         try:
             address = ipaddress.ip_address(host.strip("[]"))
@@ -51,9 +50,9 @@ class Server(uvicorn.Server):
             if path is not None and not path.is_file():
                 raise SettingsError(f"There is no file {path}.", hint="It is a certificate, or a key, in PEM.")
         config = uvicorn.Config(
-            build(runtime), host=str(address), port=number, log_config=None, access_log=False, server_header=False,
+            app, host=str(address), port=number, log_config=None, access_log=False, server_header=False,
             proxy_headers=False, limit_concurrency=64, timeout_keep_alive=5, h11_max_incomplete_event_size=64 << 10,
-            ssl_certfile=certificate, ssl_keyfile=key, lifespan="off", ws="none", timeout_graceful_shutdown=5,
+            ssl_certfile=certificate, ssl_keyfile=key, lifespan=lifespan, ws="none", timeout_graceful_shutdown=5,
         )  # fmt: skip
         try:
             config.load()

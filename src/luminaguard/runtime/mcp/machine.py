@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,8 @@ class Ended:
 
     def __init__(self) -> None:
         self.execution: Execution | None = None
+        self.is_gone: Callable[[], bool] = lambda: False
+        """Whether the server has ended by itself."""
 
 
 def folder_of(runtime: Runtime, name: str, server: StdioServer) -> Path:
@@ -54,6 +56,7 @@ async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ende
     from luminaguard.microvm.machine import Command
 
     pipe, said = Pipe(), bytearray()
+    ended.is_gone = lambda: pipe.gone
     settings = runtime.settings
 
     async def output(stream: int, data: bytes) -> None:

@@ -22,10 +22,11 @@ from luminaguard.settings import HttpServer, McpServer, StdioServer
 
 if TYPE_CHECKING:
     import httpx2
+    from mcp_types import CallToolResult
 
     from luminaguard.effects.outside import RemoteCall
     from luminaguard.mcp.http import BalancedTransport, Trust
-    from luminaguard.mcp.session import Result, Session
+    from luminaguard.mcp.session import Session
     from luminaguard.runtime.core import Runtime
     from luminaguard.runtime.rehearsal import Execution
 
@@ -49,6 +50,11 @@ class Opened:
     def execution(self) -> Execution | None:
         """Of a server in a machine, what that did, once it has ended."""
         return self._ended.execution
+
+    @property
+    def gone(self) -> bool:
+        """Whether a server in a machine has ended by itself."""
+        return self._ended.is_gone()
 
 
 class McpServers:
@@ -135,7 +141,7 @@ class McpServers:
     async def call(
         self, opened: Opened, tool: str, arguments: dict[str, Any], *, task: str = "",
         labels: frozenset[str] = frozenset(), now: Mapping[str, Definition] | None = None,
-    ) -> Result:  # fmt: skip
+    ) -> CallToolResult:  # fmt: skip
         """Call a tool that is what was accepted, if the rules and people let it.
 
         Args:
@@ -177,9 +183,9 @@ class McpServers:
             await anyio.to_thread.run_sync(stack.close)
         return result
 
-    async def _recorded(self, opened: Opened, effect: RemoteCall) -> Result:
+    async def _recorded(self, opened: Opened, effect: RemoteCall) -> CallToolResult:
         await anyio.to_thread.run_sync(self._record, effect)
-        return await opened.session.call(effect.tool, effect.arguments)
+        return await opened.session.call_whole(effect.tool, effect.arguments)
 
     def _record(self, effect: RemoteCall) -> None:
         self._runtime.ledger.append("mcp.called", server=effect.server, tool=effect.tool, digest=effect.digest)

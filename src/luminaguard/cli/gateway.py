@@ -1,0 +1,127 @@
+"""``luminaguard gateway``: LuminaGuard as an MCP server for other programs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luminaguard.cli import signals
+from luminaguard.cli.common import open_runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from luminaguard.runtime import Runtime
+    from luminaguard.runtime.gateway import Gateway
+
+__all__ = ["gateway_app"]
+
+gateway_app = typer.Typer(help="LuminaGuard as an MCP server for other programs.", rich_markup_mode=None,
+                          invoke_without_command=True)  # fmt: skip
+
+
+@gateway_app.callback()
+def gateway(
+    context: typer.Context,
+    stdio: Annotated[bool, typer.Option("--stdio", help="Speak on standard input and output.")] = False,
+    http: Annotated[str, typer.Option("--http", metavar="ADDRESS:PORT", help="Listen; each client needs a token.")]
+    = "",
+    workspace: Annotated[
+        Path | None, typer.Option("--workspace", "-w", metavar="DIR", help="Offer tools for this folder, too.")
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option("--certificate", metavar="PEM")] = None,
+    key: Annotated[Path | None, typer.Option("--key", metavar="PEM")] = None,
+    host: Annotated[list[str] | None, typer.Option("--host", metavar="NAME[:PORT]", help="What clients call it, "
+                                                   "beside its address; may be repeated.")] = None,
+) -> None:  # fmt: skip
+    """Serve all configured servers, and the tools of a folder, to another program."""
+    from luminaguard.errors import SettingsError
+
+    if context.invoked_subcommand is not None:
+        return
+    if stdio == bool(http):
+        raise SettingsError("One of --stdio and --http is needed.", hint="For example: luminaguard gateway --stdio")
+    if stdio:
+        _run(workspace, _serve_stdio)
+        return
+
+    async def serve(runtime: Runtime, gateway: Gateway) -> None:
+        from luminaguard.service.gateway import gateway_app as build
+        from luminaguard.service.server import Server
+
+        app = build(runtime, gateway, http, hosts=tuple(host or ()))
+        server = Server(app, http, certificate, key, lifespan="on")
+        where = f"{'https' if certificate else 'http'}://{http}/mcp"
+        await server.serve_at(lambda: _tell(f"MCP at {where} (Ctrl-C ends it)"))
+
+    _run(workspace, serve)
+
+
+@gateway_app.command("token")
+def gateway_token(
+    client: Annotated[str, typer.Argument(metavar="CLIENT")],
+    revoke: Annotated[bool, typer.Option("--revoke", help="End the client's token.")] = False,
+) -> None:
+    """Make a token for a client, and print it once; an older one of the same client ends."""
+    from luminaguard.errors import SettingsError
+    from luminaguard.storage.clients import Clients
+
+    runtime = open_runtime()
+    clients = Clients(runtime.folders.state)
+    if not revoke:
+        token = clients.renew(client)
+        runtime.ledger.append("gateway.token", client=client)
+        print(token)
+    elif clients.revoke(client):
+        runtime.ledger.append("gateway.revoked", client=client)
+    else:
+        raise SettingsError(f"{client[:40]!a} has no token.", hint=f"Who has one: {', '.join(clients.names())}.")
+
+
+async def _serve_stdio(_runtime: Runtime, gateway: Gateway) -> None:
+    from mcp.server.stdio import stdio_server
+
+    from luminaguard.mcp.gateway import make_server
+
+    server = make_server(gateway)
+    async with stdio_server() as (reads, writes):
+        await server.run(reads, writes, server.create_initialization_options())
+
+
+def _run(workspace: Path | None, serve: Callable[[Any, Gateway], Awaitable[None]]) -> None:
+    import anyio
+
+    from luminaguard.cli.paths import absolute
+    from luminaguard.errors import first_of
+    from luminaguard.runtime.gateway import Gateway
+
+    with signals.held() as held:
+        runtime = open_runtime()
+        folder = absolute(workspace) if workspace is not None else None
+
+        async def run() -> None:
+            async with Gateway.open(runtime, folder) as gateway, anyio.create_task_group() as tasks:
+
+                async def until_signal() -> None:
+                    while (await held.next()) not in signals.ENDING:
+                        pass
+                    tasks.cancel_scope.cancel()
+
+                tasks.start_soon(until_signal)
+                await serve(runtime, gateway)
+                tasks.cancel_scope.cancel()
+
+        try:
+            anyio.run(run)
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
+        signals.over()
+        held.take()
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

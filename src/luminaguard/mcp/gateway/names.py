@@ -1,0 +1,49 @@
+"""What tools of many servers are called behind one address, and which of them are shown."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from dataclasses import dataclass, field
+
+__all__ = ["Names", "Visibility"]
+
+_LONGEST = 64
+"""What all known hosts take, of letters, digits, ``_`` and ``-``."""
+_STRANGE = re.compile(r"[^A-Za-z0-9_-]")
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """Which tools are shown, by patterns over ``SERVER__TOOL``; what is hidden cannot be called either."""
+
+    show: tuple[str, ...] = ("*",)
+    hide: tuple[str, ...] = ()
+
+    def shows(self, name: str) -> bool:
+        """Whether a tool is shown."""
+        return any(fnmatch.fnmatchcase(name, one) for one in self.show) and not any(
+            fnmatch.fnmatchcase(name, one) for one in self.hide
+        )
+
+
+@dataclass(slots=True)
+class Names:
+    """Names that hosts take, each for one tool of one server, and the same again for the same tools."""
+
+    _known: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def add(self, server: str, tool: str) -> str:
+        """The name of a tool."""
+        whole = f"{server}__{tool}"
+        name = _STRANGE.sub("_", whole)
+        if name != whole or len(name) > _LONGEST or self._known.get(name, (server, tool)) != (server, tool):
+            # Two tools must not end up under one name, and a name must not depend on which came first.
+            name = f"{name[: _LONGEST - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+        self._known[name] = (server, tool)
+        return name
+
+    def find(self, name: str) -> tuple[str, str] | None:
+        """The server and tool of a name that was given before."""
+        return self._known.get(name)

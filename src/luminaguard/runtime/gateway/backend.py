@@ -1,0 +1,211 @@
+"""The gateway's backend: what is offered, and each call through the rules and the cliff."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+import mcp_types as types
+
+from luminaguard import log
+from luminaguard.actions.model import Risk, Severity
+from luminaguard.approvals import State, Verdict
+from luminaguard.effects.text import visible
+from luminaguard.errors import ApprovalNeeded, Forbidden, LuminaGuardError, McpServerFailed
+from luminaguard.mcp.definitions import Definition
+from luminaguard.mcp.gateway import Client, Names, Visibility
+from luminaguard.mcp.gateway.server import Asks
+from luminaguard.reasoning.messages import Message
+from luminaguard.runtime.decisions import Answer
+from luminaguard.runtime.gateway.folder import FolderTools
+from luminaguard.runtime.gateway.kept import KeptServers
+from luminaguard.runtime.mcp import McpServers, Opened
+
+if TYPE_CHECKING:
+    from luminaguard.runtime.core import Runtime
+
+__all__ = ["Gateway"]
+
+_LOOK_S = 0.25
+_END_S = 10.0
+_UP_TO = {"never": None, "low": Severity.LOW, "medium": Severity.MEDIUM}
+
+
+class Gateway:
+    """One gateway; made by :meth:`open`."""
+
+    def __init__(self, runtime: Runtime, servers: KeptServers, folder: FolderTools | None) -> None:
+        self._runtime, self._kept, self._folder = runtime, servers, folder
+        self._mcp = McpServers(runtime)
+        self._names = Names()
+        gateway = runtime.settings.gateway
+        self._visibility = Visibility(gateway.show, gateway.hide)
+        self._schemas: dict[str, Mapping[str, Any]] = {}
+        self._task = f"gateway-{secrets.token_hex(5)}"
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, runtime: Runtime, workspace: Path | None) -> AsyncIterator[Gateway]:
+        """A gateway for as long as this context lasts; what was changed in machines is asked for at its end."""
+        folder = FolderTools(runtime, workspace) if workspace else None
+        async with anyio.create_task_group() as tasks:
+            kept = KeptServers(McpServers(runtime), tasks, runtime.settings.gateway.idle_s, _tell_ended)
+            gateway = cls(runtime, kept, folder)
+            try:
+                yield gateway
+            finally:
+                kept.retire()
+                tasks.cancel_scope.deadline = anyio.current_time() + _END_S
+                if folder is not None:
+                    with anyio.CancelScope(shield=True):
+                        await _close(folder)
+
+    # -- what is offered ------------------------------------------------------------------------------------
+
+    async def tools(self) -> Mapping[str, Definition]:
+        """What was accepted of all servers; of one that was never used, what it says now."""
+        offered: dict[str, Definition] = dict(FolderTools.tools()) if self._folder else {}
+        found: dict[str, Mapping[str, Definition]] = {}
+
+        async def look(name: str) -> None:
+            try:
+                found[name] = await self._tools_of(name)
+            except LuminaGuardError as error:  # its tools are missing, and nobody else's
+                log.event("gateway.server_missing", server=name, why=error.message)
+
+        async with anyio.create_task_group() as tasks:
+            for name in self._runtime.settings.mcp_servers:
+                tasks.start_soon(look, name)
+        for server in sorted(found):
+            for tool, definition in found[server].items():
+                offered[self._names.add(server, tool)] = definition
+        shown = {name: tool for name, tool in offered.items() if self._visibility.shows(name)}
+        self._schemas = {name: tool.get("inputSchema") or {} for name, tool in shown.items()}
+        return shown
+
+    async def _tools_of(self, name: str) -> Mapping[str, Definition]:
+        pinned = await anyio.to_thread.run_sync(self._mcp.pinned, name)
+        if pinned is not None:  # what it says by now is compared when it is called
+            return pinned
+        async with self._kept.use(name) as kept:
+            now = await kept.tools(time.monotonic())
+        found = await anyio.to_thread.run_sync(self._mcp.check, name, now)
+        return {tool: now[tool] for tool in found.same}
+
+    def schema(self, name: str) -> Mapping[str, Any] | None:
+        """The schema of a tool's arguments."""
+        return self._schemas.get(name)
+
+    # -- calls ----------------------------------------------------------------------------------------------
+
+    async def call(self, name: str, arguments: dict[str, Any], client: Client) -> types.CallToolResult:
+        """Do a call through the rules and the cliff; see :class:`luminaguard.mcp.gateway.Backend`."""
+        if name not in self._schemas:
+            await self.tools()
+        if name not in self._schemas:
+            raise McpServerFailed(f"There is no tool {name[:64]!a}.", hint="List the tools again.")
+        if self._folder is not None and name in FolderTools.tools():
+            return await self._call_in_folder(self._folder, name, arguments)
+        where = self._names.find(name)
+        assert where is not None
+        server, tool = where
+        deadline = time.monotonic() + self._runtime.settings.gateway.wait_s
+        while True:
+            try:
+                return await self._call_server(server, tool, arguments)
+            except ApprovalNeeded as needed:  # nothing is held while a person decides
+                if not await self._decided(needed.request_id, client, deadline):
+                    return _waits(needed.request_id)
+
+    async def _call_server(self, server: str, tool: str, arguments: dict[str, Any]) -> types.CallToolResult:
+        labels = await anyio.to_thread.run_sync(self._runtime.tasks.labels, self._task)
+        async with self._kept.use(server) as kept:
+            now = await kept.tools(time.monotonic())
+            answer = await self._mcp.call(kept.opened, tool, arguments, task=self._task, labels=labels, now=now)
+        label = f"mcp:{server}"
+        said = now[tool].get("annotations") or {}
+        # A server that is trusted is, as far as what it says is its own.
+        trusted = server in self._runtime.policy(None).trusted_servers and said.get("openWorldHint") is not True
+        if label not in labels and not trusted:
+            await anyio.to_thread.run_sync(self._runtime.tasks.add_labels, self._task, [(label, tool)])
+        return answer
+
+    async def _call_in_folder(
+        self, folder: FolderTools, name: str, arguments: dict[str, Any]
+    ) -> types.CallToolResult:  # fmt: skip
+        answer = await folder.call(name, arguments)
+        deadline = time.monotonic() + self._runtime.settings.gateway.wait_s
+        while isinstance(answer, str):
+            if time.monotonic() >= deadline:
+                return _waits(answer)
+            await anyio.sleep(_LOOK_S)
+            answer = await folder.again()
+        assert isinstance(answer, Message)
+        return _said(answer.text, failed=answer.failed)
+
+    async def _decided(self, request_id: str, client: Client, deadline: float) -> bool:
+        """Whether the request may be used now; raises Forbidden for a no. False if nobody has answered yet."""
+        request = await anyio.to_thread.run_sync(self._runtime.approvals.get, request_id)
+        most = _UP_TO[self._runtime.settings.gateway.ask_client]
+        judged = request.judged
+        if most is not None and not most < judged.severity and judged.risk is Risk.RED and judged.people == 1:
+            question = f"{visible(' '.join(request.command))}: {judged.reason} ({request_id})"
+            card = await anyio.to_thread.run_sync(self._question, request_id, question)
+            said = await client.ask(Asks(request_id, card))
+            if said is not None:
+                verdict = Verdict.APPROVE if said else Verdict.DENY
+                answer = Answer(verdict, "MCP client")
+                act = self._runtime.decisions.approve_and_hand_over if said else self._runtime.decisions.deny
+                await anyio.to_thread.run_sync(act, request, answer)
+        while True:
+            request = await anyio.to_thread.run_sync(self._runtime.approvals.get, request_id)
+            if request.state is State.APPROVED:
+                return True
+            if request.state is not State.PENDING:
+                outcome = await anyio.to_thread.run_sync(self._runtime.approvals.outcome, request_id)
+                raise Forbidden(
+                    f"{request_id} is {request.state.value}: {visible(outcome) or 'a person said no'}.",
+                    hint="Do not ask for the same again; do something else.", kept="It was not called.",
+                )  # fmt: skip
+            if time.monotonic() >= deadline:
+                return False
+            await anyio.sleep(_LOOK_S)
+
+    def _question(self, request_id: str, first: str) -> str:
+        """All of a call, in words: the client's person sees what they allow."""
+        import json
+
+        effect = self._runtime.approvals.effect(request_id)
+        arguments = json.dumps(getattr(effect, "arguments", {}), ensure_ascii=True, indent=1)
+        return f"{first}\n{arguments}" if len(arguments) <= 4000 else f"{first}\n(too long to show: use the terminal)"
+
+
+def _tell_ended(name: str, opened: Opened) -> None:
+    execution = opened.execution
+    if execution is not None and execution.request is not None:
+        log.event("gateway.changes_wait", server=name, request=execution.request.id)
+
+
+async def _close(folder: FolderTools) -> None:
+    try:
+        if request := await folder.close():
+            log.event("gateway.changes_wait", request=request)
+    except LuminaGuardError as error:
+        log.event("gateway.not_asked", why=error.message)
+
+
+def _waits(request_id: str) -> types.CallToolResult:
+    return _said(
+        f"This waits for the approval of a person: {request_id}. It was not done. They decide with 'luminaguard "
+        f"approvals approve {request_id}' or in 'luminaguard inbox'; then make the very same call again.", failed=True,
+    )  # fmt: skip
+
+
+def _said(text: str, *, failed: bool) -> types.CallToolResult:
+    return types.CallToolResult(content=[types.TextContent(type="text", text=text)], is_error=failed)

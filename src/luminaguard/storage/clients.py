@@ -1,0 +1,87 @@
+"""Who may use the gateway over HTTP: a name and the digest of a token each, in a file of the state folder."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+
+from luminaguard.errors import SettingsError, StorageError
+
+__all__ = ["Clients"]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+_MOST_FILE = 1 << 20
+
+
+class Clients:
+    """The clients of one state folder."""
+
+    def __init__(self, state: Path) -> None:
+        self._path = state / "gateway-clients.json"
+
+    def renew(self, name: str) -> str:
+        """A new token for a client, which is kept nowhere; an older one of it ends.
+
+        Raises:
+            SettingsError: the name is none.
+            StorageError: the file cannot be read or written.
+        """
+        if not _NAME.fullmatch(name):
+            raise SettingsError(f"{name[:40]!a} is no name for a client.", hint="Small letters, digits, '.', '_', '-'.")
+        token = f"lg-{secrets.token_urlsafe(32)}"
+        self._write(self._read() | {name: _digest(token)})
+        return token
+
+    def revoke(self, name: str) -> bool:
+        """End a client's token; whether there was one."""
+        known = self._read()
+        if known.pop(name, None) is None:
+            return False
+        self._write(known)
+        return True
+
+    def names(self) -> list[str]:
+        """Who has a token."""
+        return sorted(self._read())
+
+    def who(self, token: str) -> str:
+        """Whose token it is; empty for nobody's."""
+        digest, found = _digest(token), ""
+        for name, known in self._read().items():  # all of them, whichever it is
+            if hmac.compare_digest(digest, known):
+                found = name
+        return found
+
+    def _read(self) -> dict[str, str]:
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(fd, encoding="ascii") as file:
+                found = json.loads(file.read(_MOST_FILE))
+            return {str(name): str(digest) for name, digest in found.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError) as error:
+            raise StorageError(
+                f"{self._path} cannot be read: {error}.", hint="Remove it; clients need new tokens then."
+            ) from error
+
+    def _write(self, known: dict[str, str]) -> None:
+        temporary = self._path.with_name(f".{self._path.name}-{os.getpid()}")
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                json.dump(known, file)
+            temporary.replace(self._path)
+        except OSError as error:
+            raise StorageError(
+                f"{self._path} cannot be written: {error.strerror}.", hint="Check the state folder."
+            ) from error
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
