@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,12 @@ def load_policy(config: Path, workspace: Path | None, kept: bytes | None = None)
         own = _read(workspace, WORKSPACE_FILE, follow=False) if workspace else None
     else:
         own = RulesFile(WORKSPACE_FILE, kept.decode()) if kept else None
+    return _parsed(user, own)
+
+
+@lru_cache(maxsize=8)
+def _parsed(user: RulesFile | None, own: RulesFile | None) -> Policy:
+    """The rules of these texts: they are read each time, and understood once."""
     return parse_policy(user, built_in_rules(), own)
 
 

@@ -70,7 +70,9 @@ class Server(uvicorn.Server):
             SettingsError: the address cannot be listened at.
         """
         host, port = self._address
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # With its protocol by name: asyncio sends small pieces at once only where it sees that it is TCP.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             with listener:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

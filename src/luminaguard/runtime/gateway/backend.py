@@ -47,6 +47,7 @@ class Gateway:
         gateway = runtime.settings.gateway
         self._visibility = Visibility(gateway.show, gateway.hide)
         self._schemas: dict[str, Mapping[str, Any]] = {}
+        self._labels = set[str]()
         self._task = f"gateway-{secrets.token_hex(5)}"
 
     @classmethod
@@ -124,15 +125,15 @@ class Gateway:
                     return _waits(needed.request_id)
 
     async def _call_server(self, server: str, tool: str, arguments: dict[str, Any]) -> types.CallToolResult:
-        labels = await anyio.to_thread.run_sync(self._runtime.tasks.labels, self._task)
         async with self._kept.use(server) as kept:
             now = await kept.tools(time.monotonic())
-            answer = await self._mcp.call(kept.opened, tool, arguments, task=self._task, labels=labels, now=now)
+            answer = await self._mcp.call(kept.opened, tool, arguments, task=self._task, now=now)
         label = f"mcp:{server}"
         said = now[tool].get("annotations") or {}
         # A server that is trusted is, as far as what it says is its own.
         trusted = server in self._runtime.policy(None).trusted_servers and said.get("openWorldHint") is not True
-        if label not in labels and not trusted:
+        if label not in self._labels and not trusted:
+            self._labels.add(label)
             await anyio.to_thread.run_sync(self._runtime.tasks.add_labels, self._task, [(label, tool)])
         return answer
 

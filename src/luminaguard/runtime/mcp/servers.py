@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from luminaguard.actions.model import Risk
 from luminaguard.approvals import Request, State
-from luminaguard.errors import Forbidden, McpServerFailed, SettingsError, ToolQuarantined
+from luminaguard.errors import Forbidden, McpServerFailed, SettingsError, TaskStopped, ToolQuarantined
 from luminaguard.mcp.definitions import Comparison, Definition, compare
 from luminaguard.runtime.mcp.machine import Ended, folder_of, open_in_machine
 from luminaguard.settings import HttpServer, McpServer, StdioServer
@@ -140,7 +140,7 @@ class McpServers:
 
     async def call(
         self, opened: Opened, tool: str, arguments: dict[str, Any], *, task: str = "",
-        labels: frozenset[str] = frozenset(), now: Mapping[str, Definition] | None = None,
+        now: Mapping[str, Definition] | None = None,
     ) -> CallToolResult:  # fmt: skip
         """Call a tool that is what was accepted, if the rules and people let it.
 
@@ -148,8 +148,7 @@ class McpServers:
             opened: its server.
             tool: its name.
             arguments: a JSON object.
-            task: what it belongs to.
-            labels: the untrusted input that it follows.
+            task: what it belongs to; the untrusted input that it has read counts.
             now: the server's tools, if they were just listed.
 
         Raises:
@@ -159,22 +158,15 @@ class McpServers:
             McpServerFailed: there is no such tool, or the server failed; MaybeExecuted if it may have done it.
         """
         session = opened.session
-        now = await session.list_tools() if now is None else now
-        effect = await anyio.to_thread.run_sync(self._effect, session.name, tool, arguments, now)
-        if opened.balanced is None:
-            await anyio.to_thread.run_sync(self._refuse_forbidden, effect)
-            return await self._recorded(opened, effect)
+        listed = await session.list_tools() if now is None else now
         stack = ExitStack()  # an approval is used up before the call, and told how it ended
 
-        def clear() -> None:
-            decisions = self._runtime.decisions
-            request = self._request(effect, task=task, labels=labels)
-            decisions.clear(request, effect, self._runtime.policy(None),
-                            lambda request_id: stack.enter_context(decisions.doing(request_id)))  # fmt: skip
+        def admit() -> RemoteCall:
+            return self._admit(opened, tool, arguments, listed, task, stack)
 
         try:
-            await anyio.to_thread.run_sync(clear)
-            result = await self._recorded(opened, effect)
+            effect = await anyio.to_thread.run_sync(admit)
+            result = await session.call_whole(effect.tool, effect.arguments)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(stack.__exit__, *sys.exc_info())
@@ -183,9 +175,24 @@ class McpServers:
             await anyio.to_thread.run_sync(stack.close)
         return result
 
-    async def _recorded(self, opened: Opened, effect: RemoteCall) -> CallToolResult:
-        await anyio.to_thread.run_sync(self._record, effect)
-        return await opened.session.call_whole(effect.tool, effect.arguments)
+    def _admit(
+        self, opened: Opened, tool: str, arguments: dict[str, Any], now: Mapping[str, Definition], task: str,
+        stack: ExitStack,
+    ) -> RemoteCall:  # fmt: skip
+        """Let a call be made, and record it; an approval that it takes is used up, for as long as ``stack`` lasts."""
+        effect = self._effect(opened.session.name, tool, arguments, now)
+        if opened.balanced is None:
+            self._refuse_forbidden(effect)
+        else:
+            decisions, labels = self._runtime.decisions, frozenset[str]()
+            if task:
+                why, labels = self._runtime.tasks.standing(task)
+                if why is not None:
+                    raise TaskStopped(task, why, kept="It was not called.")
+            decisions.clear(self._request(effect, task=task, labels=labels), effect, self._runtime.policy(None),
+                            lambda request_id: stack.enter_context(decisions.doing(request_id)))  # fmt: skip
+        self._record(effect)
+        return effect
 
     def _record(self, effect: RemoteCall) -> None:
         self._runtime.ledger.append("mcp.called", server=effect.server, tool=effect.tool, digest=effect.digest)
