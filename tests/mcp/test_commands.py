@@ -134,3 +134,73 @@ def test_servers_are_listed(lab):
     listed = lab("list")
     assert listed.code == 0 and lab.server.url in listed.out
     assert lab("list", "--json").json["servers"]["lab"]["url"] == lab.server.url
+
+
+def config_of(home):
+    return home.folder / "config" / "luminaguard.toml"
+
+
+def test_servers_are_added_and_removed_and_what_else_stands_there_stays(bare_home, tmp_path):
+    config_of(bare_home).parent.mkdir(mode=0o700)
+    config_of(bare_home).write_text("# mine\nmemory_mib = 512  # as I like it\n")
+    added = bare_home.run("mcp", "add", "notes", "--folder", str(tmp_path), "--", "python3", "server.py", "-x", 'a"\\ü')
+    assert added.code == 0, added.err
+    url = ("--url", "https://a.example/mcp", "--url", "https://b.example/mcp", "--header", "X-Key=KEY")
+    assert bare_home.run("mcp", "add", "far", *url).code == 0
+    listed = bare_home.run("mcp", "list", "--json").json["servers"]
+    assert listed["notes"]["command"] == ["python3", "server.py", "-x", 'a"\\ü']
+    assert listed["far"]["url"] == ["https://a.example/mcp", "https://b.example/mcp"]
+    assert listed["far"]["headers"] == {"X-Key": "KEY"}
+    assert bare_home.run("mcp", "remove", "notes").code == 0
+    assert list(bare_home.run("mcp", "list", "--json").json["servers"]) == ["far"]
+    assert config_of(bare_home).read_text().startswith("# mine\nmemory_mib = 512  # as I like it\n")
+    before = config_of(bare_home).read_text()
+    for words in (("far", "--url", "https://c.example/"), ("Bad Name", "--url", "https://c.example/"), ("x",),
+                  ("x", "--url", "ftp://c"), ("x", "--url", "https://c/", "--", "y")):  # fmt: skip
+        assert bare_home.run("mcp", "add", *words).code == 123
+    assert bare_home.run("mcp", "remove", "none").code == 123
+    assert config_of(bare_home).read_text() == before
+
+
+def test_servers_of_other_hosts_are_taken_over_without_their_secrets(bare_home, tmp_path):
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {
+        "My Notes!": {"command": "python3", "args": ["server.py"], "env": {"TOKEN": "s3cret"}},
+        "files": {"command": "npx", "args": ["-y", "some-server"]},
+        "far": {"type": "http", "url": "https://far.example/mcp", "headers": {"Authorization": "Bearer s3cret"}},
+        "off": {"command": "x", "disabled": True}, "odd": 5, "none": {}, "plain": {"url": "http://far.example/mcp"},
+        "9": {"command": "y"},
+    }}))  # fmt: skip
+    done = bare_home.run("mcp", "import", str(tmp_path / "mcp.json"), "--folder", str(tmp_path), "--json")
+    assert done.code == 0, done.err
+    told = {one["name"]: one for one in done.json["servers"]}
+    assert {name for name, one in told.items() if one["added"]} == {"my-notes", "far", "s-9"}
+    assert "no network" in told["files"]["notes"][0] and "https" in told["plain"]["notes"][0]
+    assert "MCP_FAR_AUTHORIZATION" in told["far"]["notes"][0]
+    servers = bare_home.run("mcp", "list", "--json").json["servers"]
+    assert servers["far"]["headers"] == {"Authorization": "MCP_FAR_AUTHORIZATION"}
+    assert servers["my-notes"]["folder"] == str(tmp_path)
+    assert "s3cret" not in config_of(bare_home).read_text()
+    again = bare_home.run("mcp", "import", str(tmp_path / "mcp.json"))
+    assert again.code == 0 and again.out.count("left out") == 8 and "There is a server" in again.out
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"mcpServers": 1}', "[" * 5000, "\xff"])
+def test_what_is_no_file_of_servers_is_refused(bare_home, tmp_path, content):
+    (tmp_path / "mcp.json").write_bytes(content.encode("latin-1"))
+    refused = bare_home.run("mcp", "import", str(tmp_path / "mcp.json"))
+    assert refused.code == 123 and "Traceback" not in refused.err
+
+
+def test_the_state_of_endpoints_is_told(bare_home):
+    good, other = LabServer(), LabServer(tools=TOOLS[:1])
+    with running_lab(good, other):
+        config_of(bare_home).parent.mkdir(mode=0o700)
+        config_of(bare_home).write_text(
+            f'[mcp_servers.lab]\nurl = ["{good.url}", "{other.url}", "http://127.0.0.1:9/mcp"]\ntimeout_s = 3\n'
+            '[mcp_servers.local]\ncommand = ["x"]\n'
+        )
+        told = bare_home.run("mcp", "status", "--json")
+        assert told.code == 0, told.err
+        assert [row["health"] for row in told.json["servers"]["lab"]["endpoints"]] == ["well", "different", "out"]
+        assert "machine" in told.json["servers"]["local"]["state"]
+        assert "1 of 3 endpoints" in bare_home.run("mcp", "status", "lab").out

@@ -266,6 +266,10 @@ def test_http_needs_a_token(setup, era):
                     assert text(await client.call_tool("lab__look", {"key": "a"})) == "0"
 
             run(work)
+            told = httpx2.get(url.replace("/mcp", "/metrics"), headers={"authorization": f"Bearer {token}"}).text
+            assert 'luminaguard_mcp_calls_total{outcome="done",server="lab"} 1.0' in told
+            assert f'luminaguard_mcp_endpoint_well{{endpoint="{lab.url}",server="lab"}} 1.0' in told
+            assert httpx2.get(url.replace("/mcp", "/metrics")).status_code == 401
             message = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
             accept = {"accept": "application/json, text/event-stream"}
             good = accept | {"authorization": f"Bearer {token}"}
@@ -359,6 +363,38 @@ def test_a_server_in_a_machine_stays_open_between_calls_and_its_changes_wait(hom
     (request,) = waiting(home)
     assert home.run("approvals", "approve", request["id"]).code == 0
     assert (folder / "notes.txt").read_text() == "x\nx\n"
+
+
+@pytest.mark.parametrize(("host", "file", "key"), [
+    ("claude-code", ".claude.json", "mcpServers"), ("cursor", ".cursor/mcp.json", "mcpServers"),
+    ("vscode", ".config/Code/User/mcp.json", "servers"),
+])  # fmt: skip
+def test_it_is_written_into_other_programs_settings_once_somebody_has_seen_the_difference(
+    setup, tmp_path, host, file, key
+):
+    home = setup({})
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"theme": "dark", key: {"other": {"command": "x"}}}))
+    before = path.read_text()
+    refused = home.run("gateway", "install", host, HOME=str(tmp_path))
+    assert refused.code == 122 and '+    "luminaguard": {' in refused.out and path.read_text() == before
+    assert home.run("gateway", "install", host, "--yes", HOME=str(tmp_path)).code == 0
+    found = json.loads(path.read_text())
+    assert found["theme"] == "dark" and found[key]["other"] == {"command": "x"}
+    assert found[key]["luminaguard"]["args"] == ["gateway", "--stdio"]
+    assert home.run("gateway", "install", host, "--yes", HOME=str(tmp_path)).out == "nothing to change\n"
+    path.write_text("{ // with comments\n}")
+    damaged = home.run("gateway", "install", host, "--yes", HOME=str(tmp_path))
+    assert damaged.code == 123 and "no plain JSON" in damaged.err and "comments" in path.read_text()
+
+
+def test_a_project_has_a_file_of_its_own(setup, tmp_path):
+    home = setup({})
+    done = home.run("gateway", "install", "claude-code", "--project", str(tmp_path), "-w", str(tmp_path), "--yes")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / ".mcp.json").read_text())["mcpServers"]["luminaguard"]
+    assert found["args"] == ["gateway", "--stdio", "--workspace", str(tmp_path)] and found["type"] == "stdio"
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------

@@ -340,7 +340,7 @@ def test_an_endpoint_with_other_tools_stays_out_and_is_told_of():
             for _ in range(30):
                 await http.session.call("add", {"key": "a"})
             assert not other.executed and first.executed and third.executed
-            told = {one["endpoint"]: one for one in http_session.measured(http)}
+            told = {one["endpoint"]: one for one in http_session.measured(http.transport)}
             assert told[other.url]["health"] == "different" and "look" in told[other.url]["different"]
 
     run(work)

@@ -81,6 +81,33 @@ def gateway_token(
         raise SettingsError(f"{client[:40]!a} has no token.", hint=f"Who has one: {', '.join(clients.names())}.")
 
 
+@gateway_app.command("install")
+def gateway_install(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="claude-code, cursor or vscode.")],
+    project: Annotated[Path | None, typer.Option("--project", metavar="DIR", help="For this project alone.")] = None,
+    workspace: Annotated[Path | None, typer.Option("--workspace", "-w", metavar="DIR", help="Offer tools for this "
+                                                   "folder, too.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Write without being asked.")] = False,
+) -> None:  # fmt: skip
+    """Show what would be written into another program's settings, and write it if you say so."""
+    from luminaguard.cli.paths import absolute
+    from luminaguard.effects.text import visible
+    from luminaguard.errors import Forbidden
+    from luminaguard.runtime.gateway.hosts import plan_install
+
+    words = ["--workspace", str(absolute(workspace))] if workspace is not None else []
+    change = plan_install(host, Path.home(), project.absolute() if project else None, words)
+    lines = change.diff()
+    if not lines:
+        print("nothing to change")
+        return
+    print("\n".join(map(visible, lines)))
+    if not yes and not (sys.stdin.isatty() and input("write this? [y/N] ").strip().lower() == "y"):
+        raise Forbidden("Nothing was written.", hint="'--yes' writes it without a terminal.")
+    change.write()
+    print(f"written: {change.path}")
+
+
 async def _serve_stdio(_runtime: Runtime, gateway: Gateway) -> None:
     from mcp.server.stdio import stdio_server
 

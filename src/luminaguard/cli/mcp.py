@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,6 +42,119 @@ def mcp_list(as_json: Json = False) -> None:
         print(f"{name:16}  {visible(where)}")
     if not servers:
         print("no servers; write them into luminaguard.toml: [mcp_servers.NAME] with command and folder")
+
+
+@mcp_app.command("add")
+def mcp_add(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    command: Annotated[list[str] | None, typer.Argument(metavar="-- COMMAND...", help="What is run in a machine.")]
+    = None,
+    url: Annotated[list[str] | None, typer.Option("--url", help="A server elsewhere; may be repeated for endpoints "
+                                                  "that do the same.")] = None,
+    folder: Annotated[Path | None, typer.Option("--folder", metavar="DIR", help="The command gets a copy of it.")]
+    = None,
+    header: Annotated[list[str] | None, typer.Option("--header", metavar="NAME=VARIABLE", help="A header, and the "
+                                                     "environment variable that has its value.")] = None,
+) -> None:  # fmt: skip
+    """Write a server into luminaguard.toml."""
+    from luminaguard.cli.paths import absolute
+    from luminaguard.errors import SettingsError
+    from luminaguard.runtime.mcp.setup import add_server
+
+    if bool(url) == bool(command):
+        raise SettingsError("A server has either --url or a command.", hint="luminaguard mcp add notes --folder DIR -- "
+                            "python3 server.py")  # fmt: skip
+    settings: dict[str, Any] = {}
+    if url:
+        settings["url"] = url[0] if len(url) == 1 else url
+        if header:
+            settings["headers"] = dict(one.partition("=")[::2] for one in header)
+    else:
+        settings["command"] = command
+        if folder is not None:
+            settings["folder"] = str(absolute(folder))
+    runtime = open_runtime()
+    add_server(runtime.folders.config, runtime.settings, name, settings)
+    print(f"added {name}; see its tools: luminaguard mcp tools {name}")
+
+
+@mcp_app.command("remove")
+def mcp_remove(server: Name) -> None:
+    """Take a server out of luminaguard.toml; what was accepted of its tools stays on record."""
+    from luminaguard.runtime.mcp.setup import remove_server
+
+    remove_server(open_runtime().folders.config, server)
+    print(f"removed {server}")
+
+
+@mcp_app.command("import")
+def mcp_import(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="With mcpServers, as other hosts write it.")],
+    folder: Annotated[Path | None, typer.Option("--folder", metavar="DIR", help="Servers that are run get a copy of "
+                                                "it.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Take over the servers of another host's file; it stays as it is."""
+    from luminaguard.cli.output import print_json
+    from luminaguard.cli.paths import absolute
+    from luminaguard.effects.text import visible
+    from luminaguard.errors import SettingsError
+    from luminaguard.runtime.mcp.setup import add_server, read_other
+    from luminaguard.settings import load_settings
+
+    runtime = open_runtime(as_json=as_json)
+    told = []
+    for one in read_other(file, absolute(folder) if folder else None):
+        notes = list(one.notes)
+        added = False
+        if one.settings is not None:
+            try:
+                add_server(runtime.folders.config, load_settings(runtime.folders), one.name, one.settings)
+                added = True
+            except SettingsError as error:
+                notes.append(error.message)
+        told.append({"name": one.name, "added": added, "notes": notes})
+        if not as_json:
+            print(f"{'added' if added else 'left out'}  {one.name}{''.join(f'; {visible(note)}' for note in notes)}")
+    if as_json:
+        print_json({"servers": told})
+
+
+@mcp_app.command("status")
+def mcp_status(
+    server: Annotated[str, typer.Argument(metavar="[SERVER]")] = "", as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
+) -> None:  # fmt: skip
+    """Ask each endpoint of the servers over HTTP for its tools, and tell what it is worth."""
+    import anyio
+
+    from luminaguard.cli.machines import watch as again
+    from luminaguard.cli.output import print_json
+    from luminaguard.effects.text import visible
+    from luminaguard.runtime.mcp import McpServers
+
+    runtime = open_runtime(as_json=as_json)
+    servers = McpServers(runtime)
+    names = [server] if server else list(runtime.settings.mcp_servers)
+    for name in names:
+        servers.settings(name)
+
+    def draw() -> None:
+        found = anyio.run(servers.status, names)
+        if as_json:
+            print_json({"servers": found})
+            return
+        for name, one in found.items():
+            print(f"{name}: {visible(one['state'])}")
+            for row in one["endpoints"]:
+                print(f"  {visible(row['endpoint']):50}  {row['health']:9}  {visible(row['different'])}")
+        if not found:
+            print("no servers; see: luminaguard mcp add --help")
+
+    if watch:
+        again(draw, as_json=as_json)
+    else:
+        draw()
 
 
 @mcp_app.command("tools")

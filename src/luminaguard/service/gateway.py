@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mcp.server.transport_security import TransportSecuritySettings
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from luminaguard import log
 from luminaguard.errors import StorageError
@@ -35,13 +37,14 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 def gateway_app(runtime: Runtime, gateway: Gateway, listen: str, hosts: tuple[str, ...] = ()) -> Guard:
-    """The application of one gateway, at ``/mcp``."""
+    """The application of one gateway, at ``/mcp``, and its metrics at ``/metrics``."""
     # Host and Origin are looked at here, before anything else is.
     security = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     inner = make_server(gateway).streamable_http_app(
         json_response=False, transport_security=security, max_request_body_size=_MOST_BODY, max_sessions=_SESSIONS,
     )  # fmt: skip
     settings = runtime.settings.gateway
+    inner.router.routes.append(Route("/metrics", lambda _request: PlainTextResponse(gateway.metrics())))
     return Guard(inner, Clients(runtime.folders.state), _names_of(listen, hosts), settings.at_once, settings.per_minute)
 
 

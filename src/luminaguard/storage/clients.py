@@ -11,6 +11,7 @@ import secrets
 from pathlib import Path
 
 from luminaguard.errors import SettingsError, StorageError
+from luminaguard.files import replace_text
 
 __all__ = ["Clients"]
 
@@ -34,7 +35,7 @@ class Clients:
         if not _NAME.fullmatch(name):
             raise SettingsError(f"{name[:40]!a} is no name for a client.", hint="Small letters, digits, '.', '_', '-'.")
         token = f"lg-{secrets.token_urlsafe(32)}"
-        self._write(self._read() | {name: _digest(token)})
+        replace_text(self._path, json.dumps(self._read() | {name: _digest(token)}))
         return token
 
     def revoke(self, name: str) -> bool:
@@ -42,7 +43,7 @@ class Clients:
         known = self._read()
         if known.pop(name, None) is None:
             return False
-        self._write(known)
+        replace_text(self._path, json.dumps(known))
         return True
 
     def names(self) -> list[str]:
@@ -68,18 +69,6 @@ class Clients:
         except (OSError, ValueError, AttributeError) as error:
             raise StorageError(
                 f"{self._path} cannot be read: {error}.", hint="Remove it; clients need new tokens then."
-            ) from error
-
-    def _write(self, known: dict[str, str]) -> None:
-        temporary = self._path.with_name(f".{self._path.name}-{os.getpid()}")
-        try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(fd, "w", encoding="ascii") as file:
-                json.dump(known, file)
-            temporary.replace(self._path)
-        except OSError as error:
-            raise StorageError(
-                f"{self._path} cannot be written: {error.strerror}.", hint="Check the state folder."
             ) from error
 
 

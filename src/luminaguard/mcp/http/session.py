@@ -26,7 +26,7 @@ from luminaguard.mcp.session import Session, open_session
 from luminaguard.settings import HttpServer
 from mcp import MCPError
 
-__all__ = ["HttpSession", "open_http"]
+__all__ = ["HttpSession", "look_at", "measured", "open_http"]
 
 _MOST_EVENT = 8 << 20
 _GRACE_S = 1.0
@@ -227,6 +227,22 @@ class _Checks:
             return error.message
 
 
-def measured(session: HttpSession) -> list[dict[str, Any]]:
+def measured(transport: BalancedTransport) -> list[dict[str, Any]]:
     """What people see of each endpoint."""
-    return session.transport.balancer.table(time.monotonic())
+    return transport.balancer.table(time.monotonic())
+
+
+async def look_at(
+    name: str, server: HttpServer, headers: Mapping[str, str], *, pinned: Mapping[str, Definition] | None = None,
+    auth: httpx2.Auth | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Look at each endpoint once, and tell what people see of it; raises McpServerFailed if there is none."""
+    targets, weights = await _find(server)
+    balancer = Balancer(random.SystemRandom(), strategy=server.strategy)
+    balancer.set_endpoints(weights, time.monotonic())
+    transport = BalancedTransport(server.urls[0], balancer, targets, Times(server.timeout_s))
+    try:
+        await _Checks(name, server, headers, transport, auth, pinned).all_once()
+    finally:
+        await transport.aclose()
+    return measured(transport)

@@ -17,10 +17,11 @@ from luminaguard import log
 from luminaguard.actions.model import Risk, Severity
 from luminaguard.approvals import State, Verdict
 from luminaguard.effects.text import visible
-from luminaguard.errors import ApprovalNeeded, Forbidden, LuminaGuardError, McpServerFailed
+from luminaguard.errors import ApprovalNeeded, Forbidden, LuminaGuardError, MaybeExecuted, McpServerFailed
 from luminaguard.mcp.definitions import Definition
 from luminaguard.mcp.gateway import Client, Names, Visibility
 from luminaguard.mcp.gateway.server import Asks
+from luminaguard.mcp.metrics import Calls, exposition
 from luminaguard.reasoning.messages import Message
 from luminaguard.runtime.decisions import Answer
 from luminaguard.runtime.gateway.folder import FolderTools
@@ -48,6 +49,7 @@ class Gateway:
         self._visibility = Visibility(gateway.show, gateway.hide)
         self._schemas: dict[str, Mapping[str, Any]] = {}
         self._labels = set[str]()
+        self._calls = Calls()
         self._task = f"gateway-{secrets.token_hex(5)}"
 
     @classmethod
@@ -116,13 +118,41 @@ class Gateway:
         where = self._names.find(name)
         assert where is not None
         server, tool = where
+        began, outcome = time.monotonic(), "refused"
+        try:
+            answer = await self._call_when_let(server, tool, arguments, client)
+            if isinstance(answer, str):
+                outcome = "waits"
+                return _waits(answer)
+            outcome = "failed" if answer.is_error else "done"
+            return answer
+        except MaybeExecuted:
+            outcome = "maybe executed"
+            raise
+        except McpServerFailed:
+            outcome = "failed"
+            raise
+        finally:
+            self._calls.note(server, outcome, time.monotonic() - began)
+
+    async def _call_when_let(
+        self, server: str, tool: str, arguments: dict[str, Any], client: Client
+    ) -> types.CallToolResult | str:
+        """Do it once a person has let it; the id of the request that waits, if nobody has answered in time."""
         deadline = time.monotonic() + self._runtime.settings.gateway.wait_s
         while True:
             try:
                 return await self._call_server(server, tool, arguments)
             except ApprovalNeeded as needed:  # nothing is held while a person decides
                 if not await self._decided(needed.request_id, client, deadline):
-                    return _waits(needed.request_id)
+                    return needed.request_id
+
+    def metrics(self) -> str:
+        """Calls and endpoints in the text format of Prometheus."""
+        from luminaguard.mcp.http.session import measured
+
+        return exposition(self._calls, {name: measured(kept.opened.balanced) for name, kept in self._kept.open.items()
+                                        if kept.opened.balanced is not None})  # fmt: skip
 
     async def _call_server(self, server: str, tool: str, arguments: dict[str, Any]) -> types.CallToolResult:
         async with self._kept.use(server) as kept:

@@ -72,6 +72,11 @@ class KeptServers:
         self._locks: dict[str, anyio.Lock] = {}
         self._failures: dict[str, tuple[int, float]] = {}
 
+    @property
+    def open(self) -> dict[str, Kept]:
+        """Those that are open, by name."""
+        return dict(self._kept)
+
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Kept]:
         """A server, for one call.

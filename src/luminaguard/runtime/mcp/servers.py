@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from luminaguard.actions.model import Risk
 from luminaguard.approvals import Request, State
-from luminaguard.errors import Forbidden, McpServerFailed, SettingsError, TaskStopped, ToolQuarantined
+from luminaguard.errors import Forbidden, LuminaGuardError, McpServerFailed, SettingsError, TaskStopped, ToolQuarantined
 from luminaguard.mcp.definitions import Comparison, Definition, compare
 from luminaguard.runtime.mcp.machine import Ended, folder_of, open_in_machine
 from luminaguard.settings import HttpServer, McpServer, StdioServer
@@ -94,6 +94,33 @@ class McpServers:
         trust, auth = self._trust(name, server, pinned or {}), self._auth(name, server)
         async with open_http(name, server, _headers(name, server), trust=trust, pinned=pinned, auth=auth) as http:
             yield Opened(http.session, http.transport)
+
+    async def status(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Whether servers answer, by name: a state in words, and what is known of each endpoint."""
+        found: dict[str, dict[str, Any]] = {}
+
+        async def look(name: str) -> None:
+            server = self.settings(name)
+            if isinstance(server, StdioServer):
+                found[name] = {"state": "runs in a machine when it is used", "endpoints": []}
+                return
+            try:
+                found[name] = await self._look(name, server)
+            except LuminaGuardError as error:
+                found[name] = {"state": error.message, "endpoints": []}
+
+        async with anyio.create_task_group() as tasks:
+            for name in names:
+                tasks.start_soon(look, name)
+        return {name: found[name] for name in names}
+
+    async def _look(self, name: str, server: HttpServer) -> dict[str, Any]:
+        from luminaguard.mcp.http.session import look_at
+
+        pinned = await anyio.to_thread.run_sync(self.pinned, name)
+        rows = await look_at(name, server, _headers(name, server), pinned=pinned, auth=self._auth(name, server))
+        well = sum(row["health"] == "well" for row in rows)
+        return {"state": f"{well} of {len(rows)} endpoints answer as they should", "endpoints": rows}
 
     def _trust(self, name: str, server: HttpServer, pinned: Mapping[str, Definition]) -> Any:
         """What is known of a tool: what a person says, and what a server says that a person trusts."""
