@@ -43,6 +43,7 @@ raises; only the command line exits.
     ├── ModelRefused                     122  a language model will not answer this
     │   └── HistoryTooLong                    it does not take so much at once
     ├── McpServerFailed                  122  a server of tools failed; the call may have been executed
+    │   ├── NotExecuted                       a call was refused, or never sent
     │   ├── MaybeExecuted                     a call was sent, and nobody knows what became of it
     │   ├── SessionLost                       the server knows the session no more; it was not called
     │   └── ToolQuarantined                   a tool is not what a person accepted; it was not called
@@ -338,6 +339,13 @@ class McpServerFailed(LuminaGuardError):
     """An MCP server crashed, hung, or said what cannot be; a call that it was at may have been executed."""
 
     exit_code = EXIT_REFUSED
+
+
+class NotExecuted(McpServerFailed):
+    """A server refused a call, or never got it."""
+
+    def __init__(self, message: str, *, hint: str, kept: str = "It was not executed.") -> None:
+        super().__init__(message, hint=hint, kept=kept)
 
 
 class MaybeExecuted(McpServerFailed):

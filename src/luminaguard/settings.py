@@ -156,9 +156,11 @@ class HttpServer(BaseModel):
         if not 0 < len(urls) <= 64 or len(set(urls)) != len(urls):
             raise ValueError("it has 1 to 64 addresses, each once")
         for url in urls:
+            if not url.isascii() or not url.isprintable() or " " in url:
+                raise ValueError("an address has plain characters alone")
             parts = urlsplit(url)
             _ = parts.port  # raises for what is none
-            if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.fragment:
+            if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc or parts.fragment:
                 raise ValueError("an address is http or https, with a host and without a password")
             if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
                 raise ValueError("an address of another machine is https")

@@ -143,7 +143,7 @@ def test_a_pause_that_was_asked_for_is_kept_and_is_no_failure():
     made.busy(made.begin("e0", 0.0), 0.0, 5.0)
     assert {made.choose(4.9).name for _ in range(20)} == {"e1"}
     made.busy(made.begin("e1", 0.0), 0.0, 99999.0)
-    assert made.choose(1.0) == Waits(5.0)
+    assert made.choose(1.0) == Waits(5.0, "all ask for a longer pause")
     assert made.choose(5.0) == Chosen("e0")
     assert made.endpoints["e1"].opens_at(5.0) == 30.0
     assert made.endpoints["e0"].failure_rate == 0.0
@@ -183,6 +183,65 @@ def test_a_new_endpoint_beside_others_starts_slowly():
     made.set_endpoints({"e0": 1.0, "e1": 1.0, "new": 1.0}, 100.0)
     assert made.endpoints["new"].share(100.0, made.tuning) == pytest.approx(0.1)
     assert made.endpoints["e0"].share(100.0, made.tuning) == 1.0
+
+
+def test_one_that_is_tried_and_busy_does_not_eat_all_attempts():
+    made = balancer(2, failures=1, out_s=1.0)
+    made.failed(made.begin("e0", 0.0), 0.0)
+    made.busy(made.begin("e0", 2.0), 2.0, 3.0)
+    assert made.choose(2.1, tried=["e0"], trial=True) == Chosen("e1")
+    assert made.choose(4.9, trial=True) == Chosen("e1")  # its pause is kept
+    assert made.choose(5.1, trial=True) == Chosen("e0")
+
+
+def test_one_that_is_always_busy_gets_less_and_less():
+    made = balancer(2)
+    asked, now = {"e0": 0, "e1": 0}, 0.0
+    for _ in range(1000):
+        name = made.choose(now).name
+        asked[name] += 1
+        attempt = made.begin(name, now)
+        if name == "e0":
+            made.busy(attempt, now)
+        else:
+            made.succeeded(attempt, now + 0.001)
+        now += 0.01
+    assert asked["e0"] < 30
+
+
+def test_one_slow_answer_is_forgotten_after_a_while():
+    made = balancer(2)
+    play(made, 20)
+    made.succeeded(made.begin("e0", 1.0), 31.0)  # 30 s, once
+    play(made, 400, at=31.0, every=0.5)
+    assert min(served(made)) > 100
+
+
+def test_the_lighter_one_gets_its_share_of_single_calls():
+    made = balancer(weights={"a": 10.0, "b": 1.0})
+    play(made, 2200)
+    assert 120 < served(made)[1] < 300
+
+
+def test_a_trial_that_hangs_blocks_nobody_for_ever():
+    made = balancer(1, failures=1, out_s=1.0, patience_s=5.0)
+    made.failed(made.begin("e0", 0.0), 0.0)
+    hangs = made.begin("e0", 2.0)
+    waits = made.choose(2.0, waited_s=1.0)
+    assert isinstance(waits, Waits) and waits.until == 6.0
+    assert isinstance(made.choose(6.0, waited_s=5.0), Nobody)
+    made.checked("e0", 7.0, well=True)
+    made.failed(made.begin("e0", 7.0), 7.0)
+    assert made.choose(10.0) == Chosen("e0")  # another trial, though the first one still hangs
+    made.gave_up(hangs)
+
+
+def test_calls_of_a_session_that_has_no_other_place_do_not_lengthen_its_absence():
+    made = balancer(1, failures=1, out_s=1.0)
+    made.failed(made.begin("e0", 0.0), 0.0)
+    for attempt in [made.begin("e0", 2.0) for _ in range(6)]:
+        made.failed(attempt, 2.0)
+    assert made.endpoints["e0"].opens_at(2.0) <= 2.0 + 2 * 1.2
 
 
 def test_the_budget_is_a_share_of_what_is_asked():

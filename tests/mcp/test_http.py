@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luminaguard.errors import MaybeExecuted, McpServerFailed, SessionLost
+from luminaguard.errors import MaybeExecuted, McpServerFailed, NotExecuted, SessionLost
 from luminaguard.mcp.balancing import Health
 from luminaguard.mcp.http import Trust
 from luminaguard.mcp.http import session as http_session
@@ -346,14 +346,20 @@ def test_an_endpoint_with_other_tools_stays_out_and_is_told_of():
     run(work)
 
 
-def test_where_all_endpoints_differ_from_what_was_accepted_nothing_is_called():
+def test_where_all_endpoints_changed_together_they_can_be_listed_and_the_odd_one_stays_out():
+    """Whether what they say now is called is for a person to accept; see test_commands.py."""
+
     async def work():
-        servers = [LabServer(), LabServer()]
+        servers = [LabServer(), LabServer(), LabServer(tools=TOOLS[:1])]
         pinned = {"add": dict(TOOLS[0]) | {"description": "Another."}, "look": dict(TOOLS[1])}
-        async with serve_lab(*servers):
-            with pytest.raises(McpServerFailed, match="differs"):
-                async with opened(*servers, pinned=pinned):
-                    pass
+        async with serve_lab(*servers), opened(*servers, pinned=pinned) as http:
+            assert sorted(await http.session.list_tools()) == ["add", "look"]
+            told = [one["health"] for one in http_session.measured(http.transport)]
+            assert told == ["well", "well", "different"]
+        kept = dict(zip(["add", "look"], TOOLS, strict=True))
+        servers = [LabServer(tools=TOOLS[:1]), LabServer()]  # the first one says something else than was accepted
+        async with serve_lab(*servers), opened(*servers, pinned=kept) as http:
+            assert [one["health"] for one in http_session.measured(http.transport)] == ["different", "well"]
 
     run(work)
 
@@ -382,7 +388,7 @@ def test_a_call_that_only_reads_goes_to_a_second_endpoint_when_it_takes_long(hed
         async with serve_lab(slow, other), opened(slow, other, hedge=hedge, timeout_s=2.0) as http:
             for _ in range(60):
                 await http.session.call("look", {})
-            slow.plan = faults(*[Fault("wait", gate=gate)] * 2, tool="look")
+            slow.plan = faults(Fault("wait", gate=gate), tool="look")
             began = time.monotonic()
             try:
                 for _ in range(10):
@@ -507,6 +513,125 @@ def test_a_server_cannot_say_that_it_did_nothing():
     run(work)
 
 
+# -- what attackers found -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["accepted", "other-event", "not-jsonrpc", "needs-input", "huge-text", "own-error"])
+def test_whatever_else_a_server_answers_a_call_may_have_been_executed_once(kind):
+    async def work():
+        server = LabServer(plan=faults(Fault(kind)) if kind in {"accepted", "other-event"} else lambda _: None)
+        answer, wrong = server.result, {
+            "not-jsonrpc": {"jsonrpc": "1.0", "result": "x"}, "needs-input": {"jsonrpc": "2.0", "result": {
+                "resultType": "input_required", "requestState": "q"}},
+            "huge-text": {"jsonrpc": "2.0", "result": {"content": "no list"}},
+            "own-error": {"jsonrpc": "2.0", "error": {"code": -32603, "message": "boom", "data": {
+                "luminaguard": "\u00e9"}}},
+        }.get(kind)  # fmt: skip
+        if wrong:
+            server.result = lambda m: (
+                (answer(m), wrong | {"id": m["id"]})[1] if m["method"] == "tools/call" else answer(m)
+            )
+        async with serve_lab(server), opened(server, timeout_s=3) as http:
+            with pytest.raises(MaybeExecuted):
+                await http.session.call("add", {"key": "a"})
+            assert server.executed == Counter(a=1)
+
+    run(work)
+
+
+@pytest.mark.parametrize("code", [-32020, -32602])
+def test_a_refusal_is_not_executed_and_nothing_sends_the_call_again(code):
+    async def work():
+        server = LabServer()
+        answer = server.result
+        server.result = lambda m: (
+            {"jsonrpc": "2.0", "id": m["id"], "error": {"code": code, "message": "no"}}
+            if m["method"] == "tools/call" else answer(m)
+        )  # fmt: skip
+        async with serve_lab(server), opened(server) as http:
+            with pytest.raises(NotExecuted):
+                await http.session.call("add", {"key": "a"})
+            assert [entry[:2] for entry in server.log].count(("got", "tools/call")) == 1
+
+    run(work)
+
+
+def test_a_call_that_was_lost_once_may_have_been_executed_whatever_came_after():
+    async def work():
+        server = LabServer(plan=faults(*[Fault("reset"), Fault("status", executed=False, status=503)] * 9))
+        async with serve_lab(server), opened(server, trust={"add": Trust(harmless=True)}) as http:
+            with pytest.raises(MaybeExecuted):
+                await http.session.call("add", {"key": "a"})
+
+    run(work)
+
+
+@pytest.mark.parametrize("era", [MODERN, LEGACY])
+def test_an_endpoint_that_takes_connections_and_hangs_ends_nothing(era):
+    async def work():
+        well, dead = LabServer(era=era), LabServer(era=era, plan=lambda _: Fault("hang"))
+        async with serve_lab(well, dead):
+            began = time.monotonic()
+            async with opened(dead, well, check_s=0.2, timeout_s=1.0) as http:
+                assert time.monotonic() - began < 6
+                for _ in range(20):
+                    await http.session.call("add", {"key": "a"})
+                await anyio.sleep(1.5)  # longer than a check
+                await http.session.call("add", {"key": "a"})
+
+    run(work)
+
+
+def test_arguments_that_nobody_can_send_end_nothing():
+    async def work():
+        server = LabServer()
+        async with serve_lab(server), opened(server) as http:
+            with pytest.raises(NotExecuted, match="Unicode"):
+                await http.session.call("add", {"key": "\ud800"})
+            assert (await http.session.call("add", {"key": "a"})).text == "1"
+
+    run(work)
+
+
+@pytest.mark.parametrize("kind", ["endless", "redirect"])
+def test_the_end_of_a_session_is_bounded(kind):
+    async def work():
+        server = LabServer(era=LEGACY, end=kind)
+        async with serve_lab(server):
+            async with opened(server) as http:
+                await http.session.list_tools()
+                began = time.monotonic()
+            assert time.monotonic() - began < 4
+
+    run(work)
+
+
+def test_a_flood_of_comments_or_messages_is_bounded():
+    events = Events(1, 1 << 20)
+    for _ in range(3000):
+        assert events.feed(b": " + b"x" * 1000 + b"\n") == b""
+    assert len(events._rest) < 2000 and not events._lines
+    with pytest.raises(McpServerFailed, match="messages"):
+        for _ in range(20_000):
+            events.feed(b"data: {}\n\n")
+
+
+def test_a_long_line_in_small_pieces_takes_no_long_time():
+    events, began = Events(1, 8 << 20), time.process_time()
+    events.feed(b"data: ")
+    for _ in range(20_000):
+        events.feed(b"x" * 100)
+    assert time.process_time() - began < 2  # it was minutes
+
+
+def test_half_an_event_and_events_of_other_kinds_are_not_passed_on():
+    events = Events(1, 1 << 20)
+    assert events.feed(b'\xef\xbb\xbfevent: evil\x1b[31m\ndata: x\n\ndata: {"half') == b""
+    assert events.feed(b'": 1}\r') == b""
+    assert events.feed(b"\n\r\n") == b'data: {"half": 1}\n\n'
+    assert events.told and not events.answered
+
+
 # -- parsers --------------------------------------------------------------------------------------------------------
 
 
@@ -565,7 +690,7 @@ def test_no_answers(text):
     {"url": "https://a/", "weights": [1, 2]},
     {"url": "https://a/", "weights": [0]}, {"url": ["https://a/", "https://b/"], "resolve": True},
     {"url": "https://a/", "headers": {"X": "not a name"}}, {"url": "https://a/", "headers": {"X Y": "A"}},
-    {"url": "https://a/", "more": 1}, {"url": "https://a/#x"},
+    {"url": "https://:p@a/"}, {"url": "https://a/\x1b[31m"}, {"url": "https://a/", "more": 1}, {"url": "https://a/#x"},
 ])  # fmt: skip
 def test_settings_of_servers_over_http_are_checked(settings):
     with pytest.raises(ValueError, match="validation error"):

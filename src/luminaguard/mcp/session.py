@@ -6,25 +6,49 @@ Every fault of a server becomes an error of the call that met it, within the cal
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
-from mcp_types import CallToolResult
+from mcp_types import (
+    HEADER_MISMATCH,
+    INVALID_PARAMS,
+    INVALID_REQUEST,
+    METHOD_NOT_FOUND,
+    MISSING_REQUIRED_CLIENT_CAPABILITY,
+    UNSUPPORTED_PROTOCOL_VERSION,
+    CallToolResult,
+)
 from pydantic import ValidationError
 
-from luminaguard.errors import LuminaGuardError, McpServerFailed, first_of
+from luminaguard.errors import (
+    LuminaGuardError,
+    MaybeExecuted,
+    McpServerFailed,
+    NotExecuted,
+    SessionLost,
+    first_of,
+)
 from luminaguard.mcp.definitions import Definition
 from mcp import Client, MCPError
 
-__all__ = ["Result", "Session", "open_session"]
+__all__ = ["Result", "Session", "check_sendable", "open_session"]
 
+# What the SDK warns of are texts of servers, which are no texts for a terminal.
+for _name in ("mcp", "httpx2", "httpcore2"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+    logging.getLogger(_name).propagate = False
 _PROBE_S = 10.0
 """The SDK asks servers of the new era first, and waits so long for those that say nothing to that."""
+_REFUSALS = frozenset({METHOD_NOT_FOUND, INVALID_PARAMS, INVALID_REQUEST, HEADER_MISMATCH,
+                       MISSING_REQUIRED_CLIENT_CAPABILITY, UNSUPPORTED_PROTOCOL_VERSION})  # fmt: skip
+"""With these a server says that it did not do what it was asked for."""
 _MOST_TOOLS = 1000
 _MOST_DEFINITION = 256 << 10
+_MOST_ARGUMENTS = 4 << 20
 _MOST_TEXT = 4 << 20
 
 
@@ -41,6 +65,16 @@ class Result:
     text: str
     structured: Any = None
     failed: bool = False
+
+
+def check_sendable(arguments: dict[str, Any]) -> None:
+    """Refuse what cannot be written as JSON in UTF-8, such as halves of characters; raises NotExecuted."""
+    try:
+        size = len(json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode())
+    except (ValueError, RecursionError) as error:
+        raise NotExecuted("The arguments cannot be sent: they are no JSON in Unicode.", hint="Change them.") from error
+    if size > _MOST_ARGUMENTS:
+        raise NotExecuted(f"The arguments have {size:,} bytes.", hint=f"Send at most {_MOST_ARGUMENTS >> 20} MiB.")
 
 
 @dataclass(slots=True)
@@ -85,10 +119,23 @@ class Session:
         """Call a tool.
 
         Raises:
-            McpServerFailed: it does not answer in time, refuses, or says what cannot be. It may have done it.
+            NotExecuted, SessionLost: it was not done.
+            MaybeExecuted: it did not answer in time, or says what cannot be.
         """
-        with self.failures(), anyio.fail_after(self.timeout_s):
-            return await self.client.call_tool(tool, arguments)
+        check_sendable(arguments)
+        try:
+            with self.failures(), anyio.fail_after(self.timeout_s):
+                # Not the client's own call_tool, which sends a call again when a server says so.
+                answer = await self.client.session.call_tool(tool, arguments, allow_input_required=True)
+            if not isinstance(answer, CallToolResult):
+                raise self.failed("it wants to ask something first, and nobody here can be asked")
+            return answer
+        except (MaybeExecuted, NotExecuted, SessionLost):
+            raise
+        except McpServerFailed as error:  # whatever else went wrong, it was sent
+            raise MaybeExecuted(
+                f"{error.message} The call may have been executed.", hint=error.hint, kept="It was not repeated."
+            ) from error
 
     def in_words(self, answer: CallToolResult) -> Result:
         """What a tool gave, as text; raises McpServerFailed if it is too long."""
@@ -126,7 +173,12 @@ class _Failures:
         if isinstance(error, MCPError):
             if (known := session.explain(error)) is not None:
                 raise known from error
-            raise session.failed(f"{ascii(error.message[:500])[1:-1]} ({error.code})") from error
+            why = f"{ascii(error.message[:500])[1:-1]} ({error.code})"
+            if error.code in _REFUSALS:
+                raise NotExecuted(session.failed(why).message, hint=session.failed(why).hint) from error
+            raise session.failed(why) from error
+        if isinstance(error, anyio.BrokenResourceError | anyio.ClosedResourceError):
+            raise session.failed("the connection ended") from error
         if isinstance(error, ValidationError | RuntimeError | ValueError):
             raise session.failed(f"what it says cannot be: {ascii(str(error)[:300])[1:-1]}") from error
 
@@ -148,7 +200,7 @@ async def open_session(
         McpServerFailed: it does not begin to speak in time.
     """
     session = Session(name, Client(transport, read_timeout_seconds=timeout_s), explain, timeout_s)
-    begun, late = anyio.Event(), False
+    begun, late, done = anyio.Event(), False, False
 
     async def deadline(scope: anyio.CancelScope) -> None:
         nonlocal late
@@ -164,11 +216,17 @@ async def open_session(
             async with session.client:
                 begun.set()
                 yield session
+                done = True
+    except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+        if not done:
+            raise session.failed("the connection ended") from error
     except BaseExceptionGroup as group:
-        error = first_of(group)
+        first = first_of(group)
+        if done and isinstance(first, anyio.BrokenResourceError | anyio.ClosedResourceError):
+            return  # an answer that came while it was closed, and nobody waits for
         if not begun.is_set():
             with session.failures():
-                raise error from None
-        raise error from None
+                raise first from None
+        raise first from None
     if late:
         raise session.failed(f"it did not begin to speak within {timeout_s:g} s")

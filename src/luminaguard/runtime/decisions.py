@@ -31,9 +31,10 @@ from luminaguard.errors import (
     ApprovalNeeded,
     Forbidden,
     LuminaGuardError,
-    MaybeExecuted,
+    NotExecuted,
     OutcomeUnknown,
     PolicyChanged,
+    SessionLost,
     TaskStopped,
 )
 from luminaguard.runtime.policy import action_of, judge
@@ -429,11 +430,11 @@ class Decisions:
             self._claim(request_id, hand_over=False)
             try:
                 yield
-            except MaybeExecuted as error:
-                self._runtime.approvals.finish(request_id, State.UNKNOWN, error.message)
+            except (NotExecuted, SessionLost) as error:
+                self._runtime.approvals.finish(request_id, State.REFUSED, error.message)
                 raise
             except LuminaGuardError as error:
-                self._runtime.approvals.finish(request_id, State.REFUSED, error.message)
+                self._runtime.approvals.finish(request_id, State.UNKNOWN, error.message)
                 raise
             except BaseException:
                 self._runtime.approvals.finish(request_id, State.UNKNOWN, "interrupted; it may have been done")

@@ -36,7 +36,7 @@ class Fault:
     Attributes:
         kind: ``status``, ``hang``, ``reset``, ``close``, ``truncate``, ``garbage``, ``wrong-id``, ``huge``, ``drip``,
             ``redirect``, ``lose-session``, ``events``, ``events-cut``, ``events-then-cut``, ``events-then-hang``,
-            ``wait``, ``text``, ``accepted``.
+            ``other-event``, ``wait``, ``text``, ``accepted``.
         executed: whether the tool is executed before that.
         status: the HTTP status of ``status`` and ``redirect``.
         headers: that are added.
@@ -74,12 +74,14 @@ class LabServer:
         executed: how often each key was counted, by what was really done.
         log: what happened: ``("got", method, name)``, ``("answered", ...)``, ``("gone", ...)`` for a client that left.
         strict_session: the HTTP status for a session that is not known.
+        end: how a DELETE is answered: as it should be, ``redirect``, or ``endless``.
     """
 
     era: str = MODERN
     plan: Callable[[dict[str, Any]], Fault | None] = lambda _: None
     tools: tuple[dict[str, Any], ...] = TOOLS
     strict_session: int = 404
+    end: str = ""
     port: int = 0
     executed: Counter[str] = field(default_factory=Counter)
     log: list[tuple[str, str, str]] = field(default_factory=list)
@@ -141,6 +143,12 @@ class LabServer:
         say = _Say(connection, stream)
         if head.method == b"DELETE":
             self.sessions.discard(headers.get(_SESSION, ""))
+            if self.end == "redirect":
+                return await say.response(307, b"", [("location", "/elsewhere")])
+            if self.end == "endless":
+                await say.begin(200, [])
+                await say.until_gone()
+                return False
             return await say.response(200, b"")
         if head.method != b"POST":
             return await say.response(405, b"")
@@ -205,7 +213,7 @@ class LabServer:
             self.note("answered", message)
         if fault.kind in _WHOLE:
             return await _whole(say, fault, answer)
-        if fault.kind.startswith("events"):
+        if "event" in fault.kind:
             more = await _events(say, fault, answer)
         else:
             more = await _broken(say, fault, answer)
@@ -269,6 +277,9 @@ async def _events(say: _Say, fault: Fault, answer: dict[str, Any]) -> bool:
     if fault.kind == "events-cut":
         await say.data(b": nothing yet\n\n")
         raise _Killed
+    if fault.kind == "other-event":
+        await say.data(_event(answer).replace(b"event: message", b"event: other\x1b[31m"))
+        return await say.end()
     await say.data(_event(progress))
     if fault.kind == "events-then-cut":
         raise _Killed

@@ -37,6 +37,7 @@ class Waits:
     """Nobody takes it now; somebody may at this time, or when what is under way ends."""
 
     until: float
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +100,19 @@ class Balancer:
             waited_s: how long it has waited for an endpoint.
         """
         taking = [one for one in self.endpoints.values() if one.takes(now)]
-        on_trial = [one for one in taking if one.health(now) is Health.TRIAL]
+        on_trial = [one for one in taking if one.health(now) is Health.TRIAL and one.name not in tried]
         well = [one for one in taking if one.health(now) is Health.WELL]
+        on_trial = on_trial or ([] if well else taking)
         if on_trial and (trial or not well):
             return Chosen(min(on_trial, key=lambda one: one.last_chosen).name)
         if well:
             return Chosen(self._best([one for one in well if one.name not in tried] or well, now).name)
         health = {one.health(now) for one in self.endpoints.values()}
-        if Health.BUSY in health or (health & {Health.OUT, Health.TRIAL} and waited_s < self.tuning.patience_s):
-            return Waits(min(one.opens_at(now) for one in self.endpoints.values()))
+        opens = min((one.opens_at(now) for one in self.endpoints.values()), default=math.inf)
+        if Health.BUSY in health:
+            return Waits(opens, "all ask for a longer pause")
+        if health & {Health.OUT, Health.TRIAL} and waited_s < self.tuning.patience_s:
+            return Waits(min(opens, now + self.tuning.patience_s - waited_s), "no endpoint answers")
         return Nobody(self._why_nobody())
 
     def _why_nobody(self) -> str:
@@ -119,11 +124,13 @@ class Balancer:
             return self._next(found, now)
         # One that starts slowly is there for some requests only; where it is, it is one like any other.
         found = [one for one in found if self.chance.random() * one.weight < one.share(now, self.tuning)] or found
-        if len(found) > 2:
-            first = self._drawn(found)
-            found = [first, self._drawn([one for one in found if one is not first])]
-        best = min((one.latency_s for one in found if one.latency_s), default=0.0)
-        return min(found, key=lambda one: (self._load(one, best), one.last_chosen))
+        first = self._drawn(found)
+        if len(found) == 1:
+            return first
+        second = self._drawn([one for one in found if one is not first])
+        best = min((one.latency(now, self.tuning) for one in found), default=0.0)
+        # Of equals the one that was drawn first: so idle endpoints share by their weights.
+        return min((first, second), key=lambda one: (self._load(one, best, now), one.busy_in_a_row))
 
     def _next(self, found: list[Endpoint], now: float) -> Endpoint:
         """Turns by share, evenly spread: each earns its share, and who has most pays for all."""
@@ -135,11 +142,18 @@ class Balancer:
         return best
 
     def _drawn(self, found: list[Endpoint]) -> Endpoint:
-        return found[min(int(self.chance.random() * len(found)), len(found) - 1)]
+        at = self.chance.random() * sum(one.weight for one in found)
+        for one in found:
+            at -= one.weight
+            if at < 0:
+                return one
+        return found[-1]
 
-    def _load(self, one: Endpoint, best_s: float) -> float:
-        slower = one.latency_s / best_s if best_s and one.latency_s > self.tuning.alike * best_s else 1.0
-        return (one.running + 1) * slower / one.weight
+    def _load(self, one: Endpoint, best_s: float, now: float) -> float:
+        """What it has to do beside its share; one that is much slower counts as if it had more."""
+        latency_s = one.latency(now, self.tuning)
+        slower = latency_s / best_s if best_s and latency_s > self.tuning.alike * best_s else 1.0
+        return (one.running + slower - 1) / one.weight
 
     def slow_after(self) -> float:
         """Seconds after which a request takes longer than 95 of 100 do; infinity while too few are known."""

@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 __all__ = ["Attempt", "Endpoint", "Health", "Tuning"]
 
 
+_KEEP = 0.7
+"""Of the latency before, when another one is measured."""
+_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+"""Of an endpoint that says that it has too much to do, and not for how long."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """How patient a balancer is. Times in seconds.
@@ -88,7 +94,8 @@ class Endpoint:
     _out_until: float = -math.inf
     _outs: int = 0
     _on_trial: bool = False
-    _trying: bool = False
+    _trying: Attempt | None = None
+    busy_in_a_row: int = 0
     _pause_until: float = -math.inf
     _whole_since: float = -math.inf
     _measured_at: float = -math.inf
@@ -118,7 +125,7 @@ class Endpoint:
     def takes(self, now: float) -> bool:
         """Whether it takes a request now; on trial it takes one at a time."""
         health = self.health(now)
-        return health is Health.WELL or (health is Health.TRIAL and not self._trying)
+        return health is Health.WELL or (health is Health.TRIAL and self._trying is None)
 
     def share(self, now: float, tuning: Tuning) -> float:
         """Its weight, less while it starts slowly."""
@@ -136,27 +143,37 @@ class Endpoint:
         """A request goes there."""
         self.running += 1
         self.last_chosen = now
-        self._trying |= self._on_trial
-        return Attempt(self, now, trial=self._on_trial)
+        trial = self.health(now) is Health.TRIAL and self._trying is None
+        attempt = Attempt(self, now, trial=trial)
+        if trial:
+            self._trying = attempt
+        return attempt
 
-    def _end(self, attempt: Attempt) -> None:
+    def _end(self, attempt: Attempt) -> bool:
+        """Whether its return to service depends on this one, still."""
         self.running -= 1
-        if attempt.trial:
-            self._trying = False
+        mine = self._trying is attempt
+        if mine:
+            self._trying = None
+        return mine
+
+    def latency(self, now: float, tuning: Tuning) -> float:
+        """What is to be expected: what was long ago says little, and whoever is never asked again never shows it."""
+        return self.latency_s * math.exp(-max(0.0, now - self._measured_at) / tuning.memory_s)
 
     def succeeded(self, attempt: Attempt, now: float, tuning: Tuning) -> None:
         """A request that was there was answered, whatever the answer says."""
-        self._end(attempt)
+        trial = self._end(attempt)
         self.served += 1
-        self._in_a_row = 0
+        self._in_a_row = self.busy_in_a_row = 0
         self._remember(True, tuning)
         latency_s = now - attempt.begun
+        before_s = self.latency(now, tuning)
         # Faster to believe that it is slow than that it is fast again.
-        slower = latency_s > tuning.alike * self.latency_s
-        keep = 0.0 if slower else max(0.5, math.exp(-(now - self._measured_at) / tuning.memory_s))
-        self.latency_s = self.latency_s * keep + latency_s * (1 - keep)
+        keep = 0.0 if latency_s > tuning.alike * before_s else _KEEP
+        self.latency_s = before_s * keep + latency_s * (1 - keep)
         self._measured_at = now
-        if attempt.trial:
+        if trial:
             self.return_to_service(now)
         elif now - self._whole_since > tuning.longest_out_s:
             self._outs = 0
@@ -165,26 +182,32 @@ class Endpoint:
         """It has shown that it is well."""
         if self._on_trial:
             self._on_trial = False
+            self._trying = None
             self._whole_since = now
             self._recent.clear()
 
     def asked_for_a_pause(self, attempt: Attempt, now: float, pause_s: float, tuning: Tuning) -> None:
         """It is there, and has too much to do: 429, 503. It is no failure."""
-        self._end(attempt)
+        trial = self._end(attempt)
         self.failed += 1
         self._in_a_row = 0
-        if pause_s > 0:
-            self._pause_until = max(self._pause_until, now + min(pause_s, tuning.longest_wait_s))
+        self.busy_in_a_row += 1
+        if pause_s <= 0 and self.busy_in_a_row > 1:  # it does not say for how long; more, the more often it says so
+            pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0 ** min(self.busy_in_a_row - 2, 20))
+        until = now + min(max(0.0, pause_s), tuning.longest_wait_s)
+        self._pause_until = max(self._pause_until, until)
+        if trial:  # it lives; it is tried again after the pause
+            self._out_until = max(self._out_until, until, now + _PAUSE_S)
 
     def came_to_nothing(self, attempt: Attempt, now: float, tuning: Tuning, jitter: float) -> bool:
         """A request failed; whether that takes it out by itself. ``jitter`` is between 0 and 1."""
-        self._end(attempt)
+        trial = self._end(attempt)
         self.failed += 1
-        if self._on_trial and not attempt.trial:
-            return False  # of before it went out
+        if self._on_trial and not trial:
+            return False  # of before it went out, or of a session that has no other place
         self._in_a_row += 1
         self._remember(False, tuning)
-        if attempt.trial or self._in_a_row >= tuning.failures:
+        if trial or self._in_a_row >= tuning.failures:
             self.take_out(now, tuning, jitter)
             return True
         return False
@@ -198,6 +221,7 @@ class Endpoint:
         for_s = min(tuning.longest_out_s, tuning.out_s * 2.0 ** min(self._outs, 30))
         self._outs += 1
         self._on_trial = True
+        self._trying = None
         self._out_until = now + for_s * (0.8 + 0.4 * jitter)
         self._in_a_row = 0
         self._recent.clear()
@@ -218,7 +242,7 @@ class Endpoint:
         return bool(others) and sum(other.failure_rate for other in others) / len(others) < tuning.rate / 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Attempt:
     """One request at one endpoint, which ends in one way.
 

@@ -53,6 +53,11 @@ class Call:
         """Whether doing it twice is as good as once."""
         return self.harmless if self.method == "tools/call" else self.method in _REPEATABLE or not self.is_request
 
+    @property
+    def leaves_traces(self) -> bool:
+        """Whether it matters to a person that it may have been done."""
+        return not (self.read_only if self.method == "tools/call" else self.repeatable)
+
 
 class Fate(enum.Enum):
     """What became of one attempt."""
@@ -96,7 +101,7 @@ def verdict(call: Call, fate: Fate, *, attempts_left: int, busy_is_not_done: boo
         return Verdict.AGAIN if attempts_left > 0 else Verdict.NOT_EXECUTED
     if fate is Fate.REFUSED:
         return Verdict.NOT_EXECUTED
-    if call.repeatable:
-        # An answer of 500 is one: the same request would most likely get it again.
-        return Verdict.AGAIN if fate is Fate.LOST and attempts_left > 0 else Verdict.NOT_EXECUTED
-    return Verdict.MAYBE_EXECUTED
+    # An answer of 500 is one: the same request would most likely get it again.
+    if call.repeatable and fate is Fate.LOST and attempts_left > 0:
+        return Verdict.AGAIN
+    return Verdict.MAYBE_EXECUTED if call.leaves_traces else Verdict.NOT_EXECUTED

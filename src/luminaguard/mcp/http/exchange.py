@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 
 import anyio
 import httpx2
+from mcp_types import INVALID_PARAMS, METHOD_NOT_FOUND
 
 from luminaguard.errors import McpServerFailed
 from luminaguard.mcp.balancing import Call, Fate
@@ -20,6 +23,8 @@ __all__ = ["SESSION", "Exchange", "Outcome", "Post", "Target", "Times", "words"]
 SESSION = "mcp-session-id"
 _MOST_BODY = 8 << 20
 _REDIRECTS = 3
+_SESSION_ID = re.compile(r"[\x21-\x7e]{1,512}")
+"""Visible ASCII (revision 2025-11-25, "Session Management")."""
 _OF_THE_TRANSFER = {b"content-encoding", b"content-length", b"transfer-encoding"}
 
 
@@ -133,7 +138,7 @@ class Exchange:
             left_s = max(0.0, post.deadline - self._clock())
             with anyio.fail_after(left_s):
                 connect_s = min(self._times.connect_s, left_s)
-                timeout = {"connect": connect_s, "pool": connect_s, "read": None, "write": None}
+                timeout = {"connect": connect_s, "pool": None, "read": None, "write": None}
                 content = post.raw.content
                 if request_id != post.body.get("id"):
                     content = json.dumps(post.body | {"id": request_id}).encode()
@@ -143,7 +148,7 @@ class Exchange:
                 return outcome
         except TimeoutError:
             return Outcome(Fate.LOST if sent else Fate.NOT_SENT, "no answer in time")
-        except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, ValueError, OSError) as error:
             return Outcome(Fate.LOST if sent else Fate.NOT_SENT, words(error))
         except McpServerFailed as error:
             return Outcome(Fate.LOST, error.message)
@@ -151,17 +156,50 @@ class Exchange:
             if not kept:
                 await _close(response)
 
-    async def beside(self, raw: httpx2.Request, target: Target, session: str, limit_s: float | None) -> httpx2.Response:
-        """The stream of what a server of the older era says by itself, or the end of a session; 405 if it has none."""
-        connect_s = self._times.connect_s
-        timeout = {"connect": connect_s, "write": connect_s, "pool": connect_s}
+    async def listen(self, raw: httpx2.Request, target: Target, session: str) -> httpx2.Response:
+        """The stream of what a server of the older era says by itself; 405 if it has none."""
         try:
-            with anyio.fail_after(limit_s):
-                response = await self._send(raw, target, raw.content, session, {"timeout": timeout})
-        except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError, OSError):
+            response = await self._send(raw, target, raw.content, session, {"timeout": self._patience(None)})
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError):
             return httpx2.Response(405, request=raw)
-        response.stream = _Quiet(response.stream)
+        if 300 <= response.status_code < 400:
+            await _close(response)
+            return httpx2.Response(405, request=raw)
+        # One that goes on with an answer lives no longer than its call could.
+        response.stream = _Quiet(response.stream, self._times.call_s if "last-event-id" in raw.headers else None)
         return response
+
+    async def end(self, raw: httpx2.Request, target: Target, session: str) -> httpx2.Response:
+        """End a session, or try to: nobody waits long for that, and nobody reads what is said to it."""
+        response, status = None, 405
+        try:
+            with anyio.move_on_after(self._times.close_s):
+                response = await self._send(raw, target, raw.content, session, {"timeout": self._patience(None)})
+                status = response.status_code if response.status_code < 300 else 405
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError):
+            pass
+        finally:
+            await _close(response)
+        return httpx2.Response(status, request=raw)
+
+    async def elsewhere(self, raw: httpx2.Request) -> httpx2.Response:
+        """A request to somebody else, such as an authorization server: bounded, and its errors are raised."""
+        extensions = dict(raw.extensions) | {"timeout": self._patience(self._times.call_s)}
+        sent = httpx2.Request(raw.method, raw.url, headers=raw.headers, content=await raw.aread() or None,
+                              extensions=extensions)  # fmt: skip
+        try:
+            with anyio.fail_after(self._times.call_s):
+                response = await self._inner.handle_async_request(sent)
+                response.request = raw
+                return _with_content(response, await _whole(response))
+        except TimeoutError as error:
+            raise httpx2.ReadTimeout("no answer in time", request=raw) from error
+        except McpServerFailed as error:
+            raise httpx2.ReadError(error.message, request=raw) from error
+
+    def _patience(self, read_s: float | None) -> dict[str, float | None]:
+        connect_s = self._times.connect_s
+        return {"connect": connect_s, "write": connect_s, "pool": connect_s, "read": read_s}
 
     async def _send(
         self, raw: httpx2.Request, target: Target, content: bytes, session: str, extensions: Mapping[str, Any]
@@ -191,8 +229,12 @@ class Exchange:
             return Outcome(Fate.REFUSED, f"{at}: it wants to be asked for elsewhere, which is not followed")
         if status >= 400:
             return await self._judge_refusal(post, request_id, response)
-        if not post.call.is_request or status == 202:
+        if not post.call.is_request:
             return Outcome(Fate.ANSWERED, response=_with_content(response, await _whole(response)))
+        if status == 202:
+            return Outcome(Fate.LOST, "it took the request and did not answer it (HTTP 202)")
+        if not _SESSION_ID.fullmatch(response.headers.get(SESSION, "x")):
+            return Outcome(Fate.LOST, "it names the session with what is no name")
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "text/event-stream":
             return await self._judge_events(post, request_id, response)
@@ -206,12 +248,11 @@ class Exchange:
     async def _judge_refusal(self, post: Post, request_id: Any, response: httpx2.Response) -> Outcome:
         content, status = await _whole(response), response.status_code
         whole = _with_content(response, content)
-        # The specification says 404 for a session that is not known; some servers say 400, and the word.
-        if post.call.session and (status == 404 or (status == 400 and b"session" in content.lower())):
+        message = answer_in(content, request_id)
+        if post.call.session and status in {400, 404} and _knows_no_session(status, content):
             return Outcome(Fate.ANSWERED, f"it does not know the session (HTTP {status})", whole, session_unknown=True)
         if status == 401 or not post.call.is_request or post.call.method == "server/discover":
             return Outcome(Fate.ANSWERED, response=whole)  # the SDK knows what to do then
-        message = answer_in(content, request_id)
         if message is not None:
             return Outcome(Fate.ANSWERED, response=_with_content(response, _as_answer_to(post, message)))
         failed = self._fail(post, "not executed", str(response.request.url), f"HTTP {status}")
@@ -225,9 +266,9 @@ class Exchange:
             chunk = await anext(stream, None)
             if chunk is None:
                 break
-            begun += chunk
-            events.feed(chunk)
-        if events.answered or (events.resumable and not events.told):  # all of it, or a promise for later
+            begun += events.feed(chunk)
+        promised = events.resumable and not events.told and bool(post.call.session)
+        if events.answered or promised:  # all of it, or for later, where the session is
             await response.aclose()
             return Outcome(Fate.ANSWERED, response=_with_content(response, bytes(begun)))
         if not (events.told or post.endless):
@@ -246,18 +287,18 @@ class Exchange:
                     chunk = await anext(stream, None)
                 if chunk is None:
                     break
-                events.feed(chunk)
-                yield chunk
+                if whole := events.feed(chunk):  # half an event is never passed on
+                    yield whole
         except TimeoutError:
             why = "no whole answer in time"
         except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
             why = words(error)
         except McpServerFailed as error:
             why = error.message
-        if not events.answered and not events.resumable:
-            kind = "not executed" if post.call.repeatable else "maybe executed"
+        if not events.answered and not (events.resumable and post.call.session):
+            kind = "maybe executed" if post.call.leaves_traces else "not executed"
             failed = self._fail(post, kind, str(post.raw.url), why)
-            yield b"\n\nevent: message\ndata: " + failed.content + b"\n\n"
+            yield b"event: message\ndata: " + failed.content + b"\n\n"
 
 
 class _Watched(httpx2.AsyncByteStream):
@@ -283,12 +324,18 @@ class _Watched(httpx2.AsyncByteStream):
 class _Quiet(httpx2.AsyncByteStream):
     """A stream that ends where it breaks."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, limit_s: float | None) -> None:
         self._stream = stream
+        self._until = anyio.current_time() + limit_s if limit_s is not None else math.inf
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with suppress(httpx2.HTTPError, OSError):
-            async for chunk in self._stream:
+        chunks = aiter(self._stream)
+        with suppress(httpx2.HTTPError, OSError, TimeoutError):
+            while True:
+                with anyio.fail_after(self._until - anyio.current_time()):
+                    chunk = await anext(chunks, None)
+                if chunk is None:
+                    return
                 yield chunk
 
     async def aclose(self) -> None:
@@ -310,6 +357,18 @@ async def _close(response: httpx2.Response | None) -> None:
     if response is not None:
         with anyio.CancelScope(shield=True), anyio.move_on_after(1), suppress(httpx2.HTTPError, OSError, RuntimeError):
             await response.aclose()
+
+
+def _knows_no_session(status: int, content: bytes) -> bool:
+    """404, says the specification; some servers say 400 with an error of their own, and the word."""
+    try:
+        error = json.loads(content)["error"]
+        code, said = int(error["code"]), str(error["message"]).lower()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return status == 404
+    if code in {METHOD_NOT_FOUND, INVALID_PARAMS}:  # it understood the request
+        return False
+    return status == 404 or (status == 400 and "session" in said)
 
 
 def _own_headers(response: httpx2.Response) -> list[tuple[bytes, bytes]]:
@@ -359,5 +418,7 @@ def _pause(response: httpx2.Response) -> float:
 
 
 def words(error: BaseException) -> str:
-    """An error in a line."""
+    """An error in a line; what is wrong with a header may hold its value."""
+    if isinstance(error, httpx2.LocalProtocolError):
+        return "LocalProtocolError: the request cannot be sent as it is"
     return f"{type(error).__name__}: {error}"[:300] if str(error) else type(error).__name__

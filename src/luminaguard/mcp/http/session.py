@@ -17,7 +17,7 @@ import httpx2
 from mcp.client.streamable_http import streamable_http_client
 
 from luminaguard import log
-from luminaguard.errors import LuminaGuardError, MaybeExecuted, McpServerFailed, SessionLost, first_of
+from luminaguard.errors import LuminaGuardError, MaybeExecuted, McpServerFailed, NotExecuted, SessionLost, first_of
 from luminaguard.mcp.balancing import Balancer
 from luminaguard.mcp.definitions import Definition, compare
 from luminaguard.mcp.http.exchange import Target, Times
@@ -30,6 +30,8 @@ __all__ = ["HttpSession", "look_at", "measured", "open_http"]
 
 _MOST_EVENT = 8 << 20
 _GRACE_S = 1.0
+_LOOK_S = 4.0
+"""What one endpoint gets to tell its tools when it is looked at."""
 _MOST_ADDRESSES = 64
 
 
@@ -138,14 +140,13 @@ def _explained(name: str, transport: BalancedTransport, error: MCPError) -> Lumi
         case "session lost":
             return SessionLost(
                 f"The session with {name!a} is lost: {why} ({where}).",
-                hint="Ask again; 'stateless = true' lets such a session be opened anew by itself.",
+                hint="Begin a new one; 'stateless = true' lets such a session be opened anew by itself.",
                 kept="It was not executed.",
             )
         case _:
-            return McpServerFailed(
-                f"The server {name!a} failed: {why} ({where}).", hint=f"See 'luminaguard mcp status {name}'.",
-                kept="It was not executed.",
-            )  # fmt: skip
+            return NotExecuted(
+                f"The server {name!a} failed: {why} ({where}).", hint=f"See 'luminaguard mcp status {name}'."
+            )
 
 
 class _Checks:
@@ -160,7 +161,7 @@ class _Checks:
         self._headers = headers
         self._transport = transport
         self._auth = auth
-        self._reference = pinned
+        self._pinned = pinned
 
     async def all_once(self) -> None:
         """Look at all of them; the first that answers says what the others must be, if nothing was accepted yet."""
@@ -172,8 +173,12 @@ class _Checks:
         async with anyio.create_task_group() as tasks:
             for endpoint in self._transport.targets:
                 tasks.start_soon(look, endpoint)
-        for endpoint in self._transport.targets:
-            self._take(endpoint, found[endpoint])
+        answers = [one for one in found.values() if not isinstance(one, str)]
+        # Where none is any more what was accepted, all may have changed together: whoever calls finds that out.
+        accepted = self._pinned is not None and any(_same(self._pinned, one) for one in answers)
+        reference = self._pinned if accepted else next(iter(answers), None)
+        for endpoint, one in found.items():
+            self._take(endpoint, one, reference)
 
     async def from_time_to_time(self) -> None:
         """Look at all of them again and again, and at the addresses of the name."""
@@ -189,18 +194,21 @@ class _Checks:
         except McpServerFailed as error:  # the ones that were there may be there yet
             log.event("mcp.no_address", server=self._name, why=error.message)
             return
-        self._transport.targets.update(targets)
-        self._transport.balancer.set_endpoints(dict.fromkeys(targets, 1.0), time.monotonic())
+        transport = self._transport
+        transport.targets.update(targets)
+        transport.balancer.set_endpoints(dict.fromkeys(targets, 1.0), time.monotonic())
+        for gone in transport.targets.keys() - transport.balancer.endpoints.keys():  # others end what they have
+            del transport.targets[gone]
 
-    def _take(self, endpoint: str, found: dict[str, Definition] | str) -> None:
+    def _take(
+        self, endpoint: str, found: dict[str, Definition] | str, reference: Mapping[str, Definition] | None
+    ) -> None:
         now, balancer = time.monotonic(), self._transport.balancer
         if isinstance(found, str):
             log.event("mcp.check_failed", server=self._name, endpoint=endpoint, why=found)
             balancer.checked(endpoint, now, well=False)
             return
-        if self._reference is None:
-            self._reference = found
-        compared = compare(self._reference, found)
+        compared = compare(found if reference is None else reference, found)
         others = [*compared.quarantined, *compared.gone]
         different = f"its tools are not the same: {', '.join(others)[:200]}" if others else ""
         if different:
@@ -212,19 +220,31 @@ class _Checks:
         target = self._transport.targets[endpoint]
         alone = Balancer(random.SystemRandom())
         alone.set_endpoints({endpoint: 1.0}, time.monotonic())
-        limit_s = min(self._server.timeout_s, 5.0)
+        limit_s = min(self._server.timeout_s, _LOOK_S)
         url = self._server.urls[0]
         transport = BalancedTransport(url, alone, {endpoint: target}, Times(limit_s))
+        with anyio.move_on_after(limit_s + _GRACE_S):
+            return await self._ask(transport, url, limit_s)
+        return f"no answer within {limit_s:g} s"
+
+    async def _ask(self, transport: BalancedTransport, url: str, limit_s: float) -> dict[str, Definition] | str:
         try:
             async with (
                 httpx2.AsyncClient(transport=transport, headers=dict(self._headers), auth=self._auth, timeout=None,
                                    trust_env=False) as client,
                 open_session(self._name, streamable_http_client(url, http_client=client), lambda _: None,
-                             limit_s) as session,
+                             limit_s + _GRACE_S) as session,
             ):  # fmt: skip
                 return json.loads(json.dumps(await session.list_tools()))  # type: ignore[no-any-return]  # as it was
         except LuminaGuardError as error:
             return error.message
+        except BaseExceptionGroup as group:
+            return str(first_of(group))
+
+
+def _same(one: Mapping[str, Definition], other: Mapping[str, Definition]) -> bool:
+    compared = compare(one, other)
+    return not (compared.quarantined or compared.gone)
 
 
 def measured(transport: BalancedTransport) -> list[dict[str, Any]]:

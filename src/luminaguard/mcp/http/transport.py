@@ -8,6 +8,7 @@ have been executed.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,7 +20,7 @@ import anyio
 import httpx2
 
 from luminaguard import log
-from luminaguard.mcp.balancing import Attempt, Balancer, Call, Chosen, Fate, Nobody, Verdict, Waits, verdict
+from luminaguard.mcp.balancing import Attempt, Balancer, Call, Chosen, Fate, Health, Nobody, Verdict, Waits, verdict
 from luminaguard.mcp.http.exchange import SESSION, Exchange, Outcome, Post, Target, Times
 
 if TYPE_CHECKING:
@@ -29,7 +30,12 @@ __all__ = ["BalancedTransport", "Failure", "Trust"]
 
 _FAILED_CODE = -32099
 """Of the errors that are made here (JSON-RPC 2.0 leaves -32000 to -32099 to implementations)."""
+_MOST_CONNECTIONS = 1024
 _BACK_OFF_S = 0.05
+_LISTEN_S = 1.0
+"""Between two streams of what a server says by itself."""
+_NOTICE_S = 2.0
+"""For what needs no answer: the SDK sends nothing else meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +112,15 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
         self._times = times
         self._trust = trust
         self._stateless, self._hedge, self._busy_is_not_done = stateless, hedge, busy_is_not_done
-        limits = httpx2.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=3.0)
+        limits = httpx2.Limits(max_connections=_MOST_CONNECTIONS, max_keepalive_connections=64, keepalive_expiry=3.0)
         self._inner = inner or httpx2.AsyncHTTPTransport(limits=limits, trust_env=False)
         self._exchange = Exchange(self._inner, times, clock, self._failed)
         self._clock, self._sleep = clock, sleep
         self._mark = secrets.token_hex(16)
         self._sessions: dict[str, _Session] = {}
         self._changed = anyio.Event()
+        self._listened_at = -math.inf
+        self._last_failure = ""
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -121,22 +129,28 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send it; see the class. Of requests to the server it raises nothing but cancellation."""
         if request.url != self._url:
-            return await self._inner.handle_async_request(request)
+            return await self._exchange.elsewhere(request)
         if request.method == "POST":
             return await self._post(self._understood(request, json.loads(await request.aread())))
         known = request.headers.get(SESSION, "")
         session = self._sessions.get(known)
-        name = session.endpoint if session else next(iter(self.targets))
+        name = session.endpoint if session else next(iter(self.balancer.endpoints), "")
+        if name not in self.targets:
+            return httpx2.Response(405, request=request)
         if request.method == "DELETE":
             self._sessions.pop(known, None)
-        limit_s = self._times.close_s if request.method == "DELETE" else None
-        return await self._exchange.beside(request, self.targets[name], session.id if session else "", limit_s)
+            return await self._exchange.end(request, self.targets[name], session.id if session else "")
+        since_s, self._listened_at = self._clock() - self._listened_at, self._clock()
+        if since_s < _LISTEN_S:  # one that ends at once is not asked for again at once
+            await self._sleep(_LISTEN_S - since_s)
+        return await self._exchange.listen(request, self.targets[name], session.id if session else "")
 
     # -- what is told of a failure ------------------------------------------------------------------------------
 
     def failure(self, data: Any) -> Failure | None:
         """What the data of an error says that was made here; None for one that a server made."""
-        if not (isinstance(data, dict) and secrets.compare_digest(str(data.get("luminaguard", "")), self._mark)):
+        said = str(data.get("luminaguard", "")) if isinstance(data, dict) else ""
+        if not secrets.compare_digest(said.encode("utf-8", "replace"), self._mark.encode()):
             return None
         return Failure(data["kind"], data["endpoint"], data["why"])
 
@@ -157,32 +171,41 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
         trust = self._trust(name) if name else Trust()
         call = Call(method, name, trust.harmless, trust.read_only, raw.headers.get(SESSION, ""), "id" in body and
                     "method" in body)  # fmt: skip
-        limit_s = min(self._times.call_s, self._times.discover_s) if method == "server/discover" else self._times.call_s
+        limit_s = self._times.call_s
+        if method == "server/discover":
+            limit_s = min(limit_s, self._times.discover_s)
+        elif not call.is_request:
+            limit_s = min(limit_s, _NOTICE_S)
         return Post(raw, body, call, self._clock() + limit_s, endless=method == "subscriptions/listen")
 
     async def _post(self, post: Post) -> httpx2.Response:
         self.balancer.retries.earn()
         left, tried, waited_s = self.balancer.tuning.attempts, list[str](), 0.0
-        why = "there was no time"
+        why, maybe = "there was no time", False
         while True:
             chosen = self._choose(post, tried, waited_s)
             at = tried[-1] if tried else str(self._url)
             if isinstance(chosen, Nobody):
-                return self._failed(post, "not executed", at, f"{why}; {chosen.why}" if tried else chosen.why)
+                return self._failed(
+                    post, "not executed", at, f"{why}; {chosen.why}" if tried else self._with_last(chosen.why)
+                )
             if isinstance(chosen, Waits):
                 if chosen.until > post.deadline and not self._is_busy():
-                    return self._failed(post, "not executed", at, why if tried else "all ask for a longer pause")
+                    return self._failed(post, _told(maybe=maybe), at, why if tried else self._with_last(chosen.why))
                 waited_s += await self._wait(min(chosen.until, post.deadline))
                 if self._clock() >= post.deadline:
-                    return self._failed(post, "not executed", at, why)
+                    return self._failed(post, _told(maybe=maybe), at, why)
                 continue
+            session = self._sessions.get(post.call.session)
+            version = session.version if session else 0
             outcome = await self._hedged(post, chosen.name)
             left, why = left - 1, outcome.why
             tried.append(chosen.name)
-            if self._clock() >= post.deadline:
+            if self._clock() >= post.deadline or not post.call.is_request:
                 left = 0
+            maybe = maybe or (outcome.fate in {Fate.LOST, Fate.BROKEN} and post.call.leaves_traces)
             if outcome.session_unknown:
-                if self._stateless and left > 0 and await self._reopen(post, chosen.name):
+                if self._stateless and left > 0 and await self._reopen(post, chosen.name, version):
                     continue
                 return self._failed(post, "session lost", chosen.name, why)
             what = verdict(post.call, outcome.fate, attempts_left=left, busy_is_not_done=self._busy_is_not_done)
@@ -190,20 +213,25 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
                 return outcome.response
             if what is Verdict.AGAIN and self.balancer.retries.spend():
                 if post.call.session and outcome.fate is Fate.NOT_SENT:  # its endpoint is gone, and the session with it
-                    if not (self._stateless and await self._reopen(post, chosen.name)):
+                    if not (self._stateless and await self._reopen(post, chosen.name, version)):
                         return self._failed(post, "session lost", chosen.name, why)
                 else:
                     await self._back_off(tried)
                 continue
-            maybe = what is Verdict.MAYBE_EXECUTED
-            return self._failed(post, "maybe executed" if maybe else "not executed", chosen.name, why)
+            return self._failed(post, _told(maybe=maybe or what is Verdict.MAYBE_EXECUTED), chosen.name, why)
 
     def _choose(self, post: Post, tried: list[str], waited_s: float) -> Chosen | Waits | Nobody:
         session = self._sessions.get(post.call.session)
         if session is not None:
-            there = session.endpoint in self.balancer.endpoints
-            return Chosen(session.endpoint) if there else Nobody("the endpoint of the session is gone")
+            bound = self.balancer.endpoints.get(session.endpoint)
+            if bound is None:
+                return Nobody("the endpoint of the session is gone")
+            now = self._clock()
+            return Waits(bound.opens_at(now)) if bound.health(now) is Health.BUSY else Chosen(session.endpoint)
         return self.balancer.choose(self._clock(), tried=tried, trial=post.call.repeatable, waited_s=waited_s)
+
+    def _with_last(self, why: str) -> str:
+        return f"{why}; the last time: {self._last_failure}" if self._last_failure else why
 
     def _is_busy(self) -> bool:
         return any(one.running for one in self.balancer.endpoints.values())
@@ -292,15 +320,25 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
             self.balancer.succeeded(attempt, now)
         elif outcome.fate is Fate.BUSY:
             self.balancer.busy(attempt, now, outcome.pause_s)
-        elif self.balancer.failed(attempt, now):
+        else:
+            self._last_failure = outcome.why
+            if not self.balancer.failed(attempt, now):
+                return
             log.event("mcp.endpoint_out", endpoint=attempt.endpoint.name, why=outcome.why)
 
     # -- sessions of the older era --------------------------------------------------------------------------------
 
-    async def _reopen(self, post: Post, lost_at: str) -> bool:
-        """Open a session anew where the balancer says, under the name that the SDK knows; whether it is open."""
-        session = self._sessions[post.call.session]
-        version = session.version
+    async def _reopen(self, post: Post, lost_at: str, version: int) -> bool:
+        """Open a session anew where the balancer says, under the name that the SDK knows; whether it is open.
+
+        Args:
+            post: what met the loss.
+            lost_at: where.
+            version: of the session, when that was sent.
+        """
+        session = self._sessions.get(post.call.session)
+        if session is None:
+            return False
         async with session.lock:
             if session.version != version:
                 return True  # somebody else did
@@ -324,9 +362,15 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
         return False
 
     async def _say_initialized(self, post: Post) -> None:
-        session = self._sessions[post.call.session]
+        session = self._sessions.get(post.call.session)
+        if session is None:  # it was ended meanwhile
+            return
         said = {"jsonrpc": "2.0", "method": "notifications/initialized"}
         headers = [(key, value) for key, value in post.raw.headers.raw if key.lower() != b"content-length"]
         raw = httpx2.Request("POST", self._url, headers=headers, json=said)
         call = Call("notifications/initialized", session=post.call.session, is_request=False)
         await self._attempt(Post(raw, said, call, post.deadline), session.endpoint)
+
+
+def _told(*, maybe: bool) -> str:
+    return "maybe executed" if maybe else "not executed"

@@ -227,7 +227,9 @@ class McpServers:
     def _effect(self, server: str, tool: str, arguments: dict[str, Any], now: Mapping[str, Definition]) -> RemoteCall:
         """The call as an effect; raises for a tool that there is not, or that is not what was accepted."""
         from luminaguard.effects.outside import RemoteCall
+        from luminaguard.mcp.session import check_sendable
 
+        check_sendable(arguments)
         found = self.check(server, now)
         if tool not in now:
             raise McpServerFailed(f"The server {server!a} has no tool {tool[:64]!a}.",
@@ -271,7 +273,7 @@ def _headers(name: str, server: HttpServer) -> dict[str, str]:
     found = {}
     for header, variable in server.headers.items():
         value = os.environ.get(variable, "")
-        if not value or not value.isascii() or not value.isprintable():
+        if not value or not value.isascii() or not value.isprintable() or value != value.strip():
             raise SettingsError(
                 f"The variable {variable}, which the server {name!a} needs, has no usable value.",
                 hint=f"Set it to what the header {header} shall be.",
