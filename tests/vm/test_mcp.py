@@ -50,9 +50,8 @@ def test_a_tool_is_called_in_a_machine_and_what_it_changes_waits(notes, home):
     assert kinds.count("mcp.accepted") == 1 and kinds.count("mcp.called") == 2
 
 
-@pytest.mark.parametrize(
-    ("fault", "tool"), [("changed", "add_note"), pytest.param("more", "new_one", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "tool"), [("changed", "add_note"), ("more", "new_one")])
 def test_a_tool_that_is_not_what_was_accepted_is_not_called(notes, home, fault, tool):
     assert notes("tools", "notes").code == 0
     refused = notes("call", "notes", tool, '{"text": "x"}', fault=fault)

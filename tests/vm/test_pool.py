@@ -106,6 +106,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_no_two_clones_share_anything_random(runtime, disk):
     """Rehearsed clones and on-demand ones, from one template."""
 

@@ -138,6 +138,7 @@ def test_a_model_behind_its_protocol_works_and_no_key_is_left_anywhere(home, wor
     assert left.stdout == b""
 
 
+@pytest.mark.slow
 def test_a_task_goes_on_after_kill_9_wherever_it_was(home, workspace, script):
     """Killed again and again, at times that a seed decides; what comes out is what would have without."""
     seed = int(os.environ.get("LUMINAGUARD_TEST_SEED", "7"))

@@ -31,9 +31,11 @@ from luminaguard.errors import (
     ApprovalNeeded,
     Forbidden,
     LuminaGuardError,
+    MaybeExecuted,
     NotExecuted,
     OutcomeUnknown,
     PolicyChanged,
+    RequestNotFound,
     SessionLost,
     TaskStopped,
 )
@@ -56,6 +58,7 @@ __all__ = ["OWNER", "Again", "Answer", "Decisions"]
 _LOCK_WAIT_S = 10.0
 _STORY = ("command", "exit_code", "changes", "label", "verdict", "person", "reason", "state", "outcome", "why", "rule")
 _MOST_WORDS = 120
+_NOT_CALLED = "It was not called."
 _DISCARDED = "Nothing was published; what the machine changed was discarded."
 Contents = Callable[[str], bytes | None]
 Progress = Callable[[str], None]
@@ -181,8 +184,9 @@ class Decisions:
         self.clear(dataclasses.replace(_to_run(run, task, labels), home=home), run, policy, self.hand_over)
 
     def clear(
-        self, request: Request, effect: ToolRun | RemoteCall, policy: Policy, use: Callable[[str], object]
-    ) -> None:
+        self, request: Request, effect: ToolRun | RemoteCall, policy: Policy, use: Callable[[str], object], *,
+        once: bool = False,
+    ) -> None:  # fmt: skip
         """Let what its asker does be done, or not: by the rules, by an approval that waits for it, or by a grant.
 
         Args:
@@ -190,6 +194,7 @@ class Decisions:
             effect: what would be done.
             policy: the rules that hold.
             use: uses up the approval of a request; not called where the rules let it.
+            once: a request of this very id is this very thing: one that was used before is not done again.
 
         Raises:
             Forbidden: a rule forbids it; that is recorded.
@@ -207,7 +212,10 @@ class Decisions:
                 hint="'luminaguard policy explain' shows how the rules came to that; change the rule if it is wrong.",
                 kept="Nothing ran.",
             )
-        for found in self._runtime.approvals.list(task=request.task):
+        if once and self._used_before(request, effect):
+            use(request.id)
+            return
+        for found in () if once else self._runtime.approvals.list(task=request.task):
             if (found.effect, found.digest) == (effect.kind, effect.digest):
                 if found.state is State.APPROVED:
                     try:
@@ -226,6 +234,29 @@ class Decisions:
             raise ApprovalNeeded(request.id)
         self.approve_and_hand_over(request, answer)
         use(request.id)
+
+    def _used_before(self, request: Request, effect: ToolRun | RemoteCall) -> bool:
+        """Whether a request of this id is approved, and not used; raises for one that waits, was used, or ended."""
+        try:
+            found = self._runtime.approvals.get(request.id)
+        except RequestNotFound:
+            return False
+        if found.digest != effect.digest:
+            raise ApprovalError(f"{request.id} is about another call.", hint="Make the call anew.", kept=_NOT_CALLED)
+        match found.state:
+            case State.APPROVED:
+                return True
+            case State.PENDING | State.CLAIMED | State.UNKNOWN:
+                raise ApprovalNeeded(request.id)
+            case State.DONE:
+                raise MaybeExecuted(
+                    f"{request.id} was called before, and its answer was lost.", hint="Look there what became of it.",
+                    kept="It was not repeated.",
+                )  # fmt: skip
+            case _:
+                outcome = self._runtime.approvals.outcome(request.id)
+                raise Forbidden(f"{request.id} is {found.state.value}: {visible(outcome)}.", kept=_NOT_CALLED,
+                                hint="Do something else.")  # fmt: skip
 
     def judge(self, request: Request, effect: Changeset | Outside) -> tuple[Judgement, Judged]:
         """What the rules say of a request's effect now, and of all that its task has read; raises PolicyInvalid."""

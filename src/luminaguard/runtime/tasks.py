@@ -34,7 +34,7 @@ from luminaguard.runtime.bench import MachineBench
 from luminaguard.runtime.decisions import Answer
 from luminaguard.tasks.engine import Engine
 from luminaguard.tasks.model import ENDED, Status, Task
-from luminaguard.tasks.ports import Evaluated, Watcher, Workbench
+from luminaguard.tasks.ports import Evaluated, RemoteTools, Watcher, Workbench
 from luminaguard.workspaces.locks import Busy, locked
 
 if TYPE_CHECKING:
@@ -96,7 +96,16 @@ class LocalTasks:
         """Moves them on."""
         bench, cliff = self._make_bench(self._runtime, self.snapshots), _TaskCliff(self._runtime, self.snapshots)
         return Engine(self.store, bench, cliff, parallel=self._runtime.settings.parallel_calls,
-                      now_ns=self._runtime.ledger.current_time)  # fmt: skip
+                      now_ns=self._runtime.ledger.current_time, remote=self._remote)  # fmt: skip
+
+    @property
+    def _remote(self) -> RemoteTools | None:
+        """The tools of the servers that were set up; None if there are none."""
+        if not self._runtime.settings.mcp_servers:
+            return None
+        from luminaguard.runtime.mcp.agent import ServerTools
+
+        return ServerTools(self._runtime)
 
     @staticmethod
     def new_id() -> str:

@@ -29,8 +29,10 @@ from luminaguard.errors import (
     GuestUnresponsive,
     HistoryTooLong,
     LuminaGuardError,
+    McpServerFailed,
     ModelRefused,
     ModelUnavailable,
+    SettingsError,
     TaskError,
     TaskStopped,
 )
@@ -55,7 +57,7 @@ from luminaguard.reasoning.messages import Message, ToolCall
 from luminaguard.reasoning.model import Model
 from luminaguard.storage.tasks import Needs, TaskStore
 from luminaguard.tasks.model import ENDED, Status, Task, open_calls, with_distinct_ids
-from luminaguard.tasks.ports import Cliff, Evaluated, Watcher, Workbench
+from luminaguard.tasks.ports import Cliff, Evaluated, RemoteTools, Watcher, Workbench
 from luminaguard.tools.builtin import IN_MACHINE, Plan, plan
 
 __all__ = ["Engine", "request_id"]
@@ -65,6 +67,8 @@ _MOST_HISTORY = 400_000
 _OF_THE_CALL = (ActionInvalid, ApprovalNeeded, ChangesetRefused, CommandTooLong, Forbidden, GuestProtocolError,
                 GuestUnresponsive)  # fmt: skip
 """Errors that say something about a call, which its model can read; all others are of this machine."""
+_SERVER = "__"
+"""In the name of a tool of another server: ``SERVER__TOOL``."""
 _MACHINE = "a machine with a copy of the folder"
 _TOOLS: tuple[ToolSpec, ...] = (
     *IN_MACHINE.values(), *HOST_TOOLS)  # fmt: skip
@@ -84,15 +88,17 @@ class Engine:
     Args:
         store: the tasks.
         bench, cliff: where calls are evaluated and effects asked for.
+        remote: the tools of other servers.
         parallel: how many calls of one turn run beside each other.
         now_ns: the time, in nanoseconds since the epoch.
     """
 
     def __init__(
-        self, store: TaskStore, bench: Workbench, cliff: Cliff, *, parallel: int, now_ns: Callable[[], int]
-    ) -> None:
+        self, store: TaskStore, bench: Workbench, cliff: Cliff, *, parallel: int, now_ns: Callable[[], int],
+        remote: RemoteTools | None = None,
+    ) -> None:  # fmt: skip
         self._store, self._bench, self._cliff = store, bench, cliff
-        self._parallel = parallel
+        self._parallel, self._remote = parallel, remote
         self._now_ns = now_ns
         self._said: tuple[str, int, list[Message]] | None = None
         """The history of the task that was worked on last, as it was at a step: nobody else saved one since."""
@@ -190,7 +196,8 @@ class Engine:
             if size > _MOST_HISTORY:
                 return await self._summarise(task, history, _MOST_HISTORY // 2, model, watcher)
             try:
-                turn = await model.turn(INSTRUCTIONS, as_read(history), _TOOLS, watcher.text)
+                more = await self._remote.specs() if self._remote else ()
+                turn = await model.turn(INSTRUCTIONS, as_read(history), (*_TOOLS, *more), watcher.text)
             except HistoryTooLong:
                 return await self._summarise(task, history, size // 3, model, watcher)
             message = with_distinct_ids(turn.message)
@@ -234,6 +241,9 @@ class Engine:
         if why := replace(task.budget, requests=None, tool_calls=None).used_up(task.usage):
             return task.paused(why), _Round()
         first = calls[0]
+        if self._remote is not None and _SERVER in first.name and not first.malformed:
+            watcher.call(first)
+            return await self._do_elsewhere(task, first, self._remote, watcher)
         if not self._for_machine(first):
             watcher.call(first)
             return self._do_on_host(task, first)
@@ -268,6 +278,27 @@ class Engine:
         known = ", ".join(tool.name for tool in _TOOLS)
         wrong = "has wrong arguments" if call.name in {PUBLISH, ASK_USER, READ_OUTPUT} else "is no tool"
         return task, _Round([_failed(call, f"{call.name[:64]!a} {wrong}; there is {known}.")])
+
+    async def _do_elsewhere(
+        self, task: Task, call: ToolCall, remote: RemoteTools, watcher: Watcher
+    ) -> tuple[Task, _Round]:
+        """A call of another server's tool: asked for under one id, however often this step is done."""
+        request = task.request or request_id(task)
+        try:
+            outcome = await remote.call(task, call, request)
+        except ApprovalNeeded as error:
+            return replace(task, status=Status.WAITING, request=error.request_id, asked_for="call"), _Round()
+        except (*_OF_THE_CALL, McpServerFailed, SettingsError) as error:
+            watcher.outcome(call, None, error.message)
+            text = " ".join(part for part in (error.message, error.kept, error.hint) if part)
+            return task.running(), _Round([_failed(call, text)])
+        name = f"out-{task.step}-0"
+        text, was_cut = cut(outcome.text, name)
+        watcher.outcome(call, outcome, "")
+        added = _Round([_answer(call, text, failed=outcome.failed, origin=f"the server {call.name.split(_SERVER)[0]}")])
+        if was_cut:
+            added.outputs[name] = outcome.text
+        return task.running(), added
 
     def _read_on(self, task: Task, call: ToolCall) -> Message:
         name, offset = call.arguments.get("name"), call.arguments.get("offset", 0)
@@ -377,6 +408,8 @@ class Engine:
             case State.PUBLISHED:
                 watcher.note(outcome)
                 after, added = self._published(task, history, part)
+            case State.APPROVED if task.asked_for == "call":  # its request is used up when it is made
+                after, added = replace(task, status=Status.RUNNING), _Round()
             case State.APPROVED if task.asked_for != "run":  # it could not be published, or not yet
                 watcher.note(f"{request.id} is approved, and could not be published yet")
                 return task, False
@@ -405,7 +438,7 @@ class Engine:
             self._cliff.ask_to_publish(task, task.request, task.unpublished)
             request, outcome, part = self._cliff.look(task.request)
         assert request is not None
-        if task.asked_for != "run" and request.state in {State.PENDING, State.APPROVED}:
+        if task.asked_for not in {"run", "call"} and request.state in {State.PENDING, State.APPROVED}:
             self._cliff.let_through(task, request)
             request, outcome, part = self._cliff.look(task.request)
             assert request is not None
@@ -443,7 +476,7 @@ class Engine:
         # What a person did not want goes through no rule and no grant later on, as a part of something else.
         after = replace(task.running(), denied=task.denied or task.asked_for in {"publish", "finish"})
         match task.asked_for:
-            case "run" | "publish":
+            case "run" | "publish" | "call":
                 return after, _Round([_failed(calls[0], words)])
             case "finish" if final:
                 return task.ended(Status.DENIED, words), _Round()

@@ -30,8 +30,9 @@ Publish = Literal["on-finish", "per-action", "never"]
 """When a person is asked to let changes into the folder."""
 
 
-AskedFor = Literal["", "finish", "publish", "action", "run"]
-"""The outcome of all, a call of ``publish``, what single calls changed, or a call that a rule holds back."""
+AskedFor = Literal["", "finish", "publish", "action", "run", "call"]
+"""The outcome of all, a call of ``publish``, what single calls changed, a call that a rule holds back, or one of
+another server's tool."""
 
 
 class Status(Enum):

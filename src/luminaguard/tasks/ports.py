@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from luminaguard.actions.tools import ToolSpec
 from luminaguard.approvals.model import Request
 from luminaguard.effects.changes import Changeset
 from luminaguard.reasoning.messages import ToolCall
 from luminaguard.tasks.model import Task
 from luminaguard.tools.builtin import Plan
 
-__all__ = ["Cliff", "Evaluated", "Watcher", "Workbench"]
+__all__ = ["Cliff", "Evaluated", "RemoteTools", "Watcher", "Workbench"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,21 @@ class Workbench(Protocol):
 
     def collect(self, task: Task) -> None:
         """Delete contents that the task's state does not need; all of them once it has ended."""
+
+
+class RemoteTools(Protocol):
+    """Tools of servers that somebody else runs; their calls are asked for at the cliff by themselves."""
+
+    async def specs(self) -> Sequence[ToolSpec]:
+        """What a model is told of them; their names have ``__`` in them."""
+
+    async def call(self, task: Task, call: ToolCall, request_id: str) -> Evaluated:
+        """Make a call, once; the same request id is the same call.
+
+        Raises:
+            ApprovalNeeded: a person must answer, or look at what became of it.
+            Forbidden, McpServerFailed: it is not made, or nobody knows whether it was.
+        """
 
 
 class Cliff(Protocol):

@@ -238,6 +238,8 @@ class Exchange:
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "text/event-stream":
             return await self._judge_events(post, request_id, response)
+        if post.call.method == "server/discover" and kind not in {"application/json", "text/event-stream"}:
+            return Outcome(Fate.ANSWERED, response=httpx2.Response(404, request=response.request))  # of no such method
         if kind != "application/json":
             return Outcome(Fate.LOST, f"it answered with {kind[:60]!a}")
         message = answer_in(await _whole(response), request_id)

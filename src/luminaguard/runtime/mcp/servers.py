@@ -8,14 +8,22 @@ import secrets
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
 from luminaguard.actions.model import Risk
 from luminaguard.approvals import Request, State
-from luminaguard.errors import Forbidden, LuminaGuardError, McpServerFailed, SettingsError, TaskStopped, ToolQuarantined
+from luminaguard.errors import (
+    Forbidden,
+    LuminaGuardError,
+    MaybeExecuted,
+    McpServerFailed,
+    SettingsError,
+    TaskStopped,
+    ToolQuarantined,
+)
 from luminaguard.mcp.definitions import Comparison, Definition, compare
 from luminaguard.runtime.mcp.machine import Ended, folder_of, open_in_machine
 from luminaguard.settings import HttpServer, McpServer, StdioServer
@@ -167,7 +175,7 @@ class McpServers:
 
     async def call(
         self, opened: Opened, tool: str, arguments: dict[str, Any], *, task: str = "",
-        now: Mapping[str, Definition] | None = None,
+        now: Mapping[str, Definition] | None = None, request_id: str = "",
     ) -> CallToolResult:  # fmt: skip
         """Call a tool that is what was accepted, if the rules and people let it.
 
@@ -177,6 +185,7 @@ class McpServers:
             arguments: a JSON object.
             task: what it belongs to; the untrusted input that it has read counts.
             now: the server's tools, if they were just listed.
+            request_id: under which it is asked for, if it must be: the same id is the same call, and is made once.
 
         Raises:
             ToolQuarantined: it is another one, or new; it was not called.
@@ -189,7 +198,7 @@ class McpServers:
         stack = ExitStack()  # an approval is used up before the call, and told how it ended
 
         def admit() -> RemoteCall:
-            return self._admit(opened, tool, arguments, listed, task, stack)
+            return self._admit(opened, tool, arguments, listed, task, request_id, stack)
 
         try:
             effect = await anyio.to_thread.run_sync(admit)
@@ -204,10 +213,12 @@ class McpServers:
 
     def _admit(
         self, opened: Opened, tool: str, arguments: dict[str, Any], now: Mapping[str, Definition], task: str,
-        stack: ExitStack,
+        request_id: str, stack: ExitStack,
     ) -> RemoteCall:  # fmt: skip
         """Let a call be made, and record it; an approval that it takes is used up, for as long as ``stack`` lasts."""
         effect = self._effect(opened.session.name, tool, arguments, now)
+        if request_id:
+            self._refuse_again(effect, request_id)
         if opened.balanced is None:
             self._refuse_forbidden(effect)
         else:
@@ -216,13 +227,32 @@ class McpServers:
                 why, labels = self._runtime.tasks.standing(task)
                 if why is not None:
                     raise TaskStopped(task, why, kept="It was not called.")
-            decisions.clear(self._request(effect, task=task, labels=labels), effect, self._runtime.policy(None),
-                            lambda request_id: stack.enter_context(decisions.doing(request_id)))  # fmt: skip
-        self._record(effect)
+            request = self._request(effect, task=task, labels=labels)
+            if request_id:
+                request = replace(request, id=request_id)
+            decisions.clear(request, effect, self._runtime.policy(None),
+                            lambda approved: stack.enter_context(decisions.doing(approved)),
+                            once=bool(request_id))  # fmt: skip
+        self._record(effect, request_id)
         return effect
 
-    def _record(self, effect: RemoteCall) -> None:
-        self._runtime.ledger.append("mcp.called", server=effect.server, tool=effect.tool, digest=effect.digest)
+    def _record(self, effect: RemoteCall, request_id: str) -> None:
+        asked = {"request": request_id} if request_id else {}
+        self._runtime.ledger.append("mcp.called", server=effect.server, tool=effect.tool, digest=effect.digest, **asked)
+
+    def _refuse_again(self, effect: RemoteCall, request_id: str) -> None:
+        """What a rule let through leaves no request: whether it was made before stands in the ledger alone."""
+        said = (effect.definition or {}).get("annotations") or {}
+        if said.get("readOnlyHint") is True:
+            return
+        with self._runtime.approvals.reading() as connection:
+            made = any(body.get("request") == request_id
+                       for body in self._runtime.approvals.recorded(connection, "mcp.called"))  # fmt: skip
+        if made:
+            raise MaybeExecuted(
+                f"{effect.tool} of {effect.server} was called before, and its answer was lost.",
+                hint="Look there what became of it.", kept="It was not repeated.",
+            )  # fmt: skip
 
     def _effect(self, server: str, tool: str, arguments: dict[str, Any], now: Mapping[str, Definition]) -> RemoteCall:
         """The call as an effect; raises for a tool that there is not, or that is not what was accepted."""
