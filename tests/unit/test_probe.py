@@ -48,7 +48,7 @@ def test_a_kvm_that_does_not_really_run_a_guest_is_not_used(guest, program, word
 
 
 def test_a_kvm_that_hangs_is_left_alone_after_a_moment(guest, monkeypatch):
-    monkeypatch.setattr(probe, "_PROBE_TIMEOUT", 0.3)
+    monkeypatch.setattr(probe, "_PROBE_TIMEOUT_S", 0.3)
     guest("import time; time.sleep(60)")
     assert probe_kvm() == KvmProbe(False, "a six-byte guest did not end within 0.3 s")
 

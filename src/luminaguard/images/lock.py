@@ -25,7 +25,7 @@ from luminaguard.images import spec
 __all__ = ["LockedPackage", "PackageLock", "Role", "distribution", "fetch", "resolve", "resolve_sources", "shipped"]
 
 Role = Literal["root", "initramfs", "kernel"]
-_APT_TIMEOUT = 600
+_APT_TIMEOUT_S = 600
 _FULL_BYTES = 4 << 20
 
 
@@ -264,7 +264,7 @@ def _apt(*command: str, cwd: Path | None = None, may_fail: bool = False) -> str:
     try:
         done = subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-            stdin=subprocess.DEVNULL, timeout=_APT_TIMEOUT,
+            stdin=subprocess.DEVNULL, timeout=_APT_TIMEOUT_S,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PackageUnavailable(

@@ -31,9 +31,9 @@ from luminaguard.microvm.tracker import State, Tracked, VMTracker
 __all__ = ["DISKS", "Command", "LayerEntry", "MicroVM", "Outcome", "Owned", "Terminal", "all_disks", "boot", "clone",
            "new_id", "watch"]  # fmt: skip
 
-BOOT_TIMEOUT = 60.0
-CALL_TIMEOUT = 20.0
-CHANGES_SILENCE = 30.0
+BOOT_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = 20.0
+CHANGES_SILENCE_S = 30.0
 WATCH_S = 5.0
 DISKS = 3
 """The root, a workspace, and a layer on it."""
@@ -192,7 +192,7 @@ class MicroVM:
                 "randomize": randomize,
             },
         )
-        self.boot_id = str((await _answer(call, CALL_TIMEOUT)).get("boot_id", ""))[:64]
+        self.boot_id = str((await _answer(call, CALL_TIMEOUT_S)).get("boot_id", ""))[:64]
         self._state("ready")
 
     def _state(self, state: State) -> None:
@@ -201,7 +201,7 @@ class MicroVM:
 
     async def rest(self) -> None:
         """Undo :meth:`wake` after a rehearsal: unmount the workspace and make the next command ready."""
-        await _answer(await self._channel.call("rest", {}), CALL_TIMEOUT)
+        await _answer(await self._channel.call("rest", {}), CALL_TIMEOUT_S)
         self._state("ready")
 
     async def inspect(self, settings: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -216,7 +216,7 @@ class MicroVM:
         Raises:
             GuestProtocolError: the answer is not of this form.
         """
-        result = await _answer(await self._channel.call("inspect", {"settings": list(settings)}), CALL_TIMEOUT)
+        result = await _answer(await self._channel.call("inspect", {"settings": list(settings)}), CALL_TIMEOUT_S)
         found, facts = result.get("settings"), result.get("facts")
         if not isinstance(found, dict) or not isinstance(facts, dict):
             raise _malformed("no settings")
@@ -272,7 +272,7 @@ class MicroVM:
                     if timed_out:
                         readers.cancel_scope.cancel()
                 if not timed_out:
-                    result = await call.result(CALL_TIMEOUT)
+                    result = await call.result(CALL_TIMEOUT_S)
                 tasks.cancel_scope.cancel()
         except* Exception as group:  # noqa: BLE001  # raised again below, outside the task groups' wrapping
             failure = _first(group)
@@ -294,25 +294,25 @@ class MicroVM:
 
         Raises:
             GuestProtocolError: the records are malformed.
-            MachineError: the guest stopped, or was silent for :data:`CHANGES_SILENCE` seconds.
+            MachineError: the guest stopped, or was silent for :data:`CHANGES_SILENCE_S` seconds.
         """
         self._state("stopping")
         call = await self._channel.call("changes", {}, (frames.CHANGES,))
         reader = _RecordReader(on_entry, on_content)
         while True:
             data = b""
-            with anyio.move_on_after(CHANGES_SILENCE) as scope:
+            with anyio.move_on_after(CHANGES_SILENCE_S) as scope:
                 data = await call.read(frames.CHANGES)
             if scope.cancelled_caught:
                 raise GuestUnresponsive(
-                    f"The guest said nothing for {CHANGES_SILENCE:g} s while its changes were taken out.",
+                    f"The guest said nothing for {CHANGES_SILENCE_S:g} s while its changes were taken out.",
                     hint="Run the command again, with a larger --memory if it is a big one.",
                     kept="The machine was destroyed; the workspace was not touched.",
                 )
             if not data:
                 break
             reader.feed(data)
-        result = await _answer(call, CALL_TIMEOUT)
+        result = await _answer(call, CALL_TIMEOUT_S)
         reader.finish(result.get("entries"))
         mode = result.get("mode")
         return mode & 0o7777 if type(mode) is int else None
@@ -331,7 +331,7 @@ async def boot(
     ):
         tracked.started(machine.process)
         try:
-            await channel.hello(BOOT_TIMEOUT)
+            await channel.hello(BOOT_TIMEOUT_S)
         except MachineError as error:
             error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
             raise

@@ -96,6 +96,9 @@ def answer_in(data: bytes, request_id: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(message, dict) or "method" in message or not ("result" in message or "error" in message):
         return None
+    error = message.get("error")
+    if "error" in message and not (isinstance(error, dict) and isinstance(error.get("code"), int)):
+        return None  # such as an answer of OAuth
     # A server that could not read the request answers with no id (JSON-RPC 2.0, section 5).
     mine = message.get("id") == request_id or (message.get("id") is None and "error" in message)
     return message if mine else None

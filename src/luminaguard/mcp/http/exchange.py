@@ -144,6 +144,8 @@ class Exchange:
                     content = json.dumps(post.body | {"id": request_id}).encode()
                 response = await self._send(post.raw, target, content, session, {"timeout": timeout, "trace": trace})
                 outcome = await self._judge(post, request_id, response)
+                if outcome.fate is Fate.LOST and post.call.method == "server/discover":  # a server without the method
+                    outcome = Outcome(Fate.ANSWERED, outcome.why, httpx2.Response(404, request=post.raw))
                 kept = outcome.response is not None
                 return outcome
         except TimeoutError:
@@ -238,8 +240,6 @@ class Exchange:
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "text/event-stream":
             return await self._judge_events(post, request_id, response)
-        if post.call.method == "server/discover" and kind not in {"application/json", "text/event-stream"}:
-            return Outcome(Fate.ANSWERED, response=httpx2.Response(404, request=response.request))  # of no such method
         if kind != "application/json":
             return Outcome(Fate.LOST, f"it answered with {kind[:60]!a}")
         message = answer_in(await _whole(response), request_id)
@@ -253,7 +253,7 @@ class Exchange:
         message = answer_in(content, request_id)
         if post.call.session and status in {400, 404} and _knows_no_session(status, content):
             return Outcome(Fate.ANSWERED, f"it does not know the session (HTTP {status})", whole, session_unknown=True)
-        if status == 401 or not post.call.is_request or post.call.method == "server/discover":
+        if not post.call.is_request or post.call.method == "server/discover":
             return Outcome(Fate.ANSWERED, response=whole)  # the SDK knows what to do then
         if message is not None:
             return Outcome(Fate.ANSWERED, response=_with_content(response, _as_answer_to(post, message)))

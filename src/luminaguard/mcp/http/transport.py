@@ -31,6 +31,7 @@ __all__ = ["BalancedTransport", "Failure", "Trust"]
 _FAILED_CODE = -32099
 """Of the errors that are made here (JSON-RPC 2.0 leaves -32000 to -32099 to implementations)."""
 _MOST_CONNECTIONS = 1024
+_DISCOVERIES = 2
 _BACK_OFF_S = 0.05
 _LISTEN_S = 1.0
 """Between two streams of what a server says by itself."""
@@ -181,6 +182,8 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
     async def _post(self, post: Post) -> httpx2.Response:
         self.balancer.retries.earn()
         left, tried, waited_s = self.balancer.tuning.attempts, list[str](), 0.0
+        if post.call.method == "server/discover":  # without an answer to it, a session begins in the older way
+            left = min(left, _DISCOVERIES)
         why, maybe = "there was no time", False
         while True:
             chosen = self._choose(post, tried, waited_s)

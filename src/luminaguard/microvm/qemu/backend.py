@@ -21,8 +21,8 @@ from luminaguard.microvm.qemu.qmp import Qmp
 
 __all__ = ["QemuHypervisor", "QemuMachine"]
 
-_RESTORE_TIMEOUT = 20.0
-_SAVE_TIMEOUT = 60.0
+_RESTORE_TIMEOUT_S = 20.0
+_SAVE_TIMEOUT_S = 60.0
 _SPARE_FDSET = 64  # beyond those of the disks that it was started with
 _OVERHEAD_MIB = 128  # QEMU itself, beside the guest's memory and the translated code
 _ADDRESS_MIB = 2048  # what it maps and mostly does not touch: libraries, stacks, arenas
@@ -53,15 +53,15 @@ class QemuMachine:
         await self._ignore_shared()
         await self._qmp.execute_all(("getfd", {"fdname": "state"}), fd=state)
         await self._qmp.execute("migrate", uri="fd:state")
-        await self._migrated(_SAVE_TIMEOUT)
+        await self._migrated(_SAVE_TIMEOUT_S)
 
     async def restore(self, state: int) -> None:
         """Load a device state; the guest stays paused."""
-        with _deadline(_RESTORE_TIMEOUT, "QEMU did not load the saved machine in time"):
+        with _deadline(_RESTORE_TIMEOUT_S, "QEMU did not load the saved machine in time"):
             await self._qmp.handshake()
             await self._ignore_shared()
             await self._qmp.execute("migrate-incoming", uri=f"fd:{state}")
-            await self._migrated(_RESTORE_TIMEOUT)
+            await self._migrated(_RESTORE_TIMEOUT_S)
 
     async def check(self) -> None:
         """Raise MachineError unless QEMU answers."""
@@ -162,7 +162,7 @@ class QemuHypervisor:
                 channel.close()
                 control.close()
                 machine = QemuMachine(process, agent, Qmp(monitor))
-                with _deadline(_RESTORE_TIMEOUT, "QEMU did not start in time"):
+                with _deadline(_RESTORE_TIMEOUT_S, "QEMU did not start in time"):
                     await machine.handshake()
                 yield machine
 

@@ -37,7 +37,7 @@ __all__ = [
 MINIMUM, RECOMMENDED = (7, 2), (10, 0)
 KVM_LIMIT_MS = 5.0
 _DEVICE = "/dev/kvm"
-_PROBE_TIMEOUT, _KILL_TIMEOUT = 3.0, 1.0
+_PROBE_TIMEOUT_S, _KILL_TIMEOUT_S = 3.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +127,13 @@ def probe_kvm() -> KvmProbe:
     )  # fmt: skip
     errors = ""
     try:
-        said, errors = guest.communicate(timeout=_PROBE_TIMEOUT)
+        said, errors = guest.communicate(timeout=_PROBE_TIMEOUT_S)
         took = float(said or "nan")
     except subprocess.TimeoutExpired:
         guest.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            guest.communicate(timeout=_KILL_TIMEOUT)  # in an uninterruptible ioctl it stays: it is left behind
-        return KvmProbe(False, f"a six-byte guest did not end within {_PROBE_TIMEOUT:g} s")
+            guest.communicate(timeout=_KILL_TIMEOUT_S)  # in an uninterruptible ioctl it stays: it is left behind
+        return KvmProbe(False, f"a six-byte guest did not end within {_PROBE_TIMEOUT_S:g} s")
     except ValueError:
         took = math.nan
     if guest.returncode or math.isnan(took):
