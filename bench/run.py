@@ -26,6 +26,7 @@ import agents
 import cliff
 import fleet
 import pool
+import servers
 from luminaguard.effects.card import MAX_TEXT, make_card
 from luminaguard.effects.changes import FileEntry
 from luminaguard.errors import LuminaGuardError
@@ -411,10 +412,14 @@ class Bench:
             return {"skipped": "PostgreSQL is not installed"}
         return {"turn": spread(found.pop("turns_ms"), 10)} | found
 
+    def mcp(self) -> dict[str, Any]:
+        """Calls of MCP servers over HTTP: the bare SDK, our client, the gateway; and balancing under faults."""
+        return servers.measure(self.folder, calls=100 if QUICK else 500)
+
 
 _NAMES = ("cold_boot", "clone_to_true", "pool_hit", "idle_clones", "eight_callers", "beside_us", "version", "exec_true",
           "workspace_10_mib", "workspace_500_mib", "card_10_000_files", "confinement", "audit", "cliff", "agents",
-          "fleet")  # fmt: skip
+          "fleet", "mcp")  # fmt: skip
 
 
 def main() -> None:

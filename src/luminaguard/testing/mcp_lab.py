@@ -74,6 +74,7 @@ class LabServer:
         executed: how often each key was counted, by what was really done.
         log: what happened: ``("got", method, name)``, ``("answered", ...)``, ``("gone", ...)`` for a client that left.
         strict_session: the HTTP status for a session that is not known.
+        takes_s: how long a call takes, for measurements; tests leave it at nothing.
         end: how a DELETE is answered: as it should be, ``redirect``, or ``endless``.
     """
 
@@ -82,6 +83,7 @@ class LabServer:
     tools: tuple[dict[str, Any], ...] = TOOLS
     strict_session: int = 404
     end: str = ""
+    takes_s: float = 0.0
     port: int = 0
     executed: Counter[str] = field(default_factory=Counter)
     log: list[tuple[str, str, str]] = field(default_factory=list)
@@ -169,6 +171,8 @@ class LabServer:
             self.sessions.add(session := secrets.token_hex(8))
             more = [(_SESSION, session)]
         answer = self.result(message)
+        if self.takes_s and message["method"] == "tools/call":
+            await anyio.sleep(self.takes_s)
         self.note("answered", message)
         return await say.json(200, answer, more)
 

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -195,10 +195,14 @@ class McpServers:
         """
         session = opened.session
         listed = await session.list_tools() if now is None else now
-        stack = ExitStack()  # an approval is used up before the call, and told how it ended
+        stack, asked = ExitStack(), list[str]()  # an approval is used up before the call, and told how it ended
 
         def admit() -> RemoteCall:
-            return self._admit(opened, tool, arguments, listed, task, request_id, stack)
+            return self._admit(opened, tool, arguments, listed, task, request_id, use)
+
+        def use(approved: str) -> None:
+            stack.enter_context(self._runtime.decisions.doing(approved))
+            asked.append(approved)
 
         try:
             effect = await anyio.to_thread.run_sync(admit)
@@ -207,15 +211,16 @@ class McpServers:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(stack.__exit__, *sys.exc_info())
             raise
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(stack.close)
+        if asked:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(stack.close)
         return result
 
     def _admit(
         self, opened: Opened, tool: str, arguments: dict[str, Any], now: Mapping[str, Definition], task: str,
-        request_id: str, stack: ExitStack,
+        request_id: str, use: Callable[[str], None],
     ) -> RemoteCall:  # fmt: skip
-        """Let a call be made, and record it; an approval that it takes is used up, for as long as ``stack`` lasts."""
+        """Let a call be made, and record it; an approval that it takes is used up by ``use``."""
         effect = self._effect(opened.session.name, tool, arguments, now)
         if request_id:
             self._refuse_again(effect, request_id)
@@ -231,8 +236,7 @@ class McpServers:
             if request_id:
                 request = replace(request, id=request_id)
             decisions.clear(request, effect, self._runtime.policy(None),
-                            lambda approved: stack.enter_context(decisions.doing(approved)),
-                            once=bool(request_id))  # fmt: skip
+                            use, once=bool(request_id))  # fmt: skip
         self._record(effect, request_id)
         return effect
 
