@@ -98,11 +98,13 @@ class StdioServer(BaseModel):
         folder: absolute path of the folder that it gets a copy of; what it changes there is asked for. None for an
             empty one.
         timeout_s: how long a call may take.
+        isolation: ``none`` lets it run on this machine, with the user's rights, and each call of it be asked for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     command: tuple[str, ...] = Field(min_length=1, max_length=256)
+    isolation: Literal["machine", "none"] = "machine"
     folder: Path | None = None
     timeout_s: float = Field(default=60, gt=0, le=3600)
 

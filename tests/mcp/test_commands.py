@@ -1,6 +1,11 @@
 """What people type, with servers over HTTP: calls wait for an answer, once each, and nobody else's word counts."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -204,3 +209,77 @@ def test_the_state_of_endpoints_is_told(bare_home):
         assert [row["health"] for row in told.json["servers"]["lab"]["endpoints"]] == ["well", "different", "out"]
         assert "machine" in told.json["servers"]["local"]["state"]
         assert "1 of 3 endpoints" in bare_home.run("mcp", "status", "lab").out
+
+
+@pytest.fixture
+def unconfined(bare_home, tmp_path):
+    """A server that runs on this machine because the settings say so, with a fault."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "server.py").write_bytes((Path(__file__).parent.parent / "data" / "notes_server.py").read_bytes())
+
+    def run(*words, fault="", **options):
+        config_of(bare_home).parent.mkdir(mode=0o700, exist_ok=True)
+        command = json.dumps([sys.executable, "server.py", fault])
+        config_of(bare_home).write_text(
+            f'[mcp_servers.notes]\ncommand = {command}\nfolder = "{folder}"\nisolation = "none"\ntimeout_s = 5\n'
+        )
+        return bare_home.run(*words, **options)
+
+    run.folder, run.home = folder, bare_home
+    return run
+
+
+def test_a_server_without_isolation_is_asked_for_each_call_and_never_forgotten(unconfined):
+    asked = unconfined("mcp", "call", "notes", "add_note", '{"text": "x"}')
+    assert asked.code == 120 and not (unconfined.folder / "notes.txt").exists(), asked.err
+    (waiting,) = unconfined("approvals", "list", "--json").json["requests"]
+    assert "with your rights, in no machine" in unconfined("approvals", "show", waiting["id"]).err
+    assert unconfined("approvals", "approve", waiting["id"]).code == 0
+    made = unconfined("mcp", "call", "notes", "add_note", '{"text": "x"}')
+    assert made.code == 0 and (unconfined.folder / "notes.txt").read_text() == "x\n", made.err
+    assert "WITHOUT ISOLATION" in unconfined("mcp", "list").out.upper()
+    told = {one["check"]: one for one in unconfined("doctor", "--json").json["checks"]}
+    assert told["mcp"]["level"] == "note" and "notes" in told["mcp"]["detail"]
+
+
+@pytest.mark.parametrize(("fault", "said"), [("crash", "boom"), ("dead", "status 7"), ("hang", "no answer"),
+                                             ("long", "8 MiB")])  # fmt: skip
+def test_a_server_without_isolation_that_fails_is_an_error_and_leaves_nothing(unconfined, fault, said):
+    unconfined("mcp", "tools", "notes")
+    unconfined("mcp", "call", "notes", "count")
+    (waiting,) = unconfined("approvals", "list", "--json").json["requests"]
+    unconfined("approvals", "approve", waiting["id"])
+    failed = unconfined("mcp", "call", "notes", "count", fault=fault)
+    assert failed.code == 122 and said in failed.err and "Traceback" not in failed.err, failed.err
+    left = [path for path in Path("/proc").glob("[0-9]*") if str(unconfined.folder) in _cwd(path)]
+    assert left == []
+
+
+def _cwd(path):
+    try:
+        return os.readlink(path / "cwd")
+    except OSError:
+        return ""
+
+
+def test_a_server_without_isolation_gets_nothing_of_our_environment(unconfined):
+    (unconfined.folder / "server.py").write_text("import os, sys\nsys.exit(repr(sorted(os.environ)))\n")
+    told = unconfined("mcp", "tools", "notes", SECRET_KEY="s3cret")
+    assert told.code == 122 and "PATH" in told.err and "SECRET_KEY" not in told.err and "LUMINAGUARD" not in told.err
+
+
+def test_a_server_without_isolation_ends_with_us(unconfined):
+    (unconfined.folder / "server.py").write_text("import time\ntime.sleep(600)\n")
+    unconfined("mcp", "list")
+    argv = unconfined.home.argv("mcp", "tools", "notes")
+    with subprocess.Popen(argv, env=unconfined.home.environment, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 30
+        while not any(str(unconfined.folder) in _cwd(path) for path in Path("/proc").glob("[0-9]*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    while any(str(unconfined.folder) in _cwd(path) for path in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

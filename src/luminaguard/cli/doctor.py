@@ -48,7 +48,7 @@ def run(*, as_json: bool) -> int:
     else:
         runtime = Runtime(settings, folders)
         checks = (_hypervisor, _firecracker, _kvm, _host, _tools, _backend, _jail, _disk, _image, _machine, _database,
-                  _publishes)  # fmt: skip
+                  _publishes, _mcp)  # fmt: skip
         findings.extend(_tried(check, runtime) for check in checks)
         runtime.close()
     failed = any(finding.level == "fail" for finding in findings)
@@ -114,6 +114,16 @@ def _host(_runtime: Runtime) -> Finding:
     if not found:
         return Finding("host", "ok", "nothing weakens the isolation of machines")
     return Finding("host", "note", "; ".join(what for what, _ in found), "; ".join(remedy for _, remedy in found))
+
+
+def _mcp(runtime: Runtime) -> Finding:
+    """Servers of tools that run with the user's rights are a person's choice, and never forgotten."""
+    servers = runtime.settings.mcp_servers
+    free = [name for name, one in servers.items() if getattr(one, "isolation", "machine") == "none"]
+    if free:
+        return Finding("mcp", "note", f"without a machine of their own, with your rights: {', '.join(free)}",
+                       'Take isolation = "none" out of their tables')  # fmt: skip
+    return Finding("mcp", "ok", f"{len(servers)} servers of tools, none of them without isolation")
 
 
 def _kvm(_runtime: Runtime) -> Finding:

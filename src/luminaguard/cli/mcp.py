@@ -36,7 +36,8 @@ def mcp_list(as_json: Json = False) -> None:
         return
     for name, server in servers.items():
         if isinstance(server, StdioServer):
-            where = f"in a machine, {server.folder or 'with a folder of its own'}: {' '.join(server.command)}"
+            place = "ON THIS MACHINE, without isolation" if server.isolation == "none" else "in a machine"
+            where = f"{place}, {server.folder or 'with a folder of its own'}: {' '.join(server.command)}"
         else:
             where = " ".join(server.urls)
         print(f"{name:16}  {visible(where)}")

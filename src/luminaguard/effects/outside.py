@@ -53,6 +53,7 @@ class RemoteCall(_Digested):
         arguments: the JSON object that is sent.
         definition: the tool's definition as the server gives it now; None when it gave none.
         pinned: the definition that a person saw last; None on first use.
+        unconfined: the server runs on this machine, without a machine of its own.
     """
 
     server: str
@@ -60,12 +61,14 @@ class RemoteCall(_Digested):
     arguments: dict[str, Any]
     definition: dict[str, Any] | None = None
     pinned: dict[str, Any] | None = None
+    unconfined: bool = False
     kind: ClassVar[str] = "call"
 
     def to_json(self) -> dict[str, Any]:
         """For storage and for people's programs."""
+        where = {"unconfined": True} if self.unconfined else {}
         return {"server": self.server, "tool": self.tool, "arguments": self.arguments,
-                "definition": self.definition, "pinned": self.pinned}  # fmt: skip
+                "definition": self.definition, "pinned": self.pinned} | where  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ def outside_from_json(kind: str, raw: Any) -> Outside:
         match kind:
             case "call":
                 return RemoteCall(_text(raw, "server"), _text(raw, "tool"), _arguments(raw),
-                                  _object(raw.get("definition")), _object(raw.get("pinned")))  # fmt: skip
+                                  _object(raw.get("definition")), _object(raw.get("pinned")),
+                                  raw.get("unconfined") is True)  # fmt: skip
             case "request":
                 headers = tuple((str(name), str(value)) for name, value in raw.get("headers", ()))
                 _ = urlsplit(_text(raw, "url")).port  # raises for an address that is none

@@ -33,6 +33,8 @@ def make_outside_card(effect: Outside) -> DiffCard:
 
 def _call(call: RemoteCall) -> DiffCard:
     facts = [_fact("server", call.server), _fact("tool", call.tool)]
+    if call.unconfined:
+        facts.append(Fact("runs", "on this machine with your rights, in no machine of its own", loud=True))
     if call.definition is None:
         facts.append(Fact("definition", "the server gave none", loud=True))
     elif call.pinned is None:

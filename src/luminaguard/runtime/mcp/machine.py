@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from luminaguard.runtime.rehearsal import Execution
     from luminaguard.settings import StdioServer
 
-__all__ = ["Ended", "folder_of", "open_in_machine"]
+__all__ = ["Ended", "folder_of", "last_words", "open_in_machine"]
 
 _MOST_SAID = 64 << 10
 _END_S = 2.0
@@ -87,7 +87,7 @@ async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ende
             if begun:
                 ended.execution = execution
             code = execution.outcome.exit_code
-            failure.append(McpServerFailed(f"The server {name!a} ended with status {code}.", hint=_last(said)))
+            failure.append(McpServerFailed(f"The server {name!a} ended with status {code}.", hint=last_words(said)))
         pipe.ended(failure[0])
         done.set()
 
@@ -112,7 +112,8 @@ async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ende
         raise failure[0]
 
 
-def _last(said: bytearray) -> str:
+def last_words(said: bytearray) -> str:
+    """The last line that a server printed on standard error."""
     lines = said.decode("utf-8", "replace").strip().splitlines()
     last = ascii(lines[-1])[1:-1][:300] if lines else ""
     return f"It said last: {last}" if last else "It said nothing on standard error."

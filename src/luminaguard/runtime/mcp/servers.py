@@ -25,6 +25,7 @@ from luminaguard.errors import (
     ToolQuarantined,
 )
 from luminaguard.mcp.definitions import Comparison, Definition, compare
+from luminaguard.runtime.mcp.host import open_on_host
 from luminaguard.runtime.mcp.machine import Ended, folder_of, open_in_machine
 from luminaguard.settings import HttpServer, McpServer, StdioServer
 
@@ -93,7 +94,8 @@ class McpServers:
         server = self.settings(name)
         if isinstance(server, StdioServer):
             ended = Ended()
-            async with open_in_machine(self._runtime, name, server, ended) as session:
+            run = open_on_host if server.isolation == "none" else open_in_machine
+            async with run(self._runtime, name, server, ended) as session:
                 yield Opened(session, _ended=ended)
             return
         from luminaguard.mcp.http.session import open_http
@@ -110,7 +112,8 @@ class McpServers:
         async def look(name: str) -> None:
             server = self.settings(name)
             if isinstance(server, StdioServer):
-                found[name] = {"state": "runs in a machine when it is used", "endpoints": []}
+                where = "on this machine, without isolation," if server.isolation == "none" else "in a machine"
+                found[name] = {"state": f"runs {where} when it is used", "endpoints": []}
                 return
             try:
                 found[name] = await self._look(name, server)
@@ -224,7 +227,7 @@ class McpServers:
         effect = self._effect(opened.session.name, tool, arguments, now)
         if request_id:
             self._refuse_again(effect, request_id)
-        if opened.balanced is None:
+        if opened.balanced is None and not effect.unconfined:
             self._refuse_forbidden(effect)
         else:
             decisions, labels = self._runtime.decisions, frozenset[str]()
@@ -275,7 +278,8 @@ class McpServers:
                 kept="It was not called.",
             )
         definition = dict(now[tool])
-        return RemoteCall(server, tool, arguments, definition, definition)
+        unconfined = getattr(self._runtime.settings.mcp_servers[server], "isolation", "machine") == "none"
+        return RemoteCall(server, tool, arguments, definition, definition, unconfined)
 
     def _request(self, effect: RemoteCall, *, task: str = "", labels: frozenset[str] = frozenset()) -> Request:
         """What would ask for a call, without its times."""
