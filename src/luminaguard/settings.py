@@ -131,6 +131,7 @@ class HttpServer(BaseModel):
         hedge: calls that only read are sent a second time when they take long.
         busy_is_not_done: 429 and 503 are believed to mean that nothing was done.
         headers: header to the environment variable that has its value.
+        oauth: it wants to be shown who asks, which ``luminaguard mcp login`` gets.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -146,6 +147,7 @@ class HttpServer(BaseModel):
     hedge: bool = False
     busy_is_not_done: bool = True
     headers: dict[str, str] = Field(default_factory=dict)
+    oauth: bool = False
 
     @property
     def urls(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from luminaguard.testing.mcp_lab import TOOLS, Fault, LabServer, running_lab
+from luminaguard.testing.mcp_oauth import OAuthServer
 
 
 @pytest.fixture
@@ -283,3 +284,56 @@ def test_a_server_without_isolation_ends_with_us(unconfined):
     while any(str(unconfined.folder) in _cwd(path) for path in Path("/proc").glob("[0-9]*")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# -- logging in -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guarded(bare_home, tmp_path):
+    """A server that wants a login, and a browser that goes where it is sent."""
+    server = OAuthServer()
+    (tmp_path / "browser.py").write_text(
+        "import sys, urllib.request\nopen(sys.argv[2], 'a').write('x')\n"
+        "urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sys.argv[1], timeout=30).read()\n"
+    )
+    browser = f"{sys.executable} {tmp_path / 'browser.py'} %s {tmp_path / 'seen'}"
+
+    def run(*words, **options):
+        return bare_home.run("mcp", *words, BROWSER=browser, **options)
+
+    run.home, run.server = bare_home, server
+    with running_lab(server) as run.portal:
+        assert run("add", "lab", "--url", server.url, "--oauth").code == 0
+        yield run
+
+
+def test_a_person_logs_in_once_and_calls_are_made_with_that(guarded):
+    told = guarded("tools", "lab")
+    assert told.code == 122 and "mcp login" in told.err and guarded.server.logins == 0, told.err
+    done = guarded("login", "lab")
+    assert done.code == 0 and "2 tools" in done.out and guarded.server.logins == 1, done.err
+    assert guarded("tools", "lab").code == 0
+    path = guarded.home.folder / "state" / "mcp-tokens" / "lab.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    token = json.loads(path.read_text())["tokens"]["access_token"]
+    state = [one for one in (guarded.home.folder / "state").rglob("*") if one.is_file() and one != path]
+    assert not any(token.encode() in one.read_bytes() for one in state)
+    guarded.server.tokens.clear()  # it ended there; nobody is asked again in the middle of a call
+    again = guarded("tools", "lab")
+    assert again.code == 122 and "mcp login" in again.err and guarded.server.logins == 1, again.err
+    assert guarded("login", "lab").code == 0 and guarded("login", "lab", "--logout").out == "forgotten\n"
+    assert guarded("tools", "lab").code == 122
+
+
+@pytest.mark.parametrize("step", ["register", "token"])
+def test_an_authorization_server_that_fails_is_an_error(guarded, step):
+    guarded.server.broken = step
+    failed = guarded("login", "lab")
+    assert failed.code == 122 and "Traceback" not in failed.err, failed.err
+    assert guarded.server.executed == {}
+
+
+def test_a_server_without_a_login_has_none(bare_home):
+    assert bare_home.run("mcp", "add", "lab", "--url", "https://lab.example/mcp").code == 0
+    assert bare_home.run("mcp", "login", "lab").code == 123

@@ -120,6 +120,35 @@ def test_servers_are_offered_and_called_over_stdio(setup, era):
         assert home.run("ledger", "verify").code == 0
 
 
+def test_the_same_call_many_times_at_once_is_made_once_for_each_approval(setup):
+    lab = LabServer()
+    with running_lab(lab):
+        home = setup({"lab": lab.url})
+
+        async def work():
+            async with over_stdio(home) as client:
+                said = []
+
+                async def call():
+                    said.append(text(await client.call_tool("lab__add", {"key": "a"})))
+
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(5):
+                        tasks.start_soon(call)
+                assert all("req-" in one and "said no" not in one for one in said)
+                approved = [one["id"] for one in waiting(home)]
+                for request in approved:
+                    assert home.run("approvals", "approve", request).code == 0
+                said.clear()
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(5):
+                        tasks.start_soon(call)
+                assert not any("said no" in one for one in said), said
+                assert lab.executed["a"] == len(approved)
+
+        run(work)
+
+
 @pytest.mark.parametrize("era", ERAS)
 def test_a_call_is_held_until_a_person_has_answered(setup, era):
     lab = LabServer()
@@ -150,7 +179,8 @@ def test_a_call_is_held_until_a_person_has_answered(setup, era):
 def test_one_bad_server_concerns_nobody_else(setup):
     lab, bad = LabServer(), LabServer(plan=lambda _: Fault("reset"))
     with running_lab(lab, bad):
-        home = setup({"bad": bad.url, "lab": lab.url, "gone": "http://127.0.0.1:9/mcp"}, TRUSTED)
+        ended = '[mcp_servers.ended]\ncommand = ["false"]\nisolation = "none"\n'
+        home = setup({"bad": bad.url, "lab": lab.url, "gone": "http://127.0.0.1:9/mcp"}, TRUSTED + ended)
 
         async def work():
             async with over_stdio(home) as client:
@@ -326,8 +356,11 @@ def test_tools_of_a_folder_work_on_a_copy_until_a_person_lets_it_in(home, worksp
             asked = await client.call_tool("publish", {})
             assert asked.is_error and "req-" in text(asked)
             (request,) = waiting(home)
+            meanwhile = await client.call_tool("read_file", {"path": "new.txt"})
+            assert meanwhile.is_error and request["id"] in text(meanwhile)  # not on what is not decided yet
             assert home.run("approvals", "approve", request["id"]).code == 0
             assert (workspace / "new.txt").read_text() == "hello\n"
+            assert "Published" in text(await client.call_tool("publish", {}))
             more = await client.call_tool("write_file", {"path": "more.txt", "content": "x"})
             assert not more.is_error, text(more)
             wrong = await client.call_tool("read_file", {"nonsense": 1})

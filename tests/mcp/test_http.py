@@ -7,7 +7,6 @@ from collections import Counter
 from contextlib import asynccontextmanager
 
 import anyio
-import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -710,16 +709,3 @@ def test_no_answers(text):
 def test_settings_of_servers_over_http_are_checked(settings):
     with pytest.raises(ValueError, match="validation error"):
         HttpServer(**settings)
-
-
-def test_transports_pass_on_what_is_not_for_the_server():
-    async def work():
-        server, other = LabServer(), LabServer()
-        async with (
-            serve_lab(server, other),
-            opened(server) as http,
-            httpx2.AsyncClient(transport=http.transport) as client,
-        ):
-            assert (await client.get(other.url)).status_code == 405
-
-    run(work)

@@ -54,6 +54,7 @@ def mcp_add(
                                                   "that do the same.")] = None,
     folder: Annotated[Path | None, typer.Option("--folder", metavar="DIR", help="The command gets a copy of it.")]
     = None,
+    oauth: Annotated[bool, typer.Option("--oauth", help="It wants a login: luminaguard mcp login.")] = False,
     header: Annotated[list[str] | None, typer.Option("--header", metavar="NAME=VARIABLE", help="A header, and the "
                                                      "environment variable that has its value.")] = None,
 ) -> None:  # fmt: skip
@@ -68,6 +69,8 @@ def mcp_add(
     settings: dict[str, Any] = {}
     if url:
         settings["url"] = url[0] if len(url) == 1 else url
+        if oauth:
+            settings["oauth"] = True
         if header:
             settings["headers"] = dict(one.partition("=")[::2] for one in header)
     else:
@@ -77,6 +80,52 @@ def mcp_add(
     runtime = open_runtime()
     add_server(runtime.folders.config, runtime.settings, name, settings)
     print(f"added {name}; see its tools: luminaguard mcp tools {name}")
+
+
+@mcp_app.command("login")
+def mcp_login(
+    server: Name, logout: Annotated[bool, typer.Option("--logout", help="Forget what it gave.")] = False,
+) -> None:  # fmt: skip
+    """Log in at a server that has oauth = true, with the browser of this machine."""
+    import anyio
+
+    from luminaguard.errors import first_of
+    from luminaguard.runtime.mcp import McpServers
+    from luminaguard.runtime.mcp.login import Tokens
+
+    with signals.held() as held:
+        runtime = open_runtime()
+        if logout:
+            print("forgotten" if Tokens(runtime.folders.state, server).forget() else "there was nothing")
+            return
+
+        async def show(url: str) -> None:
+            import webbrowser
+
+            sys.stderr.write(f"log in here: {url}\n")
+            sys.stderr.flush()
+            await anyio.to_thread.run_sync(webbrowser.open, url)
+
+        async def run() -> int:
+            async with anyio.create_task_group() as tasks:
+
+                async def until_signal() -> None:
+                    while (number := await held.next()) not in signals.ENDING:
+                        pass
+                    raise signals.Interrupted(number)
+
+                tasks.start_soon(until_signal)
+                count = await McpServers(runtime).login(server, show)
+                tasks.cancel_scope.cancel()
+            return count
+
+        try:
+            count = anyio.run(run)
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
+        signals.over()
+        held.take()
+    print(f"logged in at {server}; it offers {count} tools")
 
 
 @mcp_app.command("remove")

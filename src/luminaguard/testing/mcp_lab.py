@@ -143,6 +143,8 @@ class LabServer:
         headers = {key.decode(): value.decode() for key, value in head.headers}
         self.heads.append(headers)
         say = _Say(connection, stream)
+        if await self.answer_beside(say, head.method, head.target.decode(), headers, body):
+            return connection.our_state is h11.DONE
         if head.method == b"DELETE":
             self.sessions.discard(headers.get(_SESSION, ""))
             if self.end == "redirect":
@@ -160,6 +162,11 @@ class LabServer:
         if fault is not None:
             return await self._with_fault(say, fault, message, headers)
         return await self._answer(say, message, headers)
+
+    async def answer_beside(self, say: Any, method: bytes, target: str, headers: dict[str, str], body: bytes) -> bool:
+        """For servers that do more; whether the request was answered."""
+        del say, method, target, headers, body
+        return False
 
     async def _answer(self, say: _Say, message: dict[str, Any], headers: dict[str, str]) -> bool:
         if "id" not in message:

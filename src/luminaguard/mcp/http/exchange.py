@@ -16,6 +16,7 @@ from mcp_types import INVALID_PARAMS, METHOD_NOT_FOUND
 
 from luminaguard.errors import McpServerFailed
 from luminaguard.mcp.balancing import Call, Fate
+from luminaguard.mcp.http.authorized import NotAuthorized
 from luminaguard.mcp.http.events import Events, answer_in
 
 __all__ = ["SESSION", "Exchange", "Outcome", "Post", "Target", "Times", "words"]
@@ -148,6 +149,8 @@ class Exchange:
                     outcome = Outcome(Fate.ANSWERED, outcome.why, httpx2.Response(404, request=post.raw))
                 kept = outcome.response is not None
                 return outcome
+        except NotAuthorized as error:
+            return Outcome(Fate.REFUSED, f"nobody showed it who asks: {error}")
         except TimeoutError:
             return Outcome(Fate.LOST if sent else Fate.NOT_SENT, "no answer in time")
         except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, ValueError, OSError) as error:
@@ -162,7 +165,7 @@ class Exchange:
         """The stream of what a server of the older era says by itself; 405 if it has none."""
         try:
             response = await self._send(raw, target, raw.content, session, {"timeout": self._patience(None)})
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError):
+        except (httpx2.HTTPError, httpx2.InvalidURL, NotAuthorized, ValueError, OSError):
             return httpx2.Response(405, request=raw)
         if 300 <= response.status_code < 400:
             await _close(response)
@@ -178,26 +181,11 @@ class Exchange:
             with anyio.move_on_after(self._times.close_s):
                 response = await self._send(raw, target, raw.content, session, {"timeout": self._patience(None)})
                 status = response.status_code if response.status_code < 300 else 405
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError):
+        except (httpx2.HTTPError, httpx2.InvalidURL, NotAuthorized, ValueError, OSError):
             pass
         finally:
             await _close(response)
         return httpx2.Response(status, request=raw)
-
-    async def elsewhere(self, raw: httpx2.Request) -> httpx2.Response:
-        """A request to somebody else, such as an authorization server: bounded, and its errors are raised."""
-        extensions = dict(raw.extensions) | {"timeout": self._patience(self._times.call_s)}
-        sent = httpx2.Request(raw.method, raw.url, headers=raw.headers, content=await raw.aread() or None,
-                              extensions=extensions)  # fmt: skip
-        try:
-            with anyio.fail_after(self._times.call_s):
-                response = await self._inner.handle_async_request(sent)
-                response.request = raw
-                return _with_content(response, await _whole(response))
-        except TimeoutError as error:
-            raise httpx2.ReadTimeout("no answer in time", request=raw) from error
-        except McpServerFailed as error:
-            raise httpx2.ReadError(error.message, request=raw) from error
 
     def _patience(self, read_s: float | None) -> dict[str, float | None]:
         connect_s = self._times.connect_s

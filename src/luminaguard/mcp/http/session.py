@@ -77,7 +77,7 @@ async def open_http(
     balancer.set_endpoints(weights, time.monotonic())
     transport = BalancedTransport(
         server.urls[0], balancer, targets, Times(server.timeout_s), trust=trust, stateless=server.stateless,
-        hedge=server.hedge, busy_is_not_done=server.busy_is_not_done,
+        hedge=server.hedge, busy_is_not_done=server.busy_is_not_done, auth=auth,
     )  # fmt: skip
 
     def explain(error: MCPError) -> LuminaGuardError | None:
@@ -86,8 +86,7 @@ async def open_http(
     checks = _Checks(name, server, headers, transport, auth, pinned)
     try:
         async with (
-            httpx2.AsyncClient(transport=transport, headers=dict(headers), auth=auth, timeout=None,
-                               trust_env=False) as client,
+            httpx2.AsyncClient(transport=transport, headers=dict(headers), timeout=None, trust_env=False) as client,
             anyio.create_task_group() as tasks,
         ):  # fmt: skip
             if len(targets) > 1:
@@ -222,7 +221,7 @@ class _Checks:
         alone.set_endpoints({endpoint: 1.0}, time.monotonic())
         limit_s = min(self._server.timeout_s, _LOOK_S)
         url = self._server.urls[0]
-        transport = BalancedTransport(url, alone, {endpoint: target}, Times(limit_s))
+        transport = BalancedTransport(url, alone, {endpoint: target}, Times(limit_s), auth=self._auth)
         with anyio.move_on_after(limit_s + _GRACE_S):
             return await self._ask(transport, url, limit_s)
         return f"no answer within {limit_s:g} s"
@@ -230,7 +229,7 @@ class _Checks:
     async def _ask(self, transport: BalancedTransport, url: str, limit_s: float) -> dict[str, Definition] | str:
         try:
             async with (
-                httpx2.AsyncClient(transport=transport, headers=dict(self._headers), auth=self._auth, timeout=None,
+                httpx2.AsyncClient(transport=transport, headers=dict(self._headers), timeout=None,
                                    trust_env=False) as client,
                 open_session(self._name, streamable_http_client(url, http_client=client), lambda _: None,
                              limit_s + _GRACE_S) as session,

@@ -21,6 +21,7 @@ import httpx2
 
 from luminaguard import log
 from luminaguard.mcp.balancing import Attempt, Balancer, Call, Chosen, Fate, Health, Nobody, Verdict, Waits, verdict
+from luminaguard.mcp.http.authorized import Authorized
 from luminaguard.mcp.http.exchange import SESSION, Exchange, Outcome, Post, Target, Times
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
     """The transport for one server.
 
     Args:
-        url: what the SDK asks for; any other address, such as of an authorization server, is passed on as it is.
+        url: what the SDK asks for.
         balancer: chooses.
         targets: where its endpoints are, by name.
         times: how long is waited.
@@ -88,6 +89,7 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
         stateless: a session of the older era may be opened anew elsewhere.
         hedge: a call that only reads is sent a second time when it takes long.
         busy_is_not_done: whether 429 and 503 are believed.
+        auth: shows a server who asks.
         inner: sends one request to one address.
         clock, sleep: for tests.
     """
@@ -103,6 +105,7 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
         stateless: bool = False,
         hedge: bool = False,
         busy_is_not_done: bool = True,
+        auth: httpx2.Auth | None = None,
         inner: httpx2.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
@@ -114,7 +117,8 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
         self._trust = trust
         self._stateless, self._hedge, self._busy_is_not_done = stateless, hedge, busy_is_not_done
         limits = httpx2.Limits(max_connections=_MOST_CONNECTIONS, max_keepalive_connections=64, keepalive_expiry=3.0)
-        self._inner = inner or httpx2.AsyncHTTPTransport(limits=limits, trust_env=False)
+        inner = inner or httpx2.AsyncHTTPTransport(limits=limits, trust_env=False)
+        self._inner = Authorized(inner, auth, times.call_s)
         self._exchange = Exchange(self._inner, times, clock, self._failed)
         self._clock, self._sleep = clock, sleep
         self._mark = secrets.token_hex(16)
@@ -128,9 +132,7 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
         await self._inner.aclose()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send it; see the class. Of requests to the server it raises nothing but cancellation."""
-        if request.url != self._url:
-            return await self._exchange.elsewhere(request)
+        """Send it; see the class. It raises nothing but cancellation."""
         if request.method == "POST":
             return await self._post(self._understood(request, json.loads(await request.aread())))
         known = request.headers.get(SESSION, "")
@@ -319,7 +321,7 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
 
     def _record(self, attempt: Attempt, outcome: Outcome) -> None:
         now = self._clock()
-        if outcome.fate is Fate.ANSWERED:
+        if outcome.fate in {Fate.ANSWERED, Fate.REFUSED}:
             self.balancer.succeeded(attempt, now)
         elif outcome.fate is Fate.BUSY:
             self.balancer.busy(attempt, now, outcome.pause_s)

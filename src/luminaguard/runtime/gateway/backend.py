@@ -22,9 +22,8 @@ from luminaguard.mcp.definitions import Definition
 from luminaguard.mcp.gateway import Client, Names, Visibility
 from luminaguard.mcp.gateway.server import Asks
 from luminaguard.mcp.metrics import Calls, exposition
-from luminaguard.reasoning.messages import Message
 from luminaguard.runtime.decisions import Answer
-from luminaguard.runtime.gateway.folder import FolderTools
+from luminaguard.runtime.gateway.folder import FolderTools, Waiting
 from luminaguard.runtime.gateway.kept import KeptServers
 from luminaguard.runtime.mcp import McpServers, Opened
 
@@ -172,12 +171,11 @@ class Gateway:
     ) -> types.CallToolResult:  # fmt: skip
         answer = await folder.call(name, arguments)
         deadline = time.monotonic() + self._runtime.settings.gateway.wait_s
-        while isinstance(answer, str):
-            if time.monotonic() >= deadline:
-                return _waits(answer)
+        while isinstance(answer, Waiting):
+            if time.monotonic() >= deadline or not answer.call_id:
+                return _waits(answer.request)
             await anyio.sleep(_LOOK_S)
-            answer = await folder.again()
-        assert isinstance(answer, Message)
+            answer = await folder.again(answer)
         return _said(answer.text, failed=answer.failed)
 
     async def _decided(self, request_id: str, client: Client, deadline: float) -> bool:
@@ -196,8 +194,8 @@ class Gateway:
                 await anyio.to_thread.run_sync(act, request, answer)
         while True:
             request = await anyio.to_thread.run_sync(self._runtime.approvals.get, request_id)
-            if request.state is State.APPROVED:
-                return True
+            if request.state in {State.APPROVED, State.CLAIMED, State.DONE, State.UNKNOWN}:
+                return True  # or used by another call that was the same: this one is asked for by itself then
             if request.state is not State.PENDING:
                 outcome = await anyio.to_thread.run_sync(self._runtime.approvals.outcome, request_id)
                 raise Forbidden(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from luminaguard.tools import IN_MACHINE
 if TYPE_CHECKING:
     from luminaguard.runtime.core import Runtime
 
-__all__ = ["OUTSIDE", "FolderTools"]
+__all__ = ["OUTSIDE", "FolderTools", "Waiting"]
 
 OUTSIDE = "mcp"
 """The model of such a task: whoever is connected."""
@@ -39,6 +39,19 @@ _SPECS: dict[str, ToolSpec] = {
     for tool in (*IN_MACHINE.values(), *HOST_TOOLS)
     if tool.name != "ask_user"  # whoever is connected has a person of their own
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A call that waits for a person.
+
+    Attributes:
+        request: which request.
+        call_id: of the call; empty for one that was not begun, because another one waits.
+    """
+
+    request: str
+    call_id: str
 
 
 class _Outside:
@@ -79,16 +92,16 @@ class FolderTools:
             for name, spec in _SPECS.items()
         }  # fmt: skip
 
-    async def call(self, name: str, arguments: Mapping[str, Any]) -> Message | str:
-        """Do a call, one at a time; the message that answers it, or the id of the request that it waits for."""
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> Message | Waiting:
+        """Do a call, one at a time; the message that answers it, or what it waits for."""
         async with self._lock:
             task = self.task or await self._begin()
-            if self._waits_for is not None:  # a call before: a person may have answered by now
-                before = self._waits_for
+            if (before := self._waits_for) is not None:  # a person may have answered by now
                 answer = await self._until_answered(before.id)
-                same = (before.name, before.arguments) == (_SPECS[name].name, arguments)
-                if same or isinstance(answer, str):
+                if (before.name, before.arguments) == (_SPECS[name].name, arguments):
                     return answer
+                if isinstance(answer, Waiting):  # a call after it would work on what is not decided yet
+                    return replace(answer, call_id="")
                 assert self.task is not None
                 task = self.task
             if task.status is not Status.RUNNING:
@@ -98,25 +111,25 @@ class FolderTools:
             self._waits_for = call
             return await self._until_answered(call.id)
 
-    async def again(self) -> Message | str:
-        """The same for the call that waits: what became of it by now."""
+    async def again(self, waiting: Waiting) -> Message | Waiting:
+        """What became by now of a call that waited."""
         async with self._lock:
-            assert self._waits_for is not None
-            return await self._until_answered(self._waits_for.id)
+            return await self._until_answered(waiting.call_id)
 
-    async def _until_answered(self, call_id: str) -> Message | str:
+    async def _until_answered(self, call_id: str) -> Message | Waiting:
         engine = self._runtime.agent_tasks.engine
         while True:
             assert self.task is not None
             answers = [one for one in engine.history(self.task) if one.role == "tool" and one.call_id == call_id]
             if answers:
-                self._waits_for = None
+                if self._waits_for is not None and self._waits_for.id == call_id:
+                    self._waits_for = None
                 return answers[-1]
             if self.task.status not in {Status.RUNNING, Status.WAITING}:
                 raise self._ended(self.task)
             self.task, moved = await engine.step(self.task, self._outside, self._watcher)
             if not moved and self.task.status is Status.WAITING:
-                return self.task.request
+                return Waiting(self.task.request, call_id)
 
     @staticmethod
     def _ended(task: Task, kept: str = "") -> McpServerFailed:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.abc
 
-from luminaguard.errors import McpServerFailed
+from luminaguard.errors import McpServerFailed, first_of
 from luminaguard.runtime.mcp.machine import Ended, folder_of, last_words
 
 if TYPE_CHECKING:
@@ -78,18 +78,22 @@ async def open_on_host(runtime: Runtime, name: str, server: StdioServer, ended: 
                 await process.stdin.send(line)
         await process.stdin.aclose()
 
-    async with process, anyio.create_task_group() as tasks:
-        for work in (listen, hear, speak):
-            tasks.start_soon(work)
-        try:
-            async with open_session(name, pipe.transport(), pipe.explain, server.timeout_s) as session:
-                yield session
-        finally:
-            pipe.to_server.close()  # end of file, upon which a server ends
-            with anyio.CancelScope(shield=True):
-                await _end(process)
-            tasks.cancel_scope.cancel()
-    pipe.close()
+    try:
+        async with process, anyio.create_task_group() as tasks:
+            for work in (listen, hear, speak):
+                tasks.start_soon(work)
+            try:
+                async with open_session(name, pipe.transport(), pipe.explain, server.timeout_s) as session:
+                    yield session
+            finally:
+                pipe.to_server.close()  # end of file, upon which a server ends
+                with anyio.CancelScope(shield=True):
+                    await _end(process)
+                tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise first_of(group) from None
+    finally:
+        pipe.close()
 
 
 async def _end(process: anyio.abc.Process) -> None:

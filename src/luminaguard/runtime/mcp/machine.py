@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from luminaguard.errors import LuminaGuardError, McpServerFailed
+from luminaguard.errors import LuminaGuardError, McpServerFailed, first_of
 
 if TYPE_CHECKING:
     from luminaguard.mcp.session import Session
@@ -91,23 +91,27 @@ async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ende
         pipe.ended(failure[0])
         done.set()
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(work)
-        try:
-            async with open_session(name, pipe.transport(), pipe.explain, server.timeout_s) as session:
-                begun = True
-                yield session
-        finally:
-            pipe.to_server.close()  # end of file, upon which a server ends
-            with anyio.CancelScope(shield=True), anyio.move_on_after(_END_S):
-                await done.wait()
-            if not done.is_set():
-                failure.append(McpServerFailed(
-                    f"The server {name!a} did not end: its machine was destroyed.",
-                    hint="A server ends when its standard input does.", kept="Nothing that it changed was kept.",
-                ))  # fmt: skip
-                tasks.cancel_scope.cancel()
-    pipe.close()
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(work)
+            try:
+                async with open_session(name, pipe.transport(), pipe.explain, server.timeout_s) as session:
+                    begun = True
+                    yield session
+            finally:
+                pipe.to_server.close()  # end of file, upon which a server ends
+                with anyio.CancelScope(shield=True), anyio.move_on_after(_END_S):
+                    await done.wait()
+                if not done.is_set():
+                    failure.append(McpServerFailed(
+                        f"The server {name!a} did not end: its machine was destroyed.",
+                        hint="A server ends when its standard input does.", kept="Nothing that it changed was kept.",
+                    ))  # fmt: skip
+                    tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise first_of(group) from None
+    finally:
+        pipe.close()
     if begun and ended.execution is None and failure:
         raise failure[0]
 

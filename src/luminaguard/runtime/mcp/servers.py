@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -148,8 +148,39 @@ class McpServers:
         return trust
 
     def _auth(self, name: str, server: HttpServer) -> httpx2.Auth | None:
-        del name, server
-        return None
+        """What shows the server who asks, from a login before."""
+        if not server.oauth:
+            return None
+        from luminaguard.runtime.mcp.login import Tokens, oauth_of, without_a_person
+
+        tokens = Tokens(self._runtime.folders.state, name)
+        return oauth_of(server.urls[0], tokens, "http://127.0.0.1/callback", *without_a_person(name))
+
+    async def login(self, name: str, show: Callable[[str], Awaitable[None]]) -> int:
+        """Log in at a server, with a browser; how many tools it offers then.
+
+        Args:
+            name: of the server.
+            show: lets a person look at an address.
+
+        Raises:
+            SettingsError: the server was not set up for that.
+            McpServerFailed: nobody logged in, or the server does not answer.
+        """
+        from luminaguard.mcp.http.session import open_http
+        from luminaguard.runtime.mcp.login import PERSON_S, Browser, Tokens, oauth_of
+
+        server = self.settings(name)
+        if not isinstance(server, HttpServer) or not server.oauth:
+            raise SettingsError(f"The server {name!a} has no login.", hint="'oauth = true' in its table gives it one.")
+        tokens = Tokens(self._runtime.folders.state, name)
+        tokens.forget()
+        patient = server.model_copy(update={"timeout_s": PERSON_S + server.timeout_s, "check_s": 0.0,
+                                            "url": server.urls[0]})  # fmt: skip
+        async with Browser.open() as browser:
+            auth = oauth_of(server.urls[0], tokens, browser.redirect, show, browser.answer)
+            async with open_http(name, patient, _headers(name, server), auth=auth) as http:
+                return len(await http.session.list_tools())
 
     # -- what was accepted --------------------------------------------------------------------------------
 
