@@ -344,7 +344,9 @@ class Endpoints(RuleBasedStateMachine):
     def numbers_are_right(self):
         for name, one in self.made.endpoints.items():
             assert one.running == sum(attempt.endpoint is one for attempt in self.open)
-            assert sum(a.trial and a.endpoint is one for a in self.open) <= 1 or one.health(self.now) is not Health.WELL
+            on_trial = [attempt for attempt in self.open if one._trying is attempt]
+            assert len(on_trial) <= 1 and all(attempt.trial for attempt in on_trial)
+            assert one._trying is None or on_trial  # what is tried is under way
             assert one.name == name
             assert 0 < one.share(self.now, self.made.tuning) <= one.weight
         assert len(self.made.table(self.now)) == len(self.made.endpoints)
