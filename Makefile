@@ -2,7 +2,7 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: help setup image demo test test-unit test-slow test-hardened test-llm kernel soak firecracker-lab coverage lint fmt bench agentdojo lock clean
+.PHONY: help setup image demo test test-unit test-slow test-hardened test-llm kernel soak firecracker-lab coverage lint fmt bench agentdojo conformance lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ soak: setup ## clone hygiene over 200 clones, and the pool, at length (about 10 
 
 firecracker-lab: setup ## the tests with a real Firecracker, in an emulated machine where KVM is missing
 	@tools/test-image && $(BIN)/python tools/firecracker_lab.py $(ARGS)
+
+conformance: setup ## the conformance suite of MCP against our client over HTTP (needs npm; a minute)
+	@tools/conformance
 
 coverage: setup ## the tests with branch coverage, subprocesses included
 	@$(BIN)/pytest -q -n 2 --cov --cov-report=term:skip-covered

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
+from mcp.client.session import ElicitationFnT
 from mcp_types import (
     HEADER_MISMATCH,
     INVALID_PARAMS,
@@ -186,7 +187,7 @@ class _Failures:
 @asynccontextmanager
 async def open_session(
     name: str, transport: AbstractAsyncContextManager[Any], explain: Callable[[MCPError], LuminaGuardError | None],
-    timeout_s: float,
+    timeout_s: float, answers: ElicitationFnT | None = None,
 ) -> AsyncIterator[Session]:  # fmt: skip
     """Speak with a server, for as long as this context lasts.
 
@@ -195,11 +196,14 @@ async def open_session(
         transport: gives the SDK what it reads from, and what it writes to.
         explain: what is known of an error beside what it says.
         timeout_s: how long the server may take to begin, and for each answer.
+        answers: answers questions of the server; None if it cannot ask.
 
     Raises:
         McpServerFailed: it does not begin to speak in time.
     """
-    session = Session(name, Client(transport, read_timeout_seconds=timeout_s), explain, timeout_s)
+    session = Session(
+        name, Client(transport, read_timeout_seconds=timeout_s, elicitation_callback=answers), explain, timeout_s
+    )
     begun, late, done = anyio.Event(), False, False
 
     async def deadline(scope: anyio.CancelScope) -> None:

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import anyio
 import anyio.abc
 import h11
-from mcp.client.auth import OAuthClientProvider
+from mcp.client.auth import OAuthClientProvider, TokenStorage
 from mcp.shared.auth import AuthorizationCodeResult, OAuthClientInformationFull, OAuthClientMetadata, OAuthToken
 from pydantic import AnyUrl, BaseModel, ValidationError
 
@@ -88,7 +88,9 @@ Show = Callable[[str], Awaitable[None]]
 Answer = Callable[[], Awaitable[AuthorizationCodeResult]]
 
 
-def oauth_of(url: str, tokens: Tokens, redirect: str, show: Show, answer: Answer) -> OAuthClientProvider:
+def oauth_of(
+    url: str, tokens: TokenStorage, redirect: str, show: Show, answer: Answer, *, document: str | None = None
+) -> OAuthClientProvider:
     """The SDK's flow for one server.
 
     Args:
@@ -97,11 +99,10 @@ def oauth_of(url: str, tokens: Tokens, redirect: str, show: Show, answer: Answer
         redirect: where the authorization server sends the browser back to.
         show: lets a person look at an address.
         answer: waits for what comes back.
+        document: where a description of us can be read, for servers that register nobody.
     """
-    metadata = OAuthClientMetadata(
-        client_name="LuminaGuard", redirect_uris=[AnyUrl(redirect)], token_endpoint_auth_method="none",  # noqa: S106  # a name
-    )  # fmt: skip
-    return OAuthClientProvider(url, metadata, tokens, show, answer)
+    metadata = OAuthClientMetadata(client_name="LuminaGuard", redirect_uris=[AnyUrl(redirect)])
+    return OAuthClientProvider(url, metadata, tokens, show, answer, client_metadata_url=document)
 
 
 def without_a_person(server: str) -> tuple[Show, Answer]:
