@@ -22,15 +22,18 @@ def replace_text(path: Path, text: str) -> None:
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o600
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
+        data = text.encode()
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         temporary.unlink(missing_ok=True)
+        why = error.strerror if isinstance(error, OSError) else "it is no Unicode"
         raise StorageError(
-            f"{path} cannot be written: {error.strerror}.", hint="Check its folder, and that the disk has free space.",
+            f"{path} cannot be written: {why}.", hint="Check its folder, and that the disk has free space.",
             kept="It is as it was.",
         ) from error  # fmt: skip

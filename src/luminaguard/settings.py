@@ -35,7 +35,8 @@ _MAX_FILE = 1 << 20
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _HEADER = re.compile(r"[A-Za-z0-9-]{1,64}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*(_[a-z0-9-]+)*$", max_length=32)]
+"""Without ``__``, which stands between it and the name of a tool: no server can take another one's names."""
 
 
 class Folders:

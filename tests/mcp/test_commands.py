@@ -190,6 +190,31 @@ def test_servers_of_other_hosts_are_taken_over_without_their_secrets(bare_home, 
     assert again.code == 0 and again.out.count("left out") == 8 and "There is a server" in again.out
 
 
+@pytest.mark.parametrize("before", [
+    'mcp_servers = { a = { command = ["x"] } }\n', 'note = """\n[mcp_servers.a]\n"""\n', "x" * (2 << 20),
+    '[mcp_servers.a] # mine\ncommand = ["x"]\n',
+])  # fmt: skip
+def test_a_file_that_cannot_be_changed_safely_is_left_alone(bare_home, before):
+    path = config_of(bare_home)
+    path.parent.mkdir(mode=0o700)
+    path.write_text(before)
+    for words in (("remove", "a"), ("add", "b", "--url", "https://b.example/")):
+        done = bare_home.run("mcp", *words)
+        assert "Traceback" not in done.err
+        if words[0] == "add" and done.code == 0:
+            assert list(bare_home.run("mcp", "list", "--json").json["servers"])[-1] == "b"
+        else:
+            assert done.code != 0 and path.read_text() == before, words
+
+
+def test_what_stands_before_the_next_table_stays_with_it(bare_home):
+    path = config_of(bare_home)
+    path.parent.mkdir(mode=0o700)
+    path.write_text('[mcp_servers.a]\ncommand = ["x"]  # of a\n\n# of the gateway\n[gateway]\nwait_s = 1\n')
+    assert bare_home.run("mcp", "remove", "a").code == 0
+    assert path.read_text() == "\n# of the gateway\n[gateway]\nwait_s = 1\n"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"mcpServers": 1}', "[" * 5000, "\xff"])
 def test_what_is_no_file_of_servers_is_refused(bare_home, tmp_path, content):
     (tmp_path / "mcp.json").write_bytes(content.encode("latin-1"))

@@ -3,13 +3,14 @@
 import json
 import re
 import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 
 import anyio
 import httpx2
 import mcp_types as types
 import pytest
+from anyio.streams.buffered import BufferedByteReceiveStream
 from hypothesis import given
 from hypothesis import strategies as st
 from mcp.client.stdio import stdio_client
@@ -144,7 +145,7 @@ def test_the_same_call_many_times_at_once_is_made_once_for_each_approval(setup):
                     for _ in range(5):
                         tasks.start_soon(call)
                 assert not any("said no" in one for one in said), said
-                assert lab.executed["a"] == len(approved)
+                assert lab.executed["a"] == len(approved), said
 
         run(work)
 
@@ -268,6 +269,21 @@ def test_the_clients_own_person_answers_where_the_settings_say_so(setup, era, sa
         run(work)
 
 
+def test_the_clients_own_person_is_not_asked_about_what_cannot_be_shown(setup):
+    lab = LabServer()
+    with running_lab(lab):
+        home = setup({"lab": lab.url}, gateway='ask_client = "medium"')
+        callback = agreed(says=True)
+
+        async def work():
+            async with over_stdio(home, elicitation_callback=callback) as client:
+                assert (await client.call_tool("lab__add", {"key": "a" * 5000})).is_error
+            assert not lab.executed and callback.asked == []
+
+        run(work)
+        assert waiting(home) == []  # nobody comes for it any more
+
+
 def test_the_clients_own_person_is_not_asked_by_default_nor_about_what_is_worse(setup):
     lab = LabServer(tools=(TOOLS[0] | {"name": "delete_all"},))
     callback = agreed(says=True)
@@ -329,6 +345,105 @@ def test_a_client_has_its_limits(setup):
                 return httpx2.post(url, json=message, headers=accept).status_code
 
             assert 429 in [ask(token) for _ in range(10)] and ask(other) != 429
+
+
+def test_a_session_is_its_clients_alone(setup):
+    lab = LabServer()
+    with running_lab(lab):
+        home = setup({"lab": lab.url}, TRUSTED)
+        mine, other = (home.run("gateway", "token", name).out.strip() for name in ("mine", "other"))
+        with serving(home) as url:
+
+            def post(token, message, session=""):
+                headers = {"accept": "application/json, text/event-stream", "authorization": f"Bearer {token}"}
+                headers |= {"mcp-session-id": session} if session else {}
+                return httpx2.post(url, json={"jsonrpc": "2.0", "id": 1} | message, headers=headers)
+
+            hello = {"method": "initialize", "params": {"protocolVersion": "2025-11-25", "capabilities": {},
+                                                        "clientInfo": {"name": "x", "version": "1"}}}  # fmt: skip
+            session = post(mine, hello).headers["mcp-session-id"]
+            assert post(mine, {"method": "tools/list"}, session).status_code == 200
+            assert post(other, {"method": "tools/list"}, session).status_code == 404
+            gone = httpx2.delete(url, headers={"authorization": f"Bearer {other}", "mcp-session-id": session})
+            assert gone.status_code == 404 and post(mine, {"method": "tools/list"}, session).status_code == 200
+            assert 429 in [post(other, hello).status_code for _ in range(70)]
+            assert post(mine, hello).status_code == 200  # one client's sessions are not another's
+
+
+@pytest.mark.parametrize("how", ["term", "eof"])
+def test_it_ends_when_it_is_told_to(setup, how):
+    home = setup({})
+    argv = home.argv("gateway", "--stdio")
+    with subprocess.Popen(argv, env=home.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:  # fmt: skip
+        process.stdin.write(b'{"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}}\n')
+        process.stdin.flush()
+        assert process.stdout.readline()
+        if how == "eof":
+            process.stdin.close()
+        else:
+            process.terminate()
+        assert process.wait(15) == 0
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_the_http_gateway_ends_without_a_word_about_it(setup):
+    home = setup({})
+    argv = home.argv("gateway", "--http", "127.0.0.1:0")
+    with subprocess.Popen(argv, env=home.environment, stderr=subprocess.PIPE) as process:
+        assert b"MCP at" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(15) == 0 and process.stderr.read() == b""
+
+
+@pytest.mark.vm
+def test_what_a_killed_gateways_program_changed_is_asked_for_by_the_next_one(home, workspace):
+    async def work():
+        argv = home.argv("gateway", "--stdio", "-w", str(workspace))
+        async with await anyio.open_process(argv, env=home.environment) as process:
+            say = lambda message: process.stdin.send(json.dumps(message).encode() + b"\n")  # noqa: E731
+            lines = BufferedByteReceiveStream(process.stdout)
+            await say(
+                {
+                    "jsonrpc": "2.0",
+                    "id": 1,
+                    "method": "initialize",
+                    "params": {
+                        "protocolVersion": "2025-11-25",
+                        "capabilities": {},
+                        "clientInfo": {"name": "x", "version": "1"},
+                    },
+                }
+            )
+            await lines.receive_until(b"\n", 1 << 20)
+            await say({"jsonrpc": "2.0", "method": "notifications/initialized"})
+            call = {"name": "write_file", "arguments": {"path": "new.txt", "content": "x"}}
+            await say({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": call})
+            await lines.receive_until(b"\n", 1 << 20)
+            call = {"name": "exec", "arguments": {"command": "sleep 100"}}
+            await say({"jsonrpc": "2.0", "id": 3, "method": "tools/call", "params": call})
+            await anyio.sleep(0.5)
+            process.kill()
+        async with over_stdio(home) as client:
+            await client.list_tools()
+
+    run(work)
+    (request,) = waiting(home)
+    assert home.run("approvals", "approve", request["id"]).code == 0
+    assert (workspace / "new.txt").read_text() == "x"
+
+
+@pytest.mark.vm
+def test_a_call_that_the_client_gives_up_is_not_done_again(home, workspace):
+    async def work():
+        async with over_stdio(home, "-w", str(workspace)) as client:
+            with anyio.move_on_after(4):
+                await client.call_tool("exec", {"command": "sleep 60; touch late"})
+            seen = await client.call_tool("list_files", {})
+            assert not seen.is_error and "late" not in text(seen), text(seen)
+
+    run(work)
+    assert waiting(home) == []
 
 
 def test_it_listens_to_this_machine_only_without_tls(setup):
@@ -417,6 +532,12 @@ def test_it_is_written_into_other_programs_settings_once_somebody_has_seen_the_d
     assert found["theme"] == "dark" and found[key]["other"] == {"command": "x"}
     assert found[key]["luminaguard"]["args"] == ["gateway", "--stdio"]
     assert home.run("gateway", "install", host, "--yes", HOME=str(tmp_path)).out == "nothing to change\n"
+    for odd in ('{"a": 1, "a": 2}', '{"a": 1e400}', '{"a": "\\ud800"}'):
+        path.write_text(odd)
+        assert home.run("gateway", "install", host, "--yes", HOME=str(tmp_path)).code == 123
+        assert (
+            path.read_text() == odd and [one.name for one in path.parent.iterdir() if "luminaguard" in one.name] == []
+        )
     path.write_text("{ // with comments\n}")
     damaged = home.run("gateway", "install", host, "--yes", HOME=str(tmp_path))
     assert damaged.code == 123 and "no plain JSON" in damaged.err and "comments" in path.read_text()
@@ -433,7 +554,7 @@ def test_a_project_has_a_file_of_its_own(setup, tmp_path):
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.sampled_from(["a", "a__b", "b"]), st.text(min_size=1, max_size=80)), max_size=20))
+@given(st.lists(st.tuples(st.sampled_from(["a", "a_b", "b"]), st.text(min_size=1, max_size=80)), max_size=20))
 def test_names_are_what_hosts_take_and_each_is_one_tool(tools):
     names = Names()
     given_out = {pair: names.add(*pair) for pair in tools}
@@ -479,4 +600,9 @@ def test_tokens_are_each_of_one_client(tmp_path):
     path = tmp_path / "gateway-clients.json"
     assert path.stat().st_mode & 0o777 == 0o600 and second not in path.read_text()
     assert json.loads(path.read_text()).keys() == {"b"}
-    assert sys.getsizeof(second) > 32
+
+
+def test_tokens_that_are_made_at_once_are_all_good(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: Clients(tmp_path).renew(f"c{number}"), range(16)))
+    assert [Clients(tmp_path).who(token) for token in made] == [f"c{number}" for number in range(16)]

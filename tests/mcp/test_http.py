@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 
 import anyio
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +18,10 @@ from luminaguard.mcp.http import Trust
 from luminaguard.mcp.http import session as http_session
 from luminaguard.mcp.http.events import Events, answer_in
 from luminaguard.mcp.http.session import open_http
+from luminaguard.runtime.mcp.login import Browser, oauth_of
 from luminaguard.settings import HttpServer
 from luminaguard.testing.mcp_lab import LEGACY, MODERN, TOOLS, Fault, LabServer, serve_lab
+from luminaguard.testing.mcp_oauth import OAuthServer
 
 DEADLINE_S = 60
 READS = {"look": Trust(harmless=True, read_only=True)}
@@ -397,7 +400,10 @@ def test_a_call_that_only_reads_goes_to_a_second_endpoint_when_it_takes_long(hed
         gate = anyio.Event()
         slow = LabServer()
         other = LabServer()
-        async with serve_lab(slow, other), opened(slow, other, hedge=hedge, timeout_s=2.0) as http:
+        async with (
+            serve_lab(slow, other),
+            opened(slow, other, hedge=hedge, timeout_s=2.0, strategy="round-robin") as http,
+        ):
             for _ in range(60):
                 await http.session.call("look", {})
             slow.plan = faults(Fault("wait", gate=gate), tool="look")
@@ -709,3 +715,108 @@ def test_no_answers(text):
 def test_settings_of_servers_over_http_are_checked(settings):
     with pytest.raises(ValueError, match="validation error"):
         HttpServer(**settings)
+
+
+# -- who asks ---------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Tokens in this process."""
+
+    def __init__(self):
+        self.tokens = self.client = None
+
+    async def get_tokens(self):
+        return self.tokens
+
+    async def set_tokens(self, tokens):
+        self.tokens = tokens
+
+    async def get_client_info(self):
+        return self.client
+
+    async def set_client_info(self, client_info):
+        self.client = client_info
+
+
+@asynccontextmanager
+async def asked(server, *, person=True, **options):
+    """A session with a server that wants to be shown who asks, and somebody with a browser, or nobody."""
+    async with Browser.open() as browser:
+
+        async def show(url):
+            if not person:
+                raise McpServerFailed("nobody is here", hint="")
+            async with httpx2.AsyncClient(trust_env=False, follow_redirects=True) as http:
+                assert (await http.get(url)).status_code == 200
+                assert (await http.get(browser.redirect)).status_code == 404  # without a code
+
+        auth = oauth_of(server.url, Memory(), browser.redirect, show, browser.answer)
+        settings = HttpServer(url=server.url, timeout_s=5, check_s=0)
+        async with open_http("lab", settings, {}, auth=auth, **options) as http:
+            yield http
+
+
+def test_a_login_is_made_once_and_shown_with_each_request():
+    async def work():
+        server = OAuthServer()
+        async with serve_lab(server), asked(server) as http:
+            for _ in range(3):
+                await http.session.call("add", {"key": "a"})
+            assert server.logins == 1 and server.executed == Counter(a=3)
+            server.tokens.clear()  # a person logs in again where there is one
+            assert (await http.session.call("add", {"key": "a"})).text == "4" and server.logins == 2
+
+    run(work)
+
+
+def test_calls_do_not_wait_for_each_other_because_of_the_login():
+    async def work():
+        server = OAuthServer()
+        async with serve_lab(server), asked(server) as http:
+            await http.session.call("look", {})
+            gate = anyio.Event()
+            server.plan = lambda m: Fault("events-later", gate=gate) if m["method"] == "tools/call" else None
+            async with anyio.create_task_group() as tasks:
+                for number in range(3):
+                    tasks.start_soon(http.session.call, "add", {"key": str(number)})
+                await server.until("got", 4)  # all three are there before any has an answer
+                gate.set()
+
+    run(work)
+
+
+@pytest.mark.parametrize(("broken", "person"), [("register", True), ("token", True), ("", False)])
+def test_a_login_that_fails_is_an_error_that_says_that_nothing_was_done(broken, person):
+    async def work():
+        server = OAuthServer(broken=broken)
+        async with serve_lab(server):
+            with pytest.raises(NotExecuted, match="who asks"):
+                async with asked(server, person=person):
+                    pass
+
+    run(work)
+
+
+def test_an_authorization_server_that_floods_is_bounded():
+    async def work():
+        server = OAuthServer(broken="flood")
+        async with serve_lab(server):
+            with pytest.raises(NotExecuted, match="authorization server"):
+                async with asked(server):
+                    pass
+
+    run(work)
+
+
+def test_endpoints_are_looked_at_once():
+    async def work():
+        good, gone = LabServer(), LabServer(plan=lambda _: Fault("status", executed=False, status=500))
+        async with serve_lab(good, gone):
+            settings = HttpServer(url=(good.url, gone.url), timeout_s=2)
+            rows = await http_session.look_at("lab", settings, {})
+            assert [row["health"] for row in rows] == ["well", "out"]
+        with pytest.raises(McpServerFailed, match="no address"):
+            await http_session.look_at("lab", HttpServer(url="https://no.such.host.invalid/", resolve=True), {})
+
+    run(work)

@@ -12,7 +12,7 @@ from luminaguard.runtime import Runtime
 from luminaguard.settings import Folders, load_settings
 
 CHECKS = ["settings", "hypervisor", "firecracker", "kvm", "host", "tools", "backend", "jail", "disk", "image",
-          "machine", "database", "publishes"]  # fmt: skip
+          "machine", "database", "publishes", "mcp"]  # fmt: skip
 
 
 @pytest.fixture

@@ -14,10 +14,14 @@ from luminaguard.cli.common import open_runtime
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from anyio import Event
+
     from luminaguard.runtime import Runtime
     from luminaguard.runtime.gateway import Gateway
 
 __all__ = ["gateway_app"]
+
+_MOST_CONNECTIONS = 512
 
 gateway_app = typer.Typer(help="LuminaGuard as an MCP server for other programs.", rich_markup_mode=None,
                           invoke_without_command=True)  # fmt: skip
@@ -48,14 +52,24 @@ def gateway(
         _run(workspace, _serve_stdio)
         return
 
-    async def serve(runtime: Runtime, gateway: Gateway) -> None:
+    async def serve(runtime: Runtime, gateway: Gateway, stop: Event) -> None:
+        import anyio
+
         from luminaguard.service.gateway import gateway_app as build
         from luminaguard.service.server import Server
 
         app = build(runtime, gateway, http, hosts=tuple(host or ()))
-        server = Server(app, http, certificate, key, lifespan="on")
+        server = Server(app, http, certificate, key, lifespan="on", most=_MOST_CONNECTIONS)
         where = f"{'https' if certificate else 'http'}://{http}/mcp"
-        await server.serve_at(lambda: _tell(f"MCP at {where} (Ctrl-C ends it)"))
+
+        async def end() -> None:
+            await stop.wait()
+            server.should_exit = True
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(end)
+            await server.serve_at(lambda: _tell(f"MCP at {where} (Ctrl-C ends it)"))
+            tasks.cancel_scope.cancel()
 
     _run(workspace, serve)
 
@@ -108,17 +122,26 @@ def gateway_install(
     print(f"written: {change.path}")
 
 
-async def _serve_stdio(_runtime: Runtime, gateway: Gateway) -> None:
-    from mcp.server.stdio import stdio_server
+async def _serve_stdio(_runtime: Runtime, gateway: Gateway, stop: Event) -> None:
+    import anyio
 
     from luminaguard.mcp.gateway import make_server
+    from luminaguard.mcp.gateway.stdio import stdio_streams
 
     server = make_server(gateway)
-    async with stdio_server() as (reads, writes):
-        await server.run(reads, writes, server.create_initialization_options())
+    async with anyio.create_task_group() as tasks:
+
+        async def end() -> None:
+            await stop.wait()
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(end)
+        async with stdio_streams() as (reads, writes):
+            await server.run(reads, writes, server.create_initialization_options())
+        tasks.cancel_scope.cancel()
 
 
-def _run(workspace: Path | None, serve: Callable[[Any, Gateway], Awaitable[None]]) -> None:
+def _run(workspace: Path | None, serve: Callable[[Any, Gateway, Event], Awaitable[None]]) -> None:
     import anyio
 
     from luminaguard.cli.paths import absolute
@@ -130,15 +153,17 @@ def _run(workspace: Path | None, serve: Callable[[Any, Gateway], Awaitable[None]
         folder = absolute(workspace) if workspace is not None else None
 
         async def run() -> None:
-            async with Gateway.open(runtime, folder) as gateway, anyio.create_task_group() as tasks:
+            stop = anyio.Event()
+            async with anyio.create_task_group() as tasks:
 
                 async def until_signal() -> None:
                     while (await held.next()) not in signals.ENDING:
                         pass
-                    tasks.cancel_scope.cancel()
+                    stop.set()
 
                 tasks.start_soon(until_signal)
-                await serve(runtime, gateway)
+                async with Gateway.open(runtime, folder) as gateway:
+                    await serve(runtime, gateway, stop)
                 tasks.cancel_scope.cancel()
 
         try:

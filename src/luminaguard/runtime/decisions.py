@@ -35,6 +35,7 @@ from luminaguard.errors import (
     NotExecuted,
     OutcomeUnknown,
     PolicyChanged,
+    PublishError,
     RequestNotFound,
     SessionLost,
     TaskStopped,
@@ -221,6 +222,8 @@ class Decisions:
                     try:
                         use(found.id)
                         return
+                    except PublishError:  # another call that is the same is at it
+                        continue
                     except ApprovalError as error:  # such as rules that want another person's answer by now
                         if self._runtime.approvals.get(found.id).state is State.APPROVED:
                             self._runtime.approvals.void(found.id, error.message)
@@ -457,7 +460,7 @@ class Decisions:
         Raises:
             ApprovalError: there is no valid, unused approval; the context is not entered.
         """
-        with self._runtime.publisher.lock(request_id):  # recovery leaves alone what somebody is at
+        with self._used_by_me(request_id):  # recovery leaves alone what somebody is at
             self._claim(request_id, hand_over=False)
             try:
                 yield
@@ -471,6 +474,18 @@ class Decisions:
                 self._runtime.approvals.finish(request_id, State.UNKNOWN, "interrupted; it may have been done")
                 raise
             self._runtime.approvals.finish(request_id, State.DONE, "it was called")
+
+    @contextmanager
+    def _used_by_me(self, request_id: str) -> Iterator[None]:
+        try:
+            lock = self._runtime.publisher.lock(request_id)
+            lock.__enter__()
+        except PublishError:
+            raise PublishError(f"Another call uses the approval of {request_id}.", hint="Ask again.") from None
+        try:
+            yield
+        finally:
+            lock.__exit__(None, None, None)
 
     def _claim(self, request_id: str, *, hand_over: bool) -> Request:
         effect = self._runtime.approvals.effect(request_id)

@@ -61,14 +61,15 @@ class LocalTasks:
         bench: where calls are evaluated; in machines if not given.
         enqueue: told of each step that can be done; in a fleet, its queue is, if nothing is given.
         here: new tasks are done by this process alone.
+        servers: their models are offered the tools of other servers.
     """
 
     def __init__(
         self, runtime: Runtime, bench: Callable[[Runtime, Snapshots], Workbench] | None = None,
-        enqueue: Enqueue | None = None, *, here: bool = False,
+        enqueue: Enqueue | None = None, *, here: bool = False, servers: bool = True,
     ) -> None:  # fmt: skip
         self._runtime = runtime
-        self._here = here
+        self._here, self._servers = here, servers
         self._make_bench = bench or MachineBench
         self._enqueue = enqueue
 
@@ -101,7 +102,7 @@ class LocalTasks:
     @property
     def _remote(self) -> RemoteTools | None:
         """The tools of the servers that were set up; None if there are none."""
-        if not self._runtime.settings.mcp_servers:
+        if not (self._servers and self._runtime.settings.mcp_servers):
             return None
         from luminaguard.runtime.mcp.agent import ServerTools
 

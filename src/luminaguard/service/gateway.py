@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["Guard", "gateway_app"]
 
 _MOST_BODY = 4 << 20
-_SESSIONS = 256
+_SESSIONS, _SESSIONS_OF_ONE = 1024, 64
+_SESSION_IDLE_S = 600.0
+_SESSION = b"mcp-session-id"
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
@@ -42,6 +44,7 @@ def gateway_app(runtime: Runtime, gateway: Gateway, listen: str, hosts: tuple[st
     security = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     inner = make_server(gateway).streamable_http_app(
         json_response=False, transport_security=security, max_request_body_size=_MOST_BODY, max_sessions=_SESSIONS,
+        session_idle_timeout=_SESSION_IDLE_S,
     )  # fmt: skip
     settings = runtime.settings.gateway
     inner.router.routes.append(Route("/metrics", lambda _request: PlainTextResponse(gateway.metrics())))
@@ -67,6 +70,8 @@ class _Usage:
     running: int = 0
     calls: float = 0.0
     since: float = 0.0
+    sessions: dict[str, float] = field(default_factory=dict)
+    """Of the older era: which are this client's, and when each was used last."""
 
 
 @dataclass(slots=True)
@@ -109,11 +114,38 @@ class Guard:
         if why := self._too_much(usage, scope["method"]):
             await self._refuse(send, 429, why)
             return
+        session = headers.get(_SESSION, b"").decode("latin-1")
+        if refused := self._may_not_use(usage, session, scope["method"]):
+            await self._refuse(send, *refused)
+            return
+
+        async def watch(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                given = dict(message["headers"]).get(_SESSION, b"").decode("latin-1")
+                if given:
+                    usage.sessions[given] = self.clock()
+                if scope["method"] == "DELETE" and message["status"] < 300:
+                    usage.sessions.pop(session, None)
+            await send(message)
+
         usage.running += 1
         try:
-            await self.inner(scope, receive, send)
+            await self.inner(scope, receive, watch)
         finally:
             usage.running -= 1
+
+    def _may_not_use(self, usage: _Usage, session: str, method: str) -> tuple[int, str] | None:
+        """Why a request may not be made in a session; None if it may."""
+        now = self.clock()
+        for name in [name for name, at in usage.sessions.items() if now - at > _SESSION_IDLE_S]:
+            del usage.sessions[name]
+        if session:
+            if session not in usage.sessions:  # another client's is none of this one's business
+                return 404, "there is no such session"
+            usage.sessions[session] = now
+        elif method == "POST" and len(usage.sessions) >= _SESSIONS_OF_ONE:
+            return 429, f"more than {_SESSIONS_OF_ONE} sessions: end some"
+        return None
 
     def _may_not_enter(self, headers: dict[bytes, bytes]) -> tuple[int, str]:
         host = headers.get(b"host", b"").decode("latin-1").lower()

@@ -23,6 +23,8 @@ class Server(uvicorn.Server):
     Args:
         app: what is served.
         listen: ADDRESS:PORT.
+        lifespan: whether the application wants to be told of its beginning and end.
+        most: connections at once.
         certificate, key: PEM files; without them, only this machine is listened to.
 
     Raises:
@@ -31,7 +33,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self, app: Any, listen: str, certificate: Path | None, key: Path | None, *,
-        lifespan: Literal["on", "off"] = "off",
+        lifespan: Literal["on", "off"] = "off", most: int = 64,
     ) -> None:  # fmt: skip
         host, _, port = listen.rpartition(":")
         try:
@@ -51,7 +53,7 @@ class Server(uvicorn.Server):
                 raise SettingsError(f"There is no file {path}.", hint="It is a certificate, or a key, in PEM.")
         config = uvicorn.Config(
             app, host=str(address), port=number, log_config=None, access_log=False, server_header=False,
-            proxy_headers=False, limit_concurrency=64, timeout_keep_alive=5, h11_max_incomplete_event_size=64 << 10,
+            proxy_headers=False, limit_concurrency=most, timeout_keep_alive=5, h11_max_incomplete_event_size=64 << 10,
             ssl_certfile=certificate, ssl_keyfile=key, lifespan=lifespan, ws="none", timeout_graceful_shutdown=5,
         )  # fmt: skip
         try:

@@ -8,15 +8,19 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from luminaguard.errors import SettingsError, StorageError
 from luminaguard.files import replace_text
+from luminaguard.workspaces.locks import Busy, locked
 
 __all__ = ["Clients"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 _MOST_FILE = 1 << 20
+_LOCK_WAIT_S = 10.0
 
 
 class Clients:
@@ -35,15 +39,17 @@ class Clients:
         if not _NAME.fullmatch(name):
             raise SettingsError(f"{name[:40]!a} is no name for a client.", hint="Small letters, digits, '.', '_', '-'.")
         token = f"lg-{secrets.token_urlsafe(32)}"
-        replace_text(self._path, json.dumps(self._read() | {name: _digest(token)}))
+        with self._alone():
+            replace_text(self._path, json.dumps(self._read() | {name: _digest(token)}))
         return token
 
     def revoke(self, name: str) -> bool:
         """End a client's token; whether there was one."""
-        known = self._read()
-        if known.pop(name, None) is None:
-            return False
-        replace_text(self._path, json.dumps(known))
+        with self._alone():
+            known = self._read()
+            if known.pop(name, None) is None:
+                return False
+            replace_text(self._path, json.dumps(known))
         return True
 
     def names(self) -> list[str]:
@@ -57,6 +63,15 @@ class Clients:
             if hmac.compare_digest(digest, known):
                 found = name
         return found
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else changes the file meanwhile."""
+        try:
+            with locked(self._path.with_suffix(".lock"), "clients", wait_s=_LOCK_WAIT_S):
+                yield
+        except Busy:
+            raise StorageError(f"{self._path} is being changed.", hint="Run the command again.") from None
 
     def _read(self) -> dict[str, str]:
         try:

@@ -21,6 +21,7 @@ from luminaguard.effects.changes import Change, Changeset, LinkEntry
 from luminaguard.effects.text import visible_name
 from luminaguard.errors import (
     ActionInvalid,
+    ApprovalError,
     ApprovalNeeded,
     ChangesetRefused,
     CommandTooLong,
@@ -288,7 +289,9 @@ class Engine:
             outcome = await remote.call(task, call, request)
         except ApprovalNeeded as error:
             return replace(task, status=Status.WAITING, request=error.request_id, asked_for="call"), _Round()
-        except (*_OF_THE_CALL, McpServerFailed, SettingsError) as error:
+        except TaskStopped:
+            raise
+        except (*_OF_THE_CALL, ApprovalError, McpServerFailed, SettingsError) as error:
             watcher.outcome(call, None, error.message)
             text = " ".join(part for part in (error.message, error.kept, error.hint) if part)
             return task.running(), _Round([_failed(call, text)])
@@ -502,6 +505,12 @@ class Engine:
         status = Status.RUNNING if task.status is Status.PAUSED else task.status
         after: Task = replace(task, status=status, why="", **changed)  # type: ignore[arg-type]  # fields of a task
         return self._save(after, _Round(), what="resume", changed=False)
+
+    def give_up(self, task: Task, why: str) -> Task:
+        """Answer the calls that nobody waits for any more: they are not done, and not done again."""
+        calls = open_calls(self.history(task))
+        after = replace(task.running(), question="") if task.status is Status.WAITING else task
+        return self._save(after, _Round([_failed(call, why) for call in calls]), what="given up", changed=False)
 
     def pause(self, task: Task, why: str) -> Task:
         """Let a task rest where it is, until a person resumes it."""

@@ -36,7 +36,7 @@ class Fault:
     Attributes:
         kind: ``status``, ``hang``, ``reset``, ``close``, ``truncate``, ``garbage``, ``wrong-id``, ``huge``, ``drip``,
             ``redirect``, ``lose-session``, ``events``, ``events-cut``, ``events-then-cut``, ``events-then-hang``,
-            ``other-event``, ``wait``, ``text``, ``accepted``.
+            ``events-later``, ``other-event``, ``wait``, ``text``, ``accepted``.
         executed: whether the tool is executed before that.
         status: the HTTP status of ``status`` and ``redirect``.
         headers: that are added.
@@ -291,11 +291,15 @@ async def _events(say: _Say, fault: Fault, answer: dict[str, Any]) -> bool:
     if fault.kind == "other-event":
         await say.data(_event(answer).replace(b"event: message", b"event: other\x1b[31m"))
         return await say.end()
-    await say.data(_event(progress))
+    if fault.kind != "events-later":
+        await say.data(_event(progress))
     if fault.kind == "events-then-cut":
         raise _Killed
     if fault.kind == "events-then-hang":
         return False
+    if fault.kind == "events-later":
+        assert fault.gate is not None
+        await fault.gate.wait()
     await say.data(_event(answer))
     return await say.end()
 

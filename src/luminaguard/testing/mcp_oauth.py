@@ -24,7 +24,7 @@ class OAuthServer(LabServer):
     """One server.
 
     Attributes:
-        broken: which step of the flow is answered with an error: ``register`` or ``token``.
+        broken: which step of the flow is answered with an error, ``register`` or ``token``; or ``flood``.
         tokens: those that are good.
         logins: how often somebody came with a browser.
     """
@@ -52,6 +52,8 @@ class OAuthServer(LabServer):
             await say.json(200, {"resource": self.url, "authorization_servers": [self._base]})
         elif path.startswith("/.well-known/"):
             await self._metadata(say)
+        elif path == "/register" and self.broken == "flood":
+            await say.response(200, b" " * (3 << 20))
         elif path == "/register" and method == b"POST":
             asked = json.loads(body) | {"client_id": f"client-{secrets.token_hex(4)}"}
             await say.json(500 if self.broken == "register" else 201, asked)

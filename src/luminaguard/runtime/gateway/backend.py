@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,20 @@ from luminaguard import log
 from luminaguard.actions.model import Risk, Severity
 from luminaguard.approvals import State, Verdict
 from luminaguard.effects.text import visible
-from luminaguard.errors import ApprovalNeeded, Forbidden, LuminaGuardError, MaybeExecuted, McpServerFailed
+from luminaguard.errors import (
+    ApprovalError,
+    ApprovalNeeded,
+    Forbidden,
+    LuminaGuardError,
+    MaybeExecuted,
+    McpServerFailed,
+)
 from luminaguard.mcp.definitions import Definition
 from luminaguard.mcp.gateway import Client, Names, Visibility
 from luminaguard.mcp.gateway.server import Asks
 from luminaguard.mcp.metrics import Calls, exposition
 from luminaguard.runtime.decisions import Answer
-from luminaguard.runtime.gateway.folder import FolderTools, Waiting
+from luminaguard.runtime.gateway.folder import FolderTools, Waiting, settle
 from luminaguard.runtime.gateway.kept import KeptServers
 from luminaguard.runtime.mcp import McpServers, Opened
 
@@ -32,8 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Gateway"]
 
+_LEFT = "the program that asked for it has left"
 _LOOK_S = 0.25
 _END_S = 10.0
+_MOST_SHOWN = 4000
 _UP_TO = {"never": None, "low": Severity.LOW, "medium": Severity.MEDIUM}
 
 
@@ -55,6 +64,8 @@ class Gateway:
     @asynccontextmanager
     async def open(cls, runtime: Runtime, workspace: Path | None) -> AsyncIterator[Gateway]:
         """A gateway for as long as this context lasts; what was changed in machines is asked for at its end."""
+        for request in await settle(runtime):
+            log.event("gateway.changes_wait", request=request)
         folder = FolderTools(runtime, workspace) if workspace else None
         async with anyio.create_task_group() as tasks:
             kept = KeptServers(McpServers(runtime), tasks, runtime.settings.gateway.idle_s, _tell_ended)
@@ -67,6 +78,15 @@ class Gateway:
                 if folder is not None:
                     with anyio.CancelScope(shield=True):
                         await _close(folder)
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(gateway.withdraw)
+
+    def withdraw(self) -> None:
+        """Nobody comes for what this gateway's client asked for and left."""
+        for request in self._runtime.approvals.list(task=self._task):
+            if request.state in {State.PENDING, State.APPROVED}:
+                with suppress(ApprovalError):
+                    self._runtime.decisions.deny(request, Answer(Verdict.DENY, "gateway", _LEFT))
 
     # -- what is offered ------------------------------------------------------------------------------------
 
@@ -186,7 +206,7 @@ class Gateway:
         if most is not None and not most < judged.severity and judged.risk is Risk.RED and judged.people == 1:
             question = f"{visible(' '.join(request.command))}: {judged.reason} ({request_id})"
             card = await anyio.to_thread.run_sync(self._question, request_id, question)
-            said = await client.ask(Asks(request_id, card))
+            said = await client.ask(Asks(request_id, card)) if card else None
             if said is not None:
                 verdict = Verdict.APPROVE if said else Verdict.DENY
                 answer = Answer(verdict, "MCP client")
@@ -207,12 +227,12 @@ class Gateway:
             await anyio.sleep(_LOOK_S)
 
     def _question(self, request_id: str, first: str) -> str:
-        """All of a call, in words: the client's person sees what they allow."""
+        """All of a call, in words: the client's person sees what they allow. Empty for what is too long to be seen."""
         import json
 
         effect = self._runtime.approvals.effect(request_id)
         arguments = json.dumps(getattr(effect, "arguments", {}), ensure_ascii=True, indent=1)
-        return f"{first}\n{arguments}" if len(arguments) <= 4000 else f"{first}\n(too long to show: use the terminal)"
+        return f"{first}\n{arguments}" if len(arguments) <= _MOST_SHOWN else ""
 
 
 def _tell_ended(name: str, opened: Opened) -> None:

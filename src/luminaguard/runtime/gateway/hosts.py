@@ -75,7 +75,10 @@ def plan_install(host: str, home: Path, project: Path | None, words: Sequence[st
     path = project / known.project if project else known.user(home)
     before = _read(path)
     try:
-        whole: Any = json.loads(before) if before.strip() else {}
+        whole: Any = json.loads(before, object_pairs_hook=_once) if before.strip() else {}
+        _ = json.dumps(
+            whole, allow_nan=False, ensure_ascii=False
+        ).encode()  # raises for what would not come out as it is
     except (ValueError, RecursionError) as error:
         raise SettingsError(
             f"{path} is no plain JSON: {error}.", hint="It may have comments; write the entry into it by hand."
@@ -84,6 +87,14 @@ def plan_install(host: str, home: Path, project: Path | None, words: Sequence[st
         raise SettingsError(f"{path} has no object {known.key!a}.", hint="Correct the file.")
     whole[known.key][_NAME] = dict(known.extra) | {"command": _program(), "args": ["gateway", "--stdio", *words]}
     return Change(path, before, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are there once: of others one value would be lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def _program() -> str:

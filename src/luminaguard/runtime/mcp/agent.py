@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ServerTools"]
 
 _MOST_DESCRIPTION = 4000
+_LOOK_S = 10.0
 
 
 class ServerTools:
@@ -47,9 +48,10 @@ class ServerTools:
             except LuminaGuardError as error:
                 log.event("mcp.server_missing", server=name, why=error.message)
 
-        async with anyio.create_task_group() as tasks:
-            for name in self._runtime.settings.mcp_servers:
-                tasks.start_soon(look, name)
+        with anyio.move_on_after(_LOOK_S):  # one that hangs keeps no model from its turn
+            async with anyio.create_task_group() as tasks:
+                for name in self._runtime.settings.mcp_servers:
+                    tasks.start_soon(look, name)
         return [
             ToolSpec(self._names.add(server, tool), str(definition.get("description", ""))[:_MOST_DESCRIPTION],
                      definition.get("inputSchema") or {"type": "object"})

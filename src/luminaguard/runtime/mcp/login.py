@@ -17,7 +17,7 @@ from mcp.client.auth import OAuthClientProvider, TokenStorage
 from mcp.shared.auth import AuthorizationCodeResult, OAuthClientInformationFull, OAuthClientMetadata, OAuthToken
 from pydantic import AnyUrl, BaseModel, ValidationError
 
-from luminaguard.errors import McpServerFailed, StorageError
+from luminaguard.errors import McpServerFailed, StorageError, first_of
 from luminaguard.files import replace_text
 
 __all__ = ["PERSON_S", "Browser", "Tokens", "oauth_of", "without_a_person"]
@@ -135,12 +135,16 @@ class Browser:
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
         port = listener.extra(anyio.abc.SocketAttribute.local_port)  # noqa: S610  # of anyio
         browser = cls(port)
-        async with listener, anyio.create_task_group() as tasks:
-            tasks.start_soon(listener.serve, browser._serve)
-            yield browser
-            tasks.cancel_scope.cancel()
-        browser._sends.close()
-        browser._comes.close()
+        try:
+            async with listener, anyio.create_task_group() as tasks:
+                tasks.start_soon(listener.serve, browser._serve)
+                yield browser
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
+        finally:
+            browser._sends.close()
+            browser._comes.close()
 
     async def answer(self) -> AuthorizationCodeResult:
         """What came back; raises McpServerFailed if nothing does in time."""

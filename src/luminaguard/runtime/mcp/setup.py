@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from luminaguard.settings import HttpServer, McpServer, Settings, StdioServer
 __all__ = ["Found", "add_server", "read_other", "remove_server"]
 
 _MAX_FILE = 1 << 20
-_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_NAME = re.compile(r"(?=.{1,32}$)[a-z][a-z0-9-]*(_[a-z0-9-]+)*")
 _DOWNLOADS = frozenset({"npx", "bunx", "pnpx", "uvx", "pipx", "docker", "podman"})
 
 
@@ -65,7 +66,7 @@ def read_other(path: Path, folder: Path | None) -> list[Found]:
 
 
 def _taken_over(name: str, raw: Any, folder: Path | None) -> Found:
-    ours = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:32] or "server"
+    ours = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:32] or "server"
     ours = ours if ours[0].isalpha() else f"s-{ours}"[:32]
     notes: list[str] = []
     if not isinstance(raw, dict):
@@ -127,7 +128,10 @@ def add_server(config: Path, known: Settings, name: str, settings: Mapping[str, 
     path = config / "luminaguard.toml"
     before = _read(path)
     gap = "" if not before or before.endswith("\n\n") else "\n" if before.endswith("\n") else "\n\n"
-    replace_text(path, f"{before}{gap}" + "\n".join(lines) + "\n")
+    after = f"{before}{gap}" + "\n".join(lines) + "\n"
+    expected = _parsed(path, before)
+    expected.setdefault("mcp_servers", {})[name] = json.loads(json.dumps(dict(settings)))
+    _replace(path, after, expected)
 
 
 def remove_server(config: Path, name: str) -> None:
@@ -141,7 +145,33 @@ def remove_server(config: Path, name: str) -> None:
     own = f"[mcp_servers.{name}."
     while end < len(lines) and (not lines[end].lstrip().startswith("[") or lines[end].lstrip().startswith(own)):
         end += 1
-    replace_text(path, "".join(lines[: begins[0]] + lines[end:]))
+    while end < len(lines) and (not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#")):
+        end -= 1  # what stands before the next table is about that one
+    expected = _parsed(path, "".join(lines))
+    expected.get("mcp_servers", {}).pop(name, None)
+    _replace(path, "".join(lines[: begins[0]] + lines[end:]), expected)
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}.", hint="Correct the file.") from error
+
+
+def _replace(path: Path, text: str, expected: dict[str, Any]) -> None:
+    """Write the file, if what it says then is what it should; raises SettingsError, and nothing was written."""
+    try:
+        found: dict[str, Any] | None = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError):
+        found = None
+    known = expected.get("mcp_servers")
+    if found != expected and not (known == {} and found == {key: one for key, one in expected.items() if one != {}}):
+        raise SettingsError(
+            f"{path} is written in a way that this command cannot change.", hint="Change it by hand.",
+            kept="Nothing was written.",
+        )  # fmt: skip
+    replace_text(path, text)
 
 
 def _toml(value: Any) -> str:
@@ -156,7 +186,10 @@ def _toml(value: Any) -> str:
 def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            return file.read(_MAX_FILE).decode()
+            data = file.read(_MAX_FILE + 1)
+        if len(data) > _MAX_FILE:
+            raise SettingsError(f"{path} is larger than {_MAX_FILE >> 20} MiB.", hint="Change it by hand.")
+        return data.decode()
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
