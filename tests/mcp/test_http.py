@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luminaguard.errors import MaybeExecuted, McpServerFailed, NotExecuted, SessionLost
-from luminaguard.mcp.balancing import Health
+from luminaguard.mcp.balancing import Health, Tuning
 from luminaguard.mcp.http import Trust
 from luminaguard.mcp.http import session as http_session
 from luminaguard.mcp.http.events import Events, answer_in
@@ -578,6 +578,26 @@ def test_a_call_that_was_lost_once_may_have_been_executed_whatever_came_after():
     async def work():
         server = LabServer(plan=faults(*[Fault("reset"), Fault("status", executed=False, status=503)] * 9))
         async with serve_lab(server), opened(server, trust={"add": Trust(harmless=True)}) as http:
+            with pytest.raises(MaybeExecuted):
+                await http.session.call("add", {"key": "a"})
+
+    run(work)
+
+
+@pytest.mark.parametrize("era", [MODERN, LEGACY])
+def test_a_call_that_was_lost_once_may_have_been_executed_though_nobody_is_there_any_more(era):
+    async def work():
+        server = LabServer(era=era)
+
+        def plan(message):
+            if message["method"] != "tools/call":
+                return None
+            server.kill()
+            return Fault("reset")
+
+        server.plan = plan
+        async with serve_lab(server), opened(server, timeout_s=4, trust={"add": Trust(harmless=True)}) as http:
+            http.transport.balancer.tuning = Tuning(patience_s=0.2, failures=1)
             with pytest.raises(MaybeExecuted):
                 await http.session.call("add", {"key": "a"})
 

@@ -191,9 +191,8 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
             chosen = self._choose(post, tried, waited_s)
             at = tried[-1] if tried else str(self._url)
             if isinstance(chosen, Nobody):
-                return self._failed(
-                    post, "not executed", at, f"{why}; {chosen.why}" if tried else self._with_last(chosen.why)
-                )
+                told = f"{why}; {chosen.why}" if tried else self._with_last(chosen.why)
+                return self._failed(post, _told(maybe=maybe), at, told)
             if isinstance(chosen, Waits):
                 if chosen.until > post.deadline and not self._is_busy():
                     return self._failed(post, _told(maybe=maybe), at, why if tried else self._with_last(chosen.why))
@@ -212,14 +211,14 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
             if outcome.session_unknown:
                 if self._stateless and left > 0 and await self._reopen(post, chosen.name, version):
                     continue
-                return self._failed(post, "session lost", chosen.name, why)
+                return self._failed(post, "maybe executed" if maybe else "session lost", chosen.name, why)
             what = verdict(post.call, outcome.fate, attempts_left=left, busy_is_not_done=self._busy_is_not_done)
             if what is Verdict.DELIVER and outcome.response is not None:
                 return outcome.response
             if what is Verdict.AGAIN and self.balancer.retries.spend():
                 if post.call.session and outcome.fate is Fate.NOT_SENT:  # its endpoint is gone, and the session with it
                     if not (self._stateless and await self._reopen(post, chosen.name, version)):
-                        return self._failed(post, "session lost", chosen.name, why)
+                        return self._failed(post, "maybe executed" if maybe else "session lost", chosen.name, why)
                 else:
                     await self._back_off(tried)
                 continue

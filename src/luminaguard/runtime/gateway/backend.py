@@ -83,10 +83,13 @@ class Gateway:
 
     def withdraw(self) -> None:
         """Nobody comes for what this gateway's client asked for and left."""
-        for request in self._runtime.approvals.list(task=self._task):
-            if request.state in {State.PENDING, State.APPROVED}:
-                with suppress(ApprovalError):
-                    self._runtime.decisions.deny(request, Answer(Verdict.DENY, "gateway", _LEFT))
+        try:
+            for request in self._runtime.approvals.list(task=self._task):
+                if request.state in {State.PENDING, State.APPROVED}:
+                    with suppress(ApprovalError):
+                        self._runtime.decisions.deny(request, Answer(Verdict.DENY, "gateway", _LEFT))
+        except LuminaGuardError as error:  # they end by themselves in time
+            log.event("gateway.not_withdrawn", why=error.message)
 
     # -- what is offered ------------------------------------------------------------------------------------
 
