@@ -269,8 +269,10 @@ def test_a_server_without_isolation_is_asked_for_each_call_and_never_forgotten(u
     assert told["mcp"]["level"] == "note" and "notes" in told["mcp"]["detail"]
 
 
-@pytest.mark.parametrize(("fault", "said"), [("crash", "boom"), ("dead", "status 7"), ("hang", "no answer"),
-                                             ("long", "8 MiB")])  # fmt: skip
+@pytest.mark.parametrize(("fault", "said"), [
+    ("crash", "boom"), *(pytest.param(*case, marks=pytest.mark.slow)
+                         for case in [("dead", "status 7"), ("hang", "no answer"), ("long", "8 MiB")]),
+])  # fmt: skip
 def test_a_server_without_isolation_that_fails_is_an_error_and_leaves_nothing(unconfined, fault, said):
     unconfined("mcp", "tools", "notes")
     unconfined("mcp", "call", "notes", "count")
