@@ -57,8 +57,7 @@ def serve(
             async with anyio.create_task_group() as tasks:
 
                 async def until_signal() -> None:
-                    while await held.next() not in signals.ENDING:
-                        pass
+                    await held.ending()
                     server.should_exit = True
 
                 tasks.start_soon(until_signal)
@@ -184,8 +183,7 @@ def worker(
             async with anyio.create_task_group() as tasks:
 
                 async def until_signal() -> None:
-                    while await held.next() not in signals.ENDING:
-                        pass
+                    await held.ending()
                     tasks.cancel_scope.cancel()
 
                 tasks.start_soon(until_signal)

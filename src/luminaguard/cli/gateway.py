@@ -157,8 +157,7 @@ def _run(workspace: Path | None, serve: Callable[[Any, Gateway, Event], Awaitabl
             async with anyio.create_task_group() as tasks:
 
                 async def until_signal() -> None:
-                    while (await held.next()) not in signals.ENDING:
-                        pass
+                    await held.ending()
                     stop.set()
 
                 tasks.start_soon(until_signal)

@@ -102,8 +102,7 @@ def serve_pool(runtime: Runtime) -> None:
         async with runtime.open_pool() as pool, anyio.create_task_group() as tasks:
 
             async def until_signal() -> None:
-                while await held.next() not in signals.ENDING:
-                    pass
+                await held.ending()
                 tasks.cancel_scope.cancel()
 
             tasks.start_soon(until_signal)

@@ -110,9 +110,7 @@ def mcp_login(
             async with anyio.create_task_group() as tasks:
 
                 async def until_signal() -> None:
-                    while (number := await held.next()) not in signals.ENDING:
-                        pass
-                    raise signals.Interrupted(number)
+                    raise signals.Interrupted(await held.ending())
 
                 tasks.start_soon(until_signal)
                 count = await McpServers(runtime).login(server, show)
@@ -313,9 +311,7 @@ def _with(
             async with anyio.create_task_group() as tasks:
 
                 async def until_signal() -> None:
-                    while (number := await held.next()) not in signals.ENDING:
-                        pass
-                    raise signals.Interrupted(number)
+                    raise signals.Interrupted(await held.ending())
 
                 tasks.start_soon(until_signal)
                 async with (servers := McpServers(runtime)).open(server) as opened:

@@ -55,6 +55,12 @@ class Held:
             self._wakes.recv(4096)
         return self._kept.popleft()
 
+    async def ending(self) -> int:
+        """Wait for a signal that asks to end, and take it; others that come meanwhile are nobody's."""
+        while (number := await self.next()) not in ENDING:
+            pass
+        return number
+
     def waits(self) -> bool:
         """Whether one that asks to end was kept and not taken yet."""
         return any(number in ENDING for number in self._kept)
