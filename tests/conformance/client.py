@@ -19,6 +19,7 @@ from pydantic import AnyUrl
 from luminaguard.mcp.http.session import open_http
 from luminaguard.runtime.mcp.login import oauth_of
 from luminaguard.settings import HttpServer
+from luminaguard.testing.mcp_oauth import MemoryTokens
 from mcp import MCPError
 
 SCENARIO = os.environ.get("MCP_CONFORMANCE_SCENARIO", "")
@@ -27,29 +28,15 @@ REDIRECT = "http://localhost:3000/callback"
 OF_A_KIND = {"number": 5, "integer": 5, "string": "x", "boolean": True, "array": [], "object": {}, "null": None}
 
 
-class Memory:
-    """Tokens for as long as this process lives."""
-
-    def __init__(self):
-        self.tokens = self.client = None
-        if "client_id" in CONTEXT:  # the scenario has registered us before
-            secret = CONTEXT.get("client_secret")
-            self.client = OAuthClientInformationFull(
-                client_id=CONTEXT["client_id"], client_secret=secret, redirect_uris=[AnyUrl(REDIRECT)],
-                token_endpoint_auth_method="client_secret_basic" if secret else "none",
-            )  # fmt: skip
-
-    async def get_tokens(self):
-        return self.tokens
-
-    async def set_tokens(self, tokens):
-        self.tokens = tokens
-
-    async def get_client_info(self):
-        return self.client
-
-    async def set_client_info(self, client_info):
-        self.client = client_info
+def registered():
+    """What the scenario has registered us as before; None for nothing."""
+    if "client_id" not in CONTEXT:
+        return None
+    secret = CONTEXT.get("client_secret")
+    return OAuthClientInformationFull(
+        client_id=CONTEXT["client_id"], client_secret=secret, redirect_uris=[AnyUrl(REDIRECT)],
+        token_endpoint_auth_method="client_secret_basic" if secret else "none",
+    )  # fmt: skip
 
 
 class Person:
@@ -87,7 +74,7 @@ async def run(url):
     if SCENARIO.startswith("auth/"):
         person = Person()
         document = "https://conformance-test.local/client-metadata.json"
-        auth = oauth_of(url, Memory(), REDIRECT, person.show, person.answer, document=document)
+        auth = oauth_of(url, MemoryTokens(registered()), REDIRECT, person.show, person.answer, document=document)
     server = HttpServer(url=url, timeout_s=25, check_s=0)
     async with open_http("conformance", server, {}, auth=auth, answers=fill_in) as http:
         client = http.session.client

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -174,12 +175,12 @@ def test_servers_of_other_hosts_are_taken_over_without_their_secrets(bare_home, 
         "files": {"command": "npx", "args": ["-y", "some-server"]},
         "far": {"type": "http", "url": "https://far.example/mcp", "headers": {"Authorization": "Bearer s3cret"}},
         "off": {"command": "x", "disabled": True}, "odd": 5, "none": {}, "plain": {"url": "http://far.example/mcp"},
-        "9": {"command": "y"},
+        "9": {"command": "y"}, "h": {"url": "https://h.example/", "headers": 5}, "e": {"command": "z", "env": 5},
     }}))  # fmt: skip
     done = bare_home.run("mcp", "import", str(tmp_path / "mcp.json"), "--folder", str(tmp_path), "--json")
     assert done.code == 0, done.err
     told = {one["name"]: one for one in done.json["servers"]}
-    assert {name for name, one in told.items() if one["added"]} == {"my-notes", "far", "s-9"}
+    assert {name for name, one in told.items() if one["added"]} == {"my-notes", "far", "s-9", "h", "e"}
     assert "no network" in told["files"]["notes"][0] and "https" in told["plain"]["notes"][0]
     assert "MCP_FAR_AUTHORIZATION" in told["far"]["notes"][0]
     servers = bare_home.run("mcp", "list", "--json").json["servers"]
@@ -187,7 +188,7 @@ def test_servers_of_other_hosts_are_taken_over_without_their_secrets(bare_home, 
     assert servers["my-notes"]["folder"] == str(tmp_path)
     assert "s3cret" not in config_of(bare_home).read_text()
     again = bare_home.run("mcp", "import", str(tmp_path / "mcp.json"))
-    assert again.code == 0 and again.out.count("left out") == 8 and "There is a server" in again.out
+    assert again.code == 0 and again.out.count("left out") == 10 and "There is a server" in again.out
 
 
 @pytest.mark.parametrize("before", [
@@ -364,3 +365,17 @@ def test_an_authorization_server_that_fails_is_an_error(guarded, step):
 def test_a_server_without_a_login_has_none(bare_home):
     assert bare_home.run("mcp", "add", "lab", "--url", "https://lab.example/mcp").code == 0
     assert bare_home.run("mcp", "login", "lab").code == 123
+
+
+def test_ctrl_c_in_the_middle_of_a_call_ends_it_and_puts_it_to_a_person(lab):
+    request = ask(lab, "add", '{"key": "a"}')
+    lab.home.run("approvals", "approve", request)
+    lab.server.plan = lambda m: Fault("hang") if m["method"] == "tools/call" else None
+    argv = lab.home.argv("mcp", "call", "lab", "add", '{"key": "a"}')
+    with subprocess.Popen(argv, env=lab.home.environment, stderr=subprocess.PIPE, text=True) as process:
+        lab.portal.call(lab.server.until, "got")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == "interrupted\n"
+    (waiting,) = lab.home.run("approvals", "list", "--json").json["requests"]
+    assert (waiting["id"], waiting["state"]) == (request, "unknown") and lab.server.executed == {"a": 1}

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
 
-from luminaguard.mcp.gateway.names import Names, Visibility
 from luminaguard.mcp.gateway.state import Seal
+from luminaguard.mcp.names import Names, Visibility
 from luminaguard.storage.clients import Clients
 from luminaguard.testing.mcp_lab import TOOLS, Fault, LabServer, running_lab
 from mcp import Client, StdioServerParameters

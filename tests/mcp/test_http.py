@@ -21,7 +21,7 @@ from luminaguard.mcp.http.session import open_http
 from luminaguard.runtime.mcp.login import Browser, oauth_of
 from luminaguard.settings import HttpServer
 from luminaguard.testing.mcp_lab import LEGACY, MODERN, TOOLS, Fault, LabServer, serve_lab
-from luminaguard.testing.mcp_oauth import OAuthServer
+from luminaguard.testing.mcp_oauth import MemoryTokens, OAuthServer
 
 DEADLINE_S = 60
 READS = {"look": Trust(harmless=True, read_only=True)}
@@ -740,25 +740,6 @@ def test_settings_of_servers_over_http_are_checked(settings):
 # -- who asks ---------------------------------------------------------------------------------------------------------
 
 
-class Memory:
-    """Tokens in this process."""
-
-    def __init__(self):
-        self.tokens = self.client = None
-
-    async def get_tokens(self):
-        return self.tokens
-
-    async def set_tokens(self, tokens):
-        self.tokens = tokens
-
-    async def get_client_info(self):
-        return self.client
-
-    async def set_client_info(self, client_info):
-        self.client = client_info
-
-
 @asynccontextmanager
 async def asked(server, *, person=True, **options):
     """A session with a server that wants to be shown who asks, and somebody with a browser, or nobody."""
@@ -771,7 +752,7 @@ async def asked(server, *, person=True, **options):
                 assert (await http.get(url)).status_code == 200
                 assert (await http.get(browser.redirect)).status_code == 404  # without a code
 
-        auth = oauth_of(server.url, Memory(), browser.redirect, show, browser.answer)
+        auth = oauth_of(server.url, MemoryTokens(), browser.redirect, show, browser.answer)
         settings = HttpServer(url=server.url, timeout_s=5, check_s=0)
         async with open_http("lab", settings, {}, auth=auth, **options) as http:
             yield http

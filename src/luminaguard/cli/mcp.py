@@ -87,9 +87,8 @@ def mcp_login(
     server: Name, logout: Annotated[bool, typer.Option("--logout", help="Forget what it gave.")] = False,
 ) -> None:  # fmt: skip
     """Log in at a server that has oauth = true, with the browser of this machine."""
-    import anyio
+    import anyio.to_thread
 
-    from luminaguard.errors import first_of
     from luminaguard.runtime.mcp import McpServers
     from luminaguard.runtime.mcp.login import Tokens
 
@@ -106,21 +105,7 @@ def mcp_login(
             sys.stderr.flush()
             await anyio.to_thread.run_sync(webbrowser.open, url)
 
-        async def run() -> int:
-            async with anyio.create_task_group() as tasks:
-
-                async def until_signal() -> None:
-                    raise signals.Interrupted(await held.ending())
-
-                tasks.start_soon(until_signal)
-                count = await McpServers(runtime).login(server, show)
-                tasks.cancel_scope.cancel()
-            return count
-
-        try:
-            count = anyio.run(run)
-        except BaseExceptionGroup as group:
-            raise first_of(group) from None
+        count = signals.interruptible(held, lambda: McpServers(runtime).login(server, show))
         signals.over()
         held.take()
     print(f"logged in at {server}; it offers {count} tools")
@@ -298,31 +283,19 @@ def _with(
     server: str, work: Callable[[McpServers, Opened], Awaitable[None]], *, as_json: bool,
     told: dict[str, Any] | None = None, quiet: bool = False,
 ) -> None:  # fmt: skip
-    """Do something with a server in its machine; then tell what it changed, which waits."""
-    import anyio
-
-    from luminaguard.errors import EXIT_PENDING, first_of
+    """Do something with a server; then tell what it changed in a machine, which waits."""
+    from luminaguard.errors import EXIT_PENDING
     from luminaguard.runtime.mcp import McpServers
 
     with signals.held() as held:
         runtime = open_runtime(as_json=as_json)
 
         async def run() -> Execution | None:
-            async with anyio.create_task_group() as tasks:
-
-                async def until_signal() -> None:
-                    raise signals.Interrupted(await held.ending())
-
-                tasks.start_soon(until_signal)
-                async with (servers := McpServers(runtime)).open(server) as opened:
-                    await work(servers, opened)
-                tasks.cancel_scope.cancel()
+            async with (servers := McpServers(runtime)).open(server) as opened:
+                await work(servers, opened)
             return opened.execution
 
-        try:
-            execution = anyio.run(run)
-        except BaseExceptionGroup as group:
-            raise first_of(group) from None
+        execution = signals.interruptible(held, run)
         signals.over()
         held.take()
     request = execution.request if execution else None

@@ -12,11 +12,14 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
-__all__ = ["ENDING", "PASSED", "Held", "Interrupted", "held", "install", "over", "tell"]
+__all__ = ["ENDING", "PASSED", "Held", "Interrupted", "held", "install", "interruptible", "over", "tell"]
+
+T = TypeVar("T")
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 PASSED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
@@ -140,6 +143,29 @@ def held() -> Iterator[Held]:
         _holder.clear()
     if number := holder.take():
         raise Interrupted(number)
+
+
+def interruptible(holder: Held, work: Callable[[], Awaitable[T]]) -> T:
+    """Run something to its end in a loop of its own; a signal that asks to end does, and is raised."""
+    import anyio
+
+    from luminaguard.errors import first_of
+
+    async def run() -> T:
+        async with anyio.create_task_group() as tasks:
+
+            async def until_signal() -> None:
+                raise Interrupted(await holder.ending())
+
+            tasks.start_soon(until_signal)
+            result = await work()
+            tasks.cancel_scope.cancel()
+        return result
+
+    try:
+        return anyio.run(run)
+    except BaseExceptionGroup as group:
+        raise first_of(group) from None
 
 
 def over() -> None:

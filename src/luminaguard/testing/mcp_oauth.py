@@ -16,7 +16,31 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from luminaguard.testing.mcp_lab import LabServer
 
-__all__ = ["OAuthServer"]
+__all__ = ["MemoryTokens", "OAuthServer"]
+
+
+class MemoryTokens:
+    """Tokens for as long as this process lives, as the SDK's flow keeps them."""
+
+    def __init__(self, client: Any = None) -> None:
+        self.tokens: Any = None
+        self.client = client
+
+    async def get_tokens(self) -> Any:
+        """The tokens, if there are any."""
+        return self.tokens
+
+    async def set_tokens(self, tokens: Any) -> None:
+        """Keep them."""
+        self.tokens = tokens
+
+    async def get_client_info(self) -> Any:
+        """What the authorization server calls us, if it does."""
+        return self.client
+
+    async def set_client_info(self, client_info: Any) -> None:
+        """Keep it."""
+        self.client = client_info
 
 
 @dataclass

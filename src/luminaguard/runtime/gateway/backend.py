@@ -26,9 +26,10 @@ from luminaguard.errors import (
     McpServerFailed,
 )
 from luminaguard.mcp.definitions import Definition
-from luminaguard.mcp.gateway import Client, Names, Visibility
+from luminaguard.mcp.gateway import Client
 from luminaguard.mcp.gateway.server import Asks
 from luminaguard.mcp.metrics import Calls, exposition
+from luminaguard.mcp.names import Names, Visibility
 from luminaguard.runtime.decisions import Answer
 from luminaguard.runtime.gateway.folder import FolderTools, Waiting, settle
 from luminaguard.runtime.gateway.kept import KeptServers

@@ -12,7 +12,7 @@ from luminaguard import log
 from luminaguard.actions.tools import ToolSpec
 from luminaguard.effects.changes import Changeset
 from luminaguard.errors import LuminaGuardError, NotExecuted
-from luminaguard.mcp.gateway.names import Names
+from luminaguard.mcp.names import Names
 from luminaguard.runtime.mcp.servers import McpServers
 from luminaguard.tasks.ports import Evaluated
 

@@ -75,7 +75,7 @@ def _taken_over(name: str, raw: Any, folder: Path | None) -> Found:
         return Found(ours, None, ("it is switched off there",))
     if "url" in raw or "serverUrl" in raw:
         headers = {}
-        for header in raw.get("headers") or {}:  # values are secrets: they do not go into a file of settings
+        for header in _names(raw.get("headers")):  # values are secrets: they do not go into a file of settings
             variable = re.sub(r"[^A-Z0-9]+", "_", f"MCP_{ours}_{header}".upper())
             headers[str(header)] = variable
             notes.append(f"set {variable} to the value of its header {header}")
@@ -86,12 +86,17 @@ def _taken_over(name: str, raw: Any, folder: Path | None) -> Found:
     if os.path.basename(command) in _DOWNLOADS:
         why = "downloads the server when it starts, and a machine has no network: put the server into a folder"
         return Found(ours, None, (f"{os.path.basename(command)} {why}, and add it with --folder",))
-    if raw.get("env"):
-        notes.append(f"its variables {', '.join(map(str, raw['env']))} do not go into the machine")
+    if variables := _names(raw.get("env")):
+        notes.append(f"its variables {', '.join(variables)} do not go into the machine")
     settings: dict[str, Any] = {"command": [command, *map(str, arguments)]}
     if folder is not None:
         settings["folder"] = str(folder)
     return _checked(ours, settings, notes)
+
+
+def _names(raw: Any) -> list[str]:
+    """The keys of what should be an object; of anything else none."""
+    return [str(key) for key in raw] if isinstance(raw, dict) else []
 
 
 def _checked(name: str, settings: dict[str, Any], notes: list[str]) -> Found:

@@ -1,4 +1,4 @@
-"""What tools of many servers are called behind one address, and which of them are shown."""
+"""What the tools of many servers are called side by side, for agents and for other programs, and which are shown."""
 
 from __future__ import annotations
 
