@@ -1,5 +1,7 @@
 """Models over their real wire protocols, against a server that misbehaves: each fault ends as it should."""
 
+import json
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -298,3 +300,35 @@ def test_arguments_that_cannot(text):
 
 def test_passing_says_how_long():
     assert Passing("why", 3.0).after_s == 3.0
+
+
+def test_a_turn_of_googles_protocol_has_its_text_calls_and_cost():
+    """The server plays the wire format of generativelanguage's streamGenerateContent."""
+    first = {"candidates": [{"content": {"role": "model", "parts": [{"text": "I look "}]}, "index": 0}]}
+    second = {
+        "candidates": [{"content": {"role": "model", "parts": [
+            {"text": "at it."}, {"functionCall": {"name": "shell", "args": {"command": "ls"}}},
+        ]}, "finishReason": "STOP", "index": 0}],
+        "usageMetadata": {"promptTokenCount": 100, "candidatesTokenCount": 20, "totalTokenCount": 120},
+    }  # fmt: skip
+    pieces = tuple(b"data: " + json.dumps(one).encode() + b"\r\n\r\n" for one in (first, second))
+    turn, streamed, waits, requests = ask([Raw(pieces)], provider="google")
+    assert "".join(streamed) == turn.message.text == "I look at it." and waits == []
+    assert [(call.name, dict(call.arguments)) for call in turn.message.calls] == [("shell", {"command": "ls"})]
+    assert turn.usage.tokens == 120
+    (path, headers, body), = requests  # fmt: skip
+    assert path.endswith("/models/test-model:streamGenerateContent") and headers["x-goog-api-key"] == KEY
+    assert body["tools"][0]["functionDeclarations"][0]["name"] == TOOLS[0].name
+    assert "Be brief." in json.dumps(body["systemInstruction"])
+
+
+def test_googles_refusals_are_asked_again_or_told():
+    busy = Status(429, (("retry-after", "1"),), '{"error": {"code": 429, "message": "slow", "status": "X"}}')
+    done = {"candidates": [{"content": {"role": "model", "parts": [{"text": "Yes."}]}, "finishReason": "STOP"}]}
+    piece = b"data: " + json.dumps(done).encode() + b"\r\n\r\n"
+    turn, _, waits, _ = ask([busy, Raw((piece,))], provider="google")
+    assert turn.message.text == "Yes." and len(waits) == 1
+    wrong = Status(400, (), '{"error": {"code": 400, "message": "API key not valid", "status": "INVALID_ARGUMENT"}}')
+    with pytest.raises(ModelRefused) as caught:
+        ask([wrong], provider="google")
+    assert KEY not in str(caught.value)

@@ -255,12 +255,12 @@ async def open_provider(choice: Choice, key: str) -> AsyncIterator[ProvidersMode
                 model = AnthropicModel(choice.name, provider=AnthropicProvider(anthropic_client=anthropic))
                 yield ProvidersModel(str(choice), model, key, local=choice.is_local, most_tokens=_ANTHROPICS_LIMIT)
         case _:
+            from httpx2 import AsyncClient
             from pydantic_ai.models.google import GoogleModel
             from pydantic_ai.providers.google import GoogleProvider
 
-            provider = GoogleProvider(api_key=key, base_url=url)
-            try:
+            # A client of ours: the provider's own is shared, and outlives the context with its connections.
+            async with AsyncClient(timeout=_REQUEST_S) as google:
+                provider = GoogleProvider(api_key=key, base_url=url, http_client=google)
                 yield ProvidersModel(str(choice), GoogleModel(choice.name, provider=provider), key,
                                      local=choice.is_local)  # fmt: skip
-            finally:
-                await provider.client.aio.aclose()
