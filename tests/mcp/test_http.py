@@ -361,6 +361,25 @@ def test_an_endpoint_with_other_tools_stays_out_and_is_told_of():
     run(work)
 
 
+def test_the_first_in_the_settings_says_what_the_others_must_be_however_slow_it_is():
+    async def work():
+        gate = anyio.Event()
+        first = LabServer(plan=lambda m: Fault("wait", gate=gate) if m["method"] == "tools/list" else None)
+        other = LabServer(tools=TOOLS[:1])
+
+        async def open_the_gate():
+            await other.until("answered", method="tools/list")
+            await anyio.wait_all_tasks_blocked()
+            gate.set()
+
+        async with serve_lab(first, other), anyio.create_task_group() as tasks:
+            tasks.start_soon(open_the_gate)
+            async with opened(first, other) as http:
+                assert [one["health"] for one in http_session.measured(http.transport)] == ["well", "different"]
+
+    run(work)
+
+
 def test_where_all_endpoints_changed_together_they_can_be_listed_and_the_odd_one_stays_out():
     """Whether what they say now is called is for a person to accept; see test_commands.py."""
 

@@ -166,7 +166,11 @@ class _Checks:
         self._pinned = pinned
 
     async def all_once(self) -> None:
-        """Look at all of them; the first that answers says what the others must be, if nothing was accepted yet."""
+        """Look at all of them.
+
+        If nothing was accepted yet, the first in the settings that answers says what the others must be, whichever is
+        the fastest.
+        """
         found: dict[str, dict[str, Definition] | str] = {}
 
         async def look(endpoint: str) -> None:
@@ -175,7 +179,7 @@ class _Checks:
         async with anyio.create_task_group() as tasks:
             for endpoint in self._transport.targets:
                 tasks.start_soon(look, endpoint)
-        answers = [one for one in found.values() if not isinstance(one, str)]
+        answers = [one for endpoint in self._transport.targets if not isinstance(one := found[endpoint], str)]
         # Where none is any more what was accepted, all may have changed together: whoever calls finds that out.
         accepted = self._pinned is not None and any(_same(self._pinned, one) for one in answers)
         reference = self._pinned if accepted else next(iter(answers), None)
