@@ -100,6 +100,8 @@ class StdioServer(BaseModel):
             empty one.
         timeout_s: how long a call may take.
         isolation: ``none`` lets it run on this machine, with the user's rights, and each call of it be asked for.
+        network: ``rules`` lets its programs reach by HTTP what the rules let, and ask for the rest; ``none`` nothing.
+        layer: id of what is beside the image in its machine: a server from npm or PyPI; empty for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -107,7 +109,15 @@ class StdioServer(BaseModel):
     command: tuple[str, ...] = Field(min_length=1, max_length=256)
     isolation: Literal["machine", "none"] = "machine"
     folder: Path | None = None
+    network: Literal["none", "rules"] = "none"
+    layer: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     timeout_s: float = Field(default=60, gt=0, le=3600)
+
+    @model_validator(mode="after")
+    def _layer_in_a_machine(self) -> StdioServer:
+        if self.layer and self.isolation == "none":
+            raise ValueError("a layer is of a machine, and isolation is none")
+        return self
 
     @field_validator("folder")
     @classmethod

@@ -27,6 +27,7 @@ EffectKind = Literal["run", "changeset", "call", "request", "secret"]
 """``run``: inside a machine, of no effect yet; the others cross its boundary."""
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+_PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"(?:[^\W_][\w-]*\.)*[^\W_][\w-]*|[0-9a-f:]+")
 _MAX_NAME, _MAX_FILES = 4096, 100_000
 
@@ -189,6 +190,11 @@ class Action(BaseModel):
         """Host of the request, as its server would be looked up; empty if there is none."""
         return (self._split.hostname or "").removesuffix(".") if self._split else ""
 
+    @property
+    def port(self) -> int:
+        """Of the request, also where its address does not name it; 0 if there is none."""
+        return (self._split.port or _PORTS.get(self._split.scheme, 0)) if self._split else 0
+
     @cached_property
     def url_path(self) -> str:
         """Path of the request's address without its query."""
@@ -197,17 +203,22 @@ class Action(BaseModel):
     @cached_property
     def oddity(self) -> str:
         """What an address has beside host and path, in words; empty if it has nothing."""
+        if self.oddity_but_port or self._split is None or self.port == _PORTS.get(self._split.scheme):
+            return self.oddity_but_port
+        return f"names port {self.port}"
+
+    @cached_property
+    def oddity_but_port(self) -> str:
+        """The same, where a rule says which port."""
         split = self._split
         if split is None or not _HOST.fullmatch(self.host.casefold()):
             return "has no host that all would read alike"
         if hides_something(self.url) or {" ", "\\"} & set(self.url) or is_deceptive(self.url):
             return "has characters that some read otherwise"
-        if split.scheme not in {"http", "https"}:
+        if split.scheme not in _PORTS:
             return "is not one of HTTP"
         if split.username is not None or split.password is not None:
             return "names a user"
-        if split.port not in {None, {"http": 80, "https": 443}[split.scheme]}:
-            return f"names port {split.port}"
         if climbs(split.path) or "%" in split.path:
             return "has a path that some read otherwise"
         return "has a query" if split.query or split.fragment else ""

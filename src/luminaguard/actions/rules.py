@@ -36,13 +36,14 @@ _SEEN_ONLY = frozenset({"binary", "unseen", "control"})
 
 
 def _listed(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | int) else value
 
 
 Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(check_pattern)]
 Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(_listed),
                      Field(min_length=1, max_length=1000)]  # fmt: skip
 Words = Annotated[frozenset[str], BeforeValidator(_listed), Field(min_length=1)]
+Ports = Annotated[frozenset[Annotated[int, Field(ge=1, le=65535)]], BeforeValidator(_listed), Field(min_length=1)]
 _CONFIG = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -121,6 +122,7 @@ class When(BaseModel):
     deleted: Range | None = None
     lines: Range | None = None
     bytes: Range | None = None
+    port: Ports | None = None
     host: Patterns | None = None
     method: Patterns | None = None
     url_path: Patterns | None = None
@@ -170,7 +172,7 @@ class Rule(BaseModel):
         """
         if self.when.effect is None and action.effect == "run":
             return "it names no effect: it speaks of what leaves the machine"
-        matcher = _Matcher(action, wide=self.risk is not Risk.GREEN, trusted=trusted, now=now)
+        matcher = _Matcher(action, wide=self.risk is not Risk.GREEN, trusted=trusted, now=now, ports=self.when.port)
         for name in When.model_fields:
             wanted = getattr(self.when, name)
             if wanted is not None and (why := _CHECKS[name](matcher, wanted)):
@@ -181,8 +183,11 @@ class Rule(BaseModel):
 class _Matcher:
     """The conditions, one method each, on one action; each returns why it does not hold."""
 
-    def __init__(self, action: Action, *, wide: bool, trusted: bool, now: dt.datetime) -> None:
+    def __init__(
+        self, action: Action, *, wide: bool, trusted: bool, now: dt.datetime, ports: frozenset[int] | None
+    ) -> None:
         self.action, self.wide, self.is_trusted, self.now = action, wide, trusted, now
+        self.oddity = action.oddity if ports is None else action.oddity_but_port
 
     def effect(self, wanted: frozenset[str]) -> str:
         return "" if self.action.effect in wanted else f"the effect is {self.action.effect}"
@@ -291,13 +296,16 @@ class _Matcher:
     def bytes(self, wanted: Range) -> str:
         return wanted.problem(self.action.bytes + sum(file.bytes for file in self.action.files), "bytes are written")
 
+    def port(self, wanted: frozenset[int]) -> str:
+        return "" if self.action.port in wanted else f"the port is {self.action.port}"
+
     def host(self, wanted: tuple[str, ...]) -> str:
         hosts = {self.action.host} | ({host for host, _ in url_parts(self.action.url)} if self.wide else set())
         forms = {form for host in hosts - {""} for form in (host_forms(host) if self.wide else {host.lower()})}
         if not forms:
             return "it has no host"
-        if not self.wide and self.action.oddity:
-            return f"its address {self.action.oddity}"
+        if not self.wide and self.oddity:
+            return f"its address {self.oddity}"
         found = any(matches(pattern.lower(), form, wide=self.wide) for pattern in wanted for form in forms)
         return "" if found else f"the host is {self.action.host!a}"
 
@@ -307,8 +315,8 @@ class _Matcher:
     def url_path(self, wanted: tuple[str, ...]) -> str:
         paths = {self.action.url_path} | ({path for _, path in url_parts(self.action.url)} if self.wide else set())
         found = any(matches_path(pattern, path, wide=self.wide) for pattern in wanted for path in paths)
-        if found and not self.wide and self.action.oddity:
-            return f"its address {self.action.oddity}"
+        if found and not self.wide and self.oddity:
+            return f"its address {self.oddity}"
         return "" if found else "the path of its address matches none of its patterns"
 
     def secret(self, wanted: tuple[str, ...]) -> str:

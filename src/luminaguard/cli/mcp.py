@@ -14,6 +14,8 @@ from luminaguard.cli import signals
 from luminaguard.cli.common import Json, open_runtime
 
 if TYPE_CHECKING:
+    from luminaguard.images.layers.store import Source
+    from luminaguard.runtime.core import Runtime
     from luminaguard.runtime.mcp import McpServers, Opened
     from luminaguard.runtime.rehearsal import Execution
 
@@ -57,15 +59,24 @@ def mcp_add(
     oauth: Annotated[bool, typer.Option("--oauth", help="It wants a login: luminaguard mcp login.")] = False,
     header: Annotated[list[str] | None, typer.Option("--header", metavar="NAME=VARIABLE", help="A header, and the "
                                                      "environment variable that has its value.")] = None,
+    network: Annotated[bool, typer.Option("--network", help="Its programs may reach by HTTP what the rules let, and "
+                                          "ask for the rest.")] = False,
+    npm: Annotated[str, typer.Option("--npm", metavar="PACKAGE", help="Build a layer with this package of npm; "
+                                     "-- ARGUMENTS are the server's.")] = "",
+    pypi: Annotated[str, typer.Option("--pypi", metavar="PACKAGE", help="Build a layer with this package of PyPI; "
+                                      "-- ARGUMENTS are the server's.")] = "",
+    also: Annotated[list[str] | None, typer.Option("--with", metavar="PACKAGE", help="Another package or requirement "
+                                                   "that must hold; may be repeated.")] = None,
 ) -> None:  # fmt: skip
     """Write a server into luminaguard.toml."""
     from luminaguard.cli.paths import absolute
     from luminaguard.errors import SettingsError
-    from luminaguard.runtime.mcp.setup import add_server
+    from luminaguard.runtime.mcp.setup import add_server, check_new
 
-    if bool(url) == bool(command):
-        raise SettingsError("A server has either --url or a command.", hint="luminaguard mcp add notes --folder DIR -- "
-                            "python3 server.py")  # fmt: skip
+    package = npm or pypi
+    if bool(url) + bool(package) + bool(command and not package) != 1 or (npm and pypi) or (also and not package):
+        raise SettingsError("A server has one of --url, --npm, --pypi, or a command.",
+                            hint="luminaguard mcp add notes --folder DIR -- python3 server.py")  # fmt: skip
     settings: dict[str, Any] = {}
     if url:
         settings["url"] = url[0] if len(url) == 1 else url
@@ -74,12 +85,41 @@ def mcp_add(
         if header:
             settings["headers"] = dict(one.partition("=")[::2] for one in header)
     else:
-        settings["command"] = command
+        settings["command"] = command or [package]
         if folder is not None:
             settings["folder"] = str(absolute(folder))
+        if network:
+            settings["network"] = "rules"
     runtime = open_runtime()
+    check_new(runtime.settings, name)
+    if package:
+        settings |= _layer(runtime, "npm" if npm else "pypi", package, tuple(also or ()), command or [])
     add_server(runtime.folders.config, runtime.settings, name, settings)
     print(f"added {name}; see its tools: luminaguard mcp tools {name}")
+
+
+def _layer(
+    runtime: Runtime, source: Source, package: str, also: tuple[str, ...], arguments: list[str]
+) -> dict[str, Any]:
+    """Build a layer, and say how its server is started."""
+    from luminaguard.cli.output import Progress
+    from luminaguard.errors import SettingsError
+    from luminaguard.images.layers.build import build_layer
+
+    progress = Progress()
+    try:
+        layer = build_layer(runtime.layers, runtime.images.current(), runtime.images.packages, source, package, also,
+                            progress)  # fmt: skip
+    finally:
+        progress.clear()
+    programs = layer.manifest.programs
+    print(f"{layer.name}: {layer.manifest.packages} packages, {layer.manifest.parts['layer.squashfs'].size >> 20} MiB")
+    if arguments and arguments[0] in programs:
+        return {"command": arguments, "layer": layer.folder.name}
+    if len(programs) != 1:
+        raise SettingsError(f"{package} has several programs: {', '.join(programs)}.",
+                            hint="Name one: -- PROGRAM ARGUMENTS.")  # fmt: skip
+    return {"command": [programs[0], *arguments], "layer": layer.folder.name}
 
 
 @mcp_app.command("login")

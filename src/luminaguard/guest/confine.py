@@ -75,15 +75,18 @@ class Confinement:
         self._ruleset = make_ruleset()
         self._filter.install()
 
-    def seal(self, profile: str) -> None:
+    def seal(self, profile: str, *, packages: bool = False) -> None:
         """Right before exec: landlock, which has to wait until the workspace is mounted.
 
         Args:
             profile: that of this confinement, or ``strict``, whose filter comes on top.
+            packages: whether programs of another disk were mounted over /usr, which no rule of before holds for.
 
         Raises:
             OSError: a step failed; the caller must not go on.
         """
+        if packages:
+            _allow(self._ruleset, "/usr", _READ)
         restrict(self._ruleset, WORKSPACE)
         if profile != self._profile:
             self._strict.install()

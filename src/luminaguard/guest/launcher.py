@@ -148,7 +148,7 @@ def _become(fd: int, ends: tuple[int, int, int], confinement: Confinement, *, ra
         limits = order["limits"]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits["nofile"], limits["nofile"]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["fsize"], limits["fsize"]))
-        confinement.seal(order["profile"])
+        confinement.seal(order["profile"], packages=order["packages"])
         code = "bad-cwd"
         os.chdir(order["cwd"])
         code = "not-executable"

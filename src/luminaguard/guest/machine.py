@@ -26,6 +26,7 @@ __all__ = [
     "give_identity",
     "inspect",
     "make_upper",
+    "mount_packages",
     "mount_workspace",
     "prepare",
     "read_boot_id",
@@ -108,7 +109,7 @@ def read_all(path: str) -> str:
 
 def prepare() -> None:
     """Mount what the workload may see, hide the rest, and close what the kernel leaves open."""
-    for folder in ("dev", "sys", "cgroup", "workspace"):
+    for folder in ("dev", "sys", "cgroup", "workspace", "packages"):
         os.mkdir(f"{BASE}/{folder}", 0o700)
     os.mkdir(IDENTITY, 0o755)
     _mount("sysfs", f"{BASE}/sys", "sysfs", _SAFE | _MS_NOEXEC)
@@ -230,6 +231,13 @@ def mount_workspace(*, layer: bool) -> None:
     _mount("overlay", WORKSPACE, "overlay", _SAFE,
            f"lowerdir={lower},upperdir={UPPER},workdir={base}/work,"
            "redirect_dir=off,metacopy=off,index=off,xino=off")  # fmt: skip
+
+
+def mount_packages() -> None:
+    """In a clone: what the fourth disk has below /usr, beside what is there, of which it can replace nothing."""
+    packages = f"{BASE}/packages"
+    _mount(f"{BASE}/dev/vdd", packages, "squashfs", _SAFE | _MS_RDONLY)
+    _mount("overlay", "/usr", "overlay", _SAFE | _MS_RDONLY, f"lowerdir=/usr:{packages}/usr")
 
 
 def unmount_workspace(*, layer: bool) -> None:

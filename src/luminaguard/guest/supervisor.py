@@ -26,6 +26,7 @@ from luminaguard.guest.frames import Frame
 from luminaguard.guest.launcher import Launcher
 from luminaguard.guest.loop import Loop
 from luminaguard.guest.port import SerialPort, VsockPort
+from luminaguard.guest.relay import Relay
 from luminaguard.guest.workload import Workload, set_size
 
 TYPE_CHECKING = False  # typing takes 70 ms of an emulated boot
@@ -69,7 +70,8 @@ class Supervisor:
         self._workload: Workload | None = None
         self._changes: Changes | None = None
         self._changes_channel = 0
-        self._mounted = self._layer = False
+        self._relay: Relay | None = None
+        self._mounted = self._layer = self._packages = False
         self._randomize = True
         self._ended, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -112,6 +114,8 @@ class Supervisor:
             self._workload.on_frame(frame)
         elif self._changes is not None and frame.channel == self._changes_channel and frame.kind == frames.CREDIT:
             self._changes.credit += frames.number(frame)
+        elif self._relay is not None and frame.channel == self._relay.channel:
+            self._relay.on_frame(frame)
         # Anything else is a late frame of a call that has ended.
 
     def _on_call(self, frame: Frame) -> None:
@@ -126,6 +130,10 @@ class Supervisor:
                 self._exec(frame.channel, params)
             elif method == "changes":
                 self._start_changes(frame.channel)
+            elif method == "relay":
+                if self._relay is not None:
+                    raise CallError("busy", "there is a relay")
+                self._relay = Relay(frame.channel, int(params["port"]), self._loop, self._send)
             elif method == "inspect":
                 settings = machine.inspect([str(name) for name in params["settings"]])
                 self._answer(frame.channel, frames.RESULT, {"settings": settings, "facts": machine.facts()})
@@ -157,7 +165,9 @@ class Supervisor:
             return {}
         self._layer = bool(params["layer"])
         machine.mount_workspace(layer=self._layer)
-        self._mounted = True
+        self._mounted, self._packages = True, bool(params["packages"])
+        if self._packages:
+            machine.mount_packages()
         return {"boot_id": machine.read_boot_id()}
 
     def _rest(self) -> dict[str, Any]:
@@ -179,6 +189,7 @@ class Supervisor:
             "env": {str(key): str(value) for key, value in params["env"].items()},
             "cwd": str(params["cwd"]),
             "profile": str(params["profile"]),
+            "packages": self._packages,
             "limits": {name: int(params["limits"][name]) for name in ("nofile", "fsize")},
         }
         if order["profile"] not in PROFILES:

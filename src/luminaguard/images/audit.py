@@ -22,7 +22,8 @@ from luminaguard.errors import Unavailable
 from luminaguard.images import elf, spec
 from luminaguard.images.manifest import INITRAMFS, KERNEL, PARTS, ROOT, SBOM, Image
 
-__all__ = ["FORBIDDEN_PROGRAMS", "MAX_FILES", "MAX_ROOT_BYTES", "WAIVERS", "Check", "Waiver", "audit"]
+__all__ = ["FORBIDDEN_PROGRAMS", "MAX_FILES", "MAX_ROOT_BYTES", "WAIVERS", "Check", "Waiver", "audit", "audit_layer",
+           "listed"]  # fmt: skip
 
 Verdict = Literal["pass", "waived", "fail"]
 MAX_ROOT_BYTES = 64 << 20
@@ -53,6 +54,7 @@ _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 _CREDENTIALS = frozenset({"id_rsa", "id_ed25519", "authorized_keys", ".netrc", ".git-credentials"})
 _MAX_KEY_FILE = 1 << 20
 _MAX_ELF = 512 << 20
+_LAYER_INTERPRETER = "usr/bin/node"
 _STICKY_FOLDERS = frozenset({"tmp", "var/tmp"})
 
 
@@ -112,7 +114,7 @@ def audit(image: Image, step: Callable[[str], None] = lambda _: None) -> list[Ch
     step("verifying every part")
     image.verify()
     root = image.folder / ROOT
-    entries, unread = _entries(root)
+    entries, unread = _listed(root)
     metadata = _metadata(entries)
     checks = [
         Check("integrity", "pass", f"{len(PARTS)} parts have the SHA-256 of their manifest"),
@@ -135,12 +137,43 @@ def audit(image: Image, step: Callable[[str], None] = lambda _: None) -> list[Ch
     return [_of_a_container(check) for check in found] if image.manifest.container else found
 
 
-def _of_a_container(check: Check) -> Check:
-    """What its maker has chosen is said, and is no fault of the build; what a machine must not have stays one."""
+def audit_layer(disk: Path, work: Path | None = None) -> list[Check]:
+    """Inspect the disk of a layer, which its manifest was found to fit.
+
+    Args:
+        disk: a squashfs.
+        work: a folder in which it may be unpacked; without one the programs themselves are not looked at.
+
+    Raises:
+        Unavailable: unsquashfs is missing.
+    """
+    entries, unread = _listed(disk)
+    outside = [e.path for e in entries if e.path not in {"", "usr"} and not e.path.startswith("usr/")]
+    checks = [
+        _squashfs(disk),
+        _judged("names", "every name is one line of text", unread),
+        *_metadata(entries),
+        _judged("place", "all lies below /usr, beside what the image has", outside),
+        _programs([e for e in entries if e.path.startswith("usr/bin/") and e.path != _LAYER_INTERPRETER]),
+    ]
+    if work is None:
+        return checks
+    with tempfile.TemporaryDirectory(prefix=".audit-", dir=work) as folder:
+        tree = Path(folder) / "root"
+        _unsquashfs("-q", "-n", "-no-xattrs", "-d", str(tree), str(disk))
+        return [*checks, *(_of_others(check, "its maker built it so") for check in _elf(tree))]
+
+
+def _of_others(check: Check, reason: str) -> Check:
     if check.verdict != "fail" or check.name not in _MAKERS_CHOICE:
         return check
     return replace(check, verdict="waived", waived=(*check.waived, *check.faults), faults=(),
-                   reasons=(*check.reasons, "the container image has it: its maker's choice"))  # fmt: skip
+                   reasons=(*check.reasons, reason))  # fmt: skip
+
+
+def _of_a_container(check: Check) -> Check:
+    """What its maker has chosen is said, and is no fault of the build; what a machine must not have stays one."""
+    return _of_others(check, "the container image has it: its maker's choice")
 
 
 def _unsquashfs(*arguments: str) -> str:
@@ -159,7 +192,7 @@ def _unsquashfs(*arguments: str) -> str:
     return done.stdout
 
 
-def _entries(root: Path) -> tuple[list[_Entry], list[str]]:
+def _listed(root: Path) -> tuple[list[_Entry], list[str]]:
     """All entries, and the lines that are none, as a name with a line break makes."""
     line = re.compile(r"(?P<mode>[a-zA-Z-]{10}) (?P<owner>\d+/\d+) .*? \d\d:\d\d squashfs-root/?(?P<path>.*)")
     entries, unread = [], []
@@ -170,6 +203,11 @@ def _entries(root: Path) -> tuple[list[_Entry], list[str]]:
         elif text:
             unread.append(text)
     return entries, unread
+
+
+def listed(root: Path) -> list[_Entry]:
+    """All entries of a squashfs; raises Unavailable."""
+    return _listed(root)[0]
 
 
 def _judged(name: str, detail: str, faults: list[str]) -> Check:

@@ -43,7 +43,7 @@ from luminaguard.images.manifest import (
 )
 from luminaguard.images.sbom import sbom
 
-__all__ = ["ImageStore", "KernelKind"]
+__all__ = ["ImageStore", "KernelKind", "part_of", "squash", "write_part"]
 
 KernelKind = Literal["distribution", "hardened"]
 
@@ -197,7 +197,7 @@ class ImageStore:
             work.mkdir(mode=0o700)
             try:
                 self._make_parts(work, lock, kernel, None, None, step)
-                return [name for name in PARTS if _part(work / name) != image.manifest.parts[name]]
+                return [name for name in PARTS if part_of(work / name) != image.manifest.parts[name]]
             finally:
                 shutil.rmtree(work, ignore_errors=True)
 
@@ -225,10 +225,10 @@ class ImageStore:
             found = self._make_parts(work, lock, kernel, container, reusable, step)
             manifest = Manifest(
                 lock.distribution, found.release, lock.digest, is_shipped, recipe, guest,
-                {name: _part(work / name) for name in PARTS}, kernel, found.container, found.environment,
+                {name: part_of(work / name) for name in PARTS}, kernel, found.container, found.environment,
                 found.boot_options,
             )  # fmt: skip
-            _write(work / "manifest.json", manifest.dumps().encode())
+            write_part(work / "manifest.json", manifest.dumps().encode())
             target = self.folder / manifest.digest
             if target.exists():
                 shutil.rmtree(target)
@@ -296,24 +296,24 @@ class ImageStore:
         else:
             step("unpacking the kernel")
             found = kernel.extract(files[p] for p in lock.role("kernel"))
-        _write(work / INITRAMFS, initramfs.build(busybox, found.modules))
+        write_part(work / INITRAMFS, initramfs.build(busybox, found.modules))
         made = _Made(found.release)
         if reusable is not None:
             for name in (KERNEL, ROOT):
-                _write(work / name, b"")  # for its mode
+                write_part(work / name, b"")  # for its mode
                 shutil.copyfile(reusable.folder / name, work / name)
             made.boot_options = reusable.manifest.boot_options
         else:
-            _write(work / KERNEL, found.elf)
+            write_part(work / KERNEL, found.elf)
             tree = rootfs.build_tree((files[p] for p in lock.role("root")), step)
             if container is None:
                 step("writing the root file system")
-                _squash(tree, work / ROOT)
+                squash(tree, work / ROOT)
             else:
                 self._import(container, tree, work, made, step)
             if kind == "hardened":
                 made.boot_options = f"{made.boot_options} {verity.add_tree(work / ROOT)}".strip()
-        _write(work / SBOM, sbom(lock, made.container, made.layers).encode())
+        write_part(work / SBOM, sbom(lock, made.container, made.layers).encode())
         return made
 
     def _import(self, container: Path, packages: rootfs.Tree, work: Path, made: _Made,
@@ -324,13 +324,13 @@ class ImageStore:
             image = oci.read_image(container, spool, step)
             root = imported.finish(image.tree, packages)
             step("writing the root file system")
-            _squash(root, work / ROOT)
+            squash(root, work / ROOT)
         made.container, made.layers, made.environment = image.digest, image.layers, image.environment
         made.boot_options = imported.RUNTIME_OPTION
 
     def _make_current(self, image: Image) -> None:
         temporary = self.folder / f".current-{os.getpid()}"
-        _write(temporary, f"{image.folder.name}\n".encode())
+        write_part(temporary, f"{image.folder.name}\n".encode())
         temporary.replace(self.folder / "current")
 
     def _remove_half_built(self) -> None:
@@ -355,9 +355,10 @@ class ImageStore:
             os.close(fd)
 
 
-def _squash(tree: rootfs.Tree, target: Path) -> None:
+def squash(tree: rootfs.Tree, target: Path) -> None:
+    """Write a tree as a squashfs; raises ImageBuildFailed, and OSError if the disk is full."""
     command = [word.replace("{out}", str(target)) for word in _MKSQUASHFS]
-    _write(target, b"")  # for its mode, which mksquashfs keeps
+    write_part(target, b"")  # for its mode, which mksquashfs keeps
     try:
         # Into a file: a full pipe would let both wait for each other.
         words = tempfile.TemporaryFile()  # noqa: SIM115  # closed below
@@ -420,7 +421,8 @@ def _is_whole(image: Image) -> bool:
     return True
 
 
-def _part(path: Path) -> Part:
+def part_of(path: Path) -> Part:
+    """Size and SHA-256 of a file."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return Part(os.fstat(fd).st_size, sha256_fd(fd))
@@ -428,7 +430,8 @@ def _part(path: Path) -> Part:
         os.close(fd)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_part(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read, and make it last."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(data)

@@ -9,9 +9,11 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["MAGIC", "Hardening", "hardening", "needed"]
+__all__ = ["MAGIC", "X86_64", "Hardening", "hardening", "needed"]
 
 MAGIC = b"\x7fELF\x02\x01"
+X86_64 = b"\x3e\x00"
+"""The machine (e_machine, bytes 18 and 19)."""
 _PT_LOAD, _PT_DYNAMIC = 1, 2
 _PT_INTERP, _PT_GNU_STACK, _PT_GNU_RELRO = 3, 0x6474E551, 0x6474E552
 _ET_EXEC, _ET_DYN = 2, 3

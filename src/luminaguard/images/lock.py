@@ -22,7 +22,8 @@ from typing import Any, Literal
 from luminaguard.errors import ImageBuildFailed, LockOutdated, PackageUnavailable, StorageError
 from luminaguard.images import spec
 
-__all__ = ["LockedPackage", "PackageLock", "Role", "distribution", "fetch", "resolve", "resolve_sources", "shipped"]
+__all__ = ["LockedPackage", "PackageLock", "Role", "distribution", "fetch", "resolve", "resolve_extra",
+           "resolve_sources", "shipped"]  # fmt: skip
 
 Role = Literal["root", "initramfs", "kernel"]
 _APT_TIMEOUT_S = 600
@@ -147,6 +148,27 @@ def resolve() -> PackageLock:
         packages.append(LockedPackage(name, version, *index[name, version], suite, role))
     packages.sort(key=lambda p: (p.role, p.name))
     return PackageLock(f"{system}-{release}", tuple(packages))
+
+
+def resolve_extra(names: tuple[str, ...], present: frozenset[str]) -> PackageLock:
+    """Ask apt for packages and all they depend on, but for those that an image has.
+
+    Args:
+        names: of the packages.
+        present: names of what the image is made of.
+
+    Raises:
+        PackageUnavailable: apt does not know one, or is not there.
+    """
+    chosen = [row for row in _closure(names) if row[0] not in present | spec.NEVER_NEEDED]
+    index = _index([(name, version) for name, version, _ in chosen])
+    unknown = [name for name, version, _ in chosen if (name, version) not in index]
+    if unknown:
+        raise PackageUnavailable(
+            f"apt's index has no SHA-256 for {', '.join(unknown[:4])}.", hint="Run 'apt-get update' as root."
+        )
+    packages = (LockedPackage(name, version, *index[name, version], suite, "root") for name, version, suite in chosen)
+    return PackageLock("-".join(distribution()), tuple(packages))
 
 
 def resolve_sources() -> LockedPackage:

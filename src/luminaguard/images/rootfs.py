@@ -14,6 +14,7 @@ import posixpath
 import re
 import sys
 import tarfile
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import IO, Literal
 from luminaguard.errors import ImageBuildFailed
 from luminaguard.images import deb, elf, spec
 
-__all__ = ["FILES", "LIBRARY_FOLDERS", "LINKS", "SKELETON", "Node", "Stretch", "Tree", "build_tree", "write_tar"]
+__all__ = ["FILES", "LIBRARY_FOLDERS", "LINKS", "SKELETON", "Node", "Stretch", "Tree", "add_parents", "build_tree",
+           "compile_sources", "unpack", "write_tar"]  # fmt: skip
 
 WORKLOAD_UID = 1000
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
@@ -102,10 +104,24 @@ def build_tree(packages: Iterable[Path], step: Callable[[str], None]) -> Tree:
     _certificates(tree)
     _check_libraries(tree)
     step("compiling the Python standard library")
-    _compile(tree)
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    compile_sources(tree, f"usr/lib/python{python}/", python)
+    add_parents(tree)
+    return tree
+
+
+def unpack(packages: Iterable[Path]) -> Tree:
+    """What packages bring along, and nothing else; raises ImageBuildFailed."""
+    tree: Tree = {}
+    for package in packages:
+        _unpack(package, tree)
+    return tree
+
+
+def add_parents(tree: Tree) -> None:
+    """Add the folders that entries lie in."""
     for path in list(tree):
         _parents(tree, path)
-    return tree
 
 
 def write_tar(tree: Tree, out: IO[bytes]) -> None:
@@ -192,23 +208,27 @@ def _check_libraries(tree: Tree) -> None:
         )
 
 
-def _compile(tree: Tree) -> None:
-    """Byte-compile the standard library when this interpreter writes what the guest's reads.
+def compile_sources(tree: Tree, prefix: str, python: str) -> None:
+    """Byte-compile what lies below ``prefix`` when this interpreter writes what the guest's (``3.11``) reads.
 
     Under emulation, compiling at each import costs more than running. The hash in the header is
     never checked in the guest (PEP 552), where the files cannot change.
     """
-    tag = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    prefix = f"usr/lib/{tag}/"
+    if python != f"{sys.version_info[0]}.{sys.version_info[1]}":
+        return
     sources = [p for p in tree if p.startswith(prefix) and p.endswith(".py")]
     for path in sources:
         if _NOT_COMPILED.search(path):
             continue
         source = tree[path].data
-        code = compile(source, f"/{path}", "exec", dont_inherit=True, optimize=0)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                code = compile(source, f"/{path}", "exec", dont_inherit=True, optimize=0)
+        except (SyntaxError, ValueError):  # a template, or of another version: nobody imports it
+            continue
         # Marshal version 2 has no back references, whose layout depends on the process that writes.
         header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
         body = header + importlib.util.source_hash(source) + marshal.dumps(code, 2)
         folder, name = posixpath.split(path)
-        cached = f"{folder}/__pycache__/{name[:-3]}.cpython-{tag[6:].replace('.', '')}.pyc"
+        cached = f"{folder}/__pycache__/{name[:-3]}.{sys.implementation.cache_tag}.pyc"
         tree[cached] = Node("file", 0o644, body)

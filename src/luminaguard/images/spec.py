@@ -14,6 +14,7 @@ __all__ = [
     "KERNEL_MODULES",
     "KERNEL_PACKAGES",
     "KERNEL_SOURCES",
+    "NEVER_NEEDED",
     "ROOT_PACKAGES",
     "VSOCK_MODULES",
 ]
@@ -62,6 +63,9 @@ DROPPED_PACKAGES = {
     # Documentation and the command-line tool that only a maintainer script runs.
     "git-man", "media-types", "openssl", "openssl-provider-legacy",
 }  # fmt: skip
+
+NEVER_NEEDED = frozenset({"gcc-12-base", "gcc-14-base", "media-types", "libc6", "libgcc-s1", "zlib1g"})
+"""Of what a layer is made: without a file that is used, or what every image has."""
 
 DROPPED_PREFIXES = (
     "usr/share/doc/", "usr/share/man/", "usr/share/info/", "usr/share/locale/",

@@ -26,6 +26,7 @@ from luminaguard.guest import frames
 from luminaguard.microvm.channel import Call, CallFailed, GuestChannel, open_channel
 from luminaguard.microvm.jail import JailedProcess
 from luminaguard.microvm.port import BootSource, Hypervisor, ProcessInfo, SavedMachine, VirtualMachine
+from luminaguard.microvm.relay import RelayedConnection, serving
 from luminaguard.microvm.tracker import State, Tracked, VMTracker
 
 __all__ = ["DISKS", "Command", "LayerEntry", "MicroVM", "Outcome", "Owned", "Terminal", "all_disks", "boot", "clone",
@@ -35,8 +36,8 @@ BOOT_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 20.0
 CHANGES_SILENCE_S = 30.0
 WATCH_S = 5.0
-DISKS = 3
-"""The root, a workspace, and a layer on it."""
+DISKS = 4
+"""The root, a workspace, a layer on it, and programs that the root has not."""
 _MAX_META = 32 << 10
 _ENTRY_TYPES = frozenset({"file", "dir", "symlink", "whiteout", "other"})
 _PATH = "/usr/bin:/bin"
@@ -170,11 +171,14 @@ class MicroVM:
         self._state("running")
         return self._machine.channel, self._channel.release()
 
-    async def wake(self, *, layer: bool = False, upper_mib: int = 0, randomize: bool = True) -> None:
+    async def wake(
+        self, *, layer: bool = False, packages: bool = False, upper_mib: int = 0, randomize: bool = True
+    ) -> None:
         """Give the clone its own clock, entropy and names, and mount the workspace.
 
         Args:
             layer: whether the third disk lies on the second one.
+            packages: whether the fourth disk has programs.
             upper_mib: only for the machine that clones are copied from, which gets no workspace:
                 how much the clones may change, in MiB.
             randomize: for that machine too: whether commands get random addresses.
@@ -188,6 +192,7 @@ class MicroVM:
                 "machine_id": secrets.token_hex(16),
                 "workspace": not upper_mib,
                 "layer": layer,
+                "packages": packages,
                 "upper_size": f"{upper_mib}m",
                 "randomize": randomize,
             },
@@ -230,6 +235,13 @@ class MicroVM:
         self._state("running")
         streams = (frames.STDOUT,) if command.terminal else (frames.STDOUT, frames.STDERR)
         return await self._channel.call("exec", command.params(), streams)
+
+    @asynccontextmanager
+    async def relaying(self, port: int, handle: Callable[[RelayedConnection], Awaitable[None]]) -> AsyncIterator[None]:
+        """Let programs reach what ``handle`` answers, at this port of the machine's loopback, in this context."""
+        call = await self._channel.call("relay", {"port": port}, (frames.STDOUT,))
+        async with serving(call, handle):
+            yield
 
     async def run(
         self,
@@ -346,6 +358,7 @@ async def clone(
     disks: tuple[int, ...],
     tracker: VMTracker,
     *,
+    packages: int = -1,
     vm_id: str | None = None,
     workspace: str = "",
     task: Sequence[str] = (),
@@ -357,6 +370,7 @@ async def clone(
         saved: what it is copied from.
         disks: open for reading only; the caller's.
         tracker: where it is recorded.
+        packages: a disk with programs that the root has not, likewise; -1 for none.
         vm_id: its name, from :func:`new_id`.
         workspace: for the record: the folder that it works on.
         task: for the record: what it is for.
@@ -364,22 +378,23 @@ async def clone(
     name = vm_id or new_id()
     tracked = tracker.track(name, hypervisor, workspace=workspace, task=task)
     async with (
-        hypervisor.clone(name, saved, all_disks(disks), follow=tracked.follow) as machine,
+        hypervisor.clone(name, saved, all_disks(disks, packages), follow=tracked.follow) as machine,
         open_channel(machine.channel) as channel,
     ):
         tracked.started(machine.process)
         vm = MicroVM(name, machine, channel, tracked, backend=hypervisor.name, accelerator=hypervisor.accelerator)
         try:
-            await vm.wake(layer=len(disks) == DISKS)
+            await vm.wake(layer=len(disks) > 2, packages=packages >= 0)  # root and workspace
             yield vm
         except MachineError as error:
             error.add_note(f"{hypervisor.name}: {await machine.diagnosis()}")
             raise
 
 
-def all_disks(disks: tuple[int, ...]) -> tuple[int, ...]:
+def all_disks(disks: tuple[int, ...], packages: int = -1) -> tuple[int, ...]:
     """As many disks as the template has: the root once more for those that nobody will look at."""
-    return (*disks, *(disks[0] for _ in range(DISKS - len(disks))))
+    filled = (*disks, *(disks[0] for _ in range(DISKS - len(disks))))
+    return filled if packages < 0 else (*filled[:-1], packages)
 
 
 async def watch(machine: Owned, vm_id: str) -> None:

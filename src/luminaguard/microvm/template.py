@@ -33,7 +33,7 @@ from luminaguard import log
 from luminaguard.errors import BootFailed, ImageTampered, StorageError
 from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, check_owner, open_sealed
 from luminaguard.microvm.channel import CallFailed
-from luminaguard.microvm.machine import Command, MicroVM, boot
+from luminaguard.microvm.machine import DISKS, Command, MicroVM, boot
 from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine
 from luminaguard.microvm.tracker import VMTracker
 
@@ -171,7 +171,9 @@ class TemplateStore:
             kernel, initramfs, root = opened
             empty = placeholder(b"")
             parts.callback(os.close, empty)
-            source = BootSource(kernel, initramfs, (root, empty, empty), memory_mib, image.manifest.boot_options)
+            source = BootSource(
+                kernel, initramfs, (root, *(empty for _ in range(1, DISKS))), memory_mib, image.manifest.boot_options
+            )
             async with boot(hypervisor, source, ram, self._tracker, task=["template"]) as (vm, machine):
                 await vm.wake(upper_mib=memory_mib // 2, randomize=hypervisor.capabilities.random_addresses)
                 for argv in _WARM_UP:

@@ -23,6 +23,7 @@ from luminaguard.runtime.rehearsal import (
     Execution,
     Feed,
     Output,
+    Outside,
     Prepared,
     Progress,
     Rehearsal,
@@ -53,6 +54,8 @@ async def run(
     progress: Progress = lambda _: None,
     task: str = "",
     taint: tuple[str, ...] = (),
+    layer: str = "",
+    outside: Outside | None = None,
 ) -> Execution:
     """Run a command on a copy of the workspace and take its effects out; publish nothing.
 
@@ -65,6 +68,8 @@ async def run(
         progress: told in a few words what is being done, for anything that may take long.
         task: what the action belongs to; labels of untrusted input stay with it.
         taint: labels of untrusted input that the command line itself follows.
+        layer: id of programs that its machine has beside those of the image.
+        outside: answers connections of its programs to :data:`PROXY_PORT` of the machine's loopback; None for none.
 
     Returns:
         The execution; its status is ``unchanged``, ``pending`` (there is a request), or
@@ -87,17 +92,18 @@ async def run(
         if runtime.publisher.interrupted():  # what is half published must be settled before it is read
             recovered += await anyio.to_thread.run_sync(runtime.decisions.recover)
         # The database is opened beside what takes longer: nothing runs in a machine before that is recorded.
-        opening, pooled = Background(lambda: _open_ledger(runtime, recovered)), has_pool(runtime.folders.run)
+        opening = Background(lambda: _open_ledger(runtime, recovered))
+        pooled = not layer and has_pool(runtime.folders.run)
         if pooled:
             stack.enter_context(opening)
-        await _prepare(runtime, prepared, workspace, progress, template=not pooled)
+        await _prepare(runtime, prepared, workspace, progress, layer, template=not pooled)
         if not pooled:
             stack.enter_context(opening)
         assert prepared.state is not None and prepared.policy is not None
         labels = await anyio.to_thread.run_sync(_admit, runtime, prepared, opening, workspace, command, task, taint)
         marks.lap("prepare")
         state = prepared.state
-        run_it = Rehearsal(runtime, workspace, command, state.entries, output, feed, progress)
+        run_it = Rehearsal(runtime, workspace, command, state.entries, output, feed, progress, outside=outside)
         execution, mode, writer = await run_it.once(prepared, opening, marks, task)
         execution.recovered = recovered
     outcome, changeset = execution.outcome, execution.changeset
@@ -120,13 +126,15 @@ async def run(
 
 
 async def _prepare(
-    runtime: Runtime, prepared: Prepared, workspace: Path, progress: Progress, *, template: bool
+    runtime: Runtime, prepared: Prepared, workspace: Path, progress: Progress, layer: str, *, template: bool
 ) -> None:
     """Read and pack the workspace, and load the template beside it; all ends before anything is raised."""
     prepared.image = runtime.images.current()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(anyio.to_thread.run_sync, _prepare_workspace, runtime, workspace, prepared, progress)
         tasks.start_soon(anyio.to_thread.run_sync, _prepare_policy, runtime, workspace, prepared)
+        if layer:
+            tasks.start_soon(anyio.to_thread.run_sync, prepared.open_packages, runtime.layers, layer)
         if template:
             await prepare_template(runtime, prepared, progress)
     if prepared.failures:

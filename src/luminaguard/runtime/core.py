@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
     from luminaguard.actions.policy import Policy
     from luminaguard.images.build import ImageStore
+    from luminaguard.images.layers.store import LayerStore
     from luminaguard.microvm.machine import Command
     from luminaguard.microvm.pool import Pool, PoolLimits, Template
     from luminaguard.microvm.port import Hypervisor
     from luminaguard.microvm.template import TemplateStore
     from luminaguard.microvm.tracker import VMTracker
     from luminaguard.runtime.decisions import Decisions
-    from luminaguard.runtime.rehearsal import Execution, Feed, Output, Progress
+    from luminaguard.runtime.rehearsal import Execution, Feed, Output, Outside, Progress
     from luminaguard.runtime.tasks import LocalTasks
     from luminaguard.storage.approvals import Approvals
     from luminaguard.storage.approvers import Approvers
@@ -69,6 +70,13 @@ class Runtime:
         from luminaguard.images.build import ImageStore
 
         return ImageStore(self.folders.cache)
+
+    @cached_property
+    def layers(self) -> LayerStore:
+        """Programs that machines have beside their image."""
+        from luminaguard.images.layers.store import LayerStore
+
+        return LayerStore(self.folders.data / "layers")
 
     @cached_property
     def hypervisor(self) -> Hypervisor:
@@ -306,8 +314,11 @@ class Runtime:
         progress: Progress = lambda _: None,
         task: str = "",
         taint: tuple[str, ...] = (),
+        layer: str = "",
+        outside: Outside | None = None,
     ) -> Execution:
         """Run one action; see :func:`luminaguard.runtime.action.run`."""
         from luminaguard.runtime.action import run
 
-        return await run(self, workspace, command, output=output, feed=feed, progress=progress, task=task, taint=taint)
+        return await run(self, workspace, command, output=output, feed=feed, progress=progress, task=task, taint=taint,
+                         layer=layer, outside=outside)  # fmt: skip

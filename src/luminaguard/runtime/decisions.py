@@ -25,6 +25,7 @@ from luminaguard.approvals import (
     sign,
     sign_grant,
 )
+from luminaguard.effects.outside import NetworkRequest
 from luminaguard.effects.text import visible
 from luminaguard.errors import (
     ApprovalError,
@@ -185,8 +186,8 @@ class Decisions:
         self.clear(dataclasses.replace(_to_run(run, task, labels), home=home), run, policy, self.hand_over)
 
     def clear(
-        self, request: Request, effect: ToolRun | RemoteCall, policy: Policy, use: Callable[[str], object], *,
-        once: bool = False,
+        self, request: Request, effect: ToolRun | RemoteCall | NetworkRequest, policy: Policy,
+        use: Callable[[str], object], *, once: bool = False,
     ) -> None:  # fmt: skip
         """Let what its asker does be done, or not: by the rules, by an approval that waits for it, or by a grant.
 
@@ -205,7 +206,7 @@ class Decisions:
         if judged.risk is Risk.GREEN and judged.people == 1:
             return
         if judged.risk is Risk.FORBIDDEN:
-            self._runtime.ledger.append(f"{effect.kind}.forbidden", tool=effect.tool, workspace=request.workspace,
+            self._runtime.ledger.append(f"{effect.kind}.forbidden", tool=_name(effect), workspace=request.workspace,
                                         task=request.task, digest=effect.digest, rule=judgement.rule,
                                         reason=judgement.reason)  # fmt: skip
             raise Forbidden(
@@ -238,7 +239,7 @@ class Decisions:
         self.approve_and_hand_over(request, answer)
         use(request.id)
 
-    def _used_before(self, request: Request, effect: ToolRun | RemoteCall) -> bool:
+    def _used_before(self, request: Request, effect: Outside) -> bool:
         """Whether a request of this id is approved, and not used; raises for one that waits, was used, or ended."""
         try:
             found = self._runtime.approvals.get(request.id)
@@ -614,6 +615,10 @@ def _to_run(run: ToolRun, task: str, labels: frozenset[str]) -> Request:
         exit_code=0, created_ns=0, expires_ns=0, state=State.PENDING, effect="run", task=task,
         taint=tuple(sorted(labels)),
     )  # fmt: skip
+
+
+def _name(effect: ToolRun | RemoteCall | NetworkRequest) -> str:
+    return f"{effect.method} {effect.url}"[:500] if isinstance(effect, NetworkRequest) else effect.tool
 
 
 def _words(run: ToolRun) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
@@ -22,23 +22,28 @@ if TYPE_CHECKING:
     from luminaguard.approvals import Request
     from luminaguard.effects import Changeset
     from luminaguard.effects.changes import Entry
+    from luminaguard.images.layers.store import LayerStore
     from luminaguard.images.manifest import Image
     from luminaguard.microvm.channel import Call
     from luminaguard.microvm.machine import Command, MicroVM, Outcome
     from luminaguard.microvm.port import SavedMachine
+    from luminaguard.microvm.relay import RelayedConnection
     from luminaguard.runtime.core import Runtime
     from luminaguard.storage.ledger import Ledger
     from luminaguard.workspaces.blobs import BlobWriter
     from luminaguard.workspaces.state import WorkspaceState
 
-__all__ = ["Background", "Execution", "Feed", "Output", "Prepared", "Progress", "Rehearsal", "Status", "Stopwatch",
-           "once_it_takes_long", "prepare_template", "shown"]  # fmt: skip
+__all__ = ["PROXY_PORT", "Background", "Execution", "Feed", "Output", "Outside", "Prepared", "Progress", "Rehearsal",
+           "Status", "Stopwatch", "once_it_takes_long", "prepare_template", "shown"]  # fmt: skip
 
 T = TypeVar("T")
 Status = Literal["published", "pending", "denied", "unchanged", "refused"]
 Output = Callable[[int, bytes], Awaitable[None]]
 Feed = Callable[["Call"], Awaitable[None]]
 Progress = Callable[[str], None]
+Outside = Callable[["RelayedConnection"], Awaitable[None]]
+PROXY_PORT = 3128
+"""Of a machine's loopback, where programs find the way out, if they are given one."""
 _LONG_S = 1.5
 
 
@@ -84,6 +89,7 @@ class Rehearsal:
     progress: Progress = lambda _: None
     timeout_s: float | None = None
     """Another limit than the settings', in seconds."""
+    outside: Outside | None = None
 
     async def once(
         self, prepared: Prepared, opening: Background[Ledger], marks: Stopwatch, task: str = ""
@@ -107,8 +113,10 @@ class Rehearsal:
                               accelerator=vm.accelerator, profile=self.command.profile)  # fmt: skip
                 marks.lap("ledger")
                 command = self.command.within(prepared.image.manifest.environment)
-                outcome = await vm.run(command, output=self.output, feed=self.feed,
-                                       timeout_s=self.timeout_s or runtime.settings.timeout_s)  # fmt: skip
+                way_out = vm.relaying(PROXY_PORT, self.outside) if self.outside else nullcontext()
+                async with way_out:
+                    outcome = await vm.run(command, output=self.output, feed=self.feed,
+                                           timeout_s=self.timeout_s or runtime.settings.timeout_s)  # fmt: skip
                 marks.lap("command")
                 writer = runtime.blobs.writer(vm_id)
                 changeset, mode = await self._take_out(vm, writer, timed_out=outcome.timed_out)
@@ -181,7 +189,7 @@ async def _machine(
             raise prepared.failures[0]
     assert prepared.saved is not None
     disks = (prepared.root, *prepared.disks)
-    async with clone(runtime.hypervisor, prepared.saved, disks, runtime.tracker,
+    async with clone(runtime.hypervisor, prepared.saved, disks, runtime.tracker, packages=prepared.packages,
                      workspace=str(workspace), task=task) as vm:  # fmt: skip
         yield vm
 
@@ -207,7 +215,7 @@ class Prepared:
         self.state: WorkspaceState | None = None
         self.policy: Policy | None = None
         self.saved: SavedMachine | None = None
-        self.root = -1
+        self.root = self.packages = -1
         self.disks: tuple[int, ...] = ()
         self.failures: list[LuminaGuardError] = []
 
@@ -217,6 +225,13 @@ class Prepared:
 
         try:
             self.root = self.keep(self.image.open_part(ROOT))
+        except LuminaGuardError as error:
+            self.failures.append(error)
+
+    def open_packages(self, layers: LayerStore, layer: str) -> None:
+        """Open the programs that lie beside the image."""
+        try:
+            self.packages = self.keep(layers.load(layer).open_on(self.image))
         except LuminaGuardError as error:
             self.failures.append(error)
 

@@ -16,7 +16,8 @@ import anyio
 import anyio.abc
 
 from luminaguard.errors import McpServerFailed, first_of
-from luminaguard.runtime.mcp.machine import Ended, folder_of, last_words
+from luminaguard.runtime.mcp.folders import folder_of
+from luminaguard.runtime.mcp.machine import Ended, last_words
 
 if TYPE_CHECKING:
     from luminaguard.mcp.session import Session

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 
 from luminaguard.errors import LuminaGuardError, McpServerFailed, first_of
+from luminaguard.runtime.mcp.folders import folder_of
 
 if TYPE_CHECKING:
     from luminaguard.mcp.session import Session
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from luminaguard.runtime.rehearsal import Execution
     from luminaguard.settings import StdioServer
 
-__all__ = ["Ended", "folder_of", "last_words", "open_in_machine"]
+__all__ = ["Ended", "last_words", "open_in_machine"]
 
 _MOST_SAID = 64 << 10
 _END_S = 2.0
@@ -33,15 +33,6 @@ class Ended:
         """Whether the server has ended by itself."""
 
 
-def folder_of(runtime: Runtime, name: str, server: StdioServer) -> Path:
-    """The folder that a server works on: the one that it was given, or one of its own that begins empty."""
-    if server.folder is not None:
-        return server.folder
-    folder = runtime.folders.data / "mcp" / name
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
 @asynccontextmanager
 async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ended: Ended) -> AsyncIterator[Session]:
     """Run a server in a machine, for as long as this context lasts; its effects wait afterwards.
@@ -54,6 +45,7 @@ async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ende
     from luminaguard.mcp.session import open_session
     from luminaguard.microvm.channel import CallFailed
     from luminaguard.microvm.machine import Command
+    from luminaguard.runtime.mcp.egress import Egress, environment
 
     pipe, said = Pipe(), bytearray()
     ended.is_gone = lambda: pipe.gone
@@ -75,9 +67,13 @@ async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ende
     begun, done = False, anyio.Event()
 
     async def work() -> None:
-        command = Command(server.command, processes=settings.processes, profile=settings.profile)
+        outside = Egress(runtime, name, server).handle if server.network == "rules" else None
+        command = Command(server.command, processes=settings.processes, profile=settings.profile,
+                          environment=environment() if outside else None)  # fmt: skip
         try:
-            execution = await runtime.exec(folder_of(runtime, name, server), command, output=output, feed=feed)
+            execution = await runtime.exec(
+                folder_of(runtime, name, server), command, output=output, feed=feed, layer=server.layer, outside=outside
+            )
         except CallFailed as error:
             failure.append(McpServerFailed(f"The server {name!a} could not be started ({error.code}).",
                                            hint="Check its command; see 'luminaguard exec'."))  # fmt: skip

@@ -25,8 +25,9 @@ from luminaguard.errors import (
     ToolQuarantined,
 )
 from luminaguard.mcp.definitions import Comparison, Definition, compare
+from luminaguard.runtime.mcp.folders import folder_of
 from luminaguard.runtime.mcp.host import open_on_host
-from luminaguard.runtime.mcp.machine import Ended, folder_of, open_in_machine
+from luminaguard.runtime.mcp.machine import Ended, open_in_machine
 from luminaguard.settings import HttpServer, McpServer, StdioServer
 
 if TYPE_CHECKING:

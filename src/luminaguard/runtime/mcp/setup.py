@@ -20,7 +20,7 @@ from luminaguard.errors import SettingsError
 from luminaguard.files import replace_text
 from luminaguard.settings import HttpServer, McpServer, Settings, StdioServer
 
-__all__ = ["Found", "add_server", "read_other", "remove_server"]
+__all__ = ["Found", "add_server", "check_new", "read_other", "remove_server"]
 
 _MAX_FILE = 1 << 20
 _NAME = re.compile(r"(?=.{1,32}$)[a-z][a-z0-9-]*(_[a-z0-9-]+)*")
@@ -113,16 +113,21 @@ def _validated(settings: dict[str, Any]) -> StdioServer | HttpServer:
     return found
 
 
+def check_new(known: Settings, name: str) -> None:
+    """Refuse a name that cannot be a server's, or that is one's already; raises SettingsError."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(f"{name[:40]!a} is no name for a server.", hint="Small letters, digits, '-' and '_'.")
+    if name in known.mcp_servers:
+        raise SettingsError(f"There is a server {name!a}.", hint=f"'luminaguard mcp remove {name}' takes it out.")
+
+
 def add_server(config: Path, known: Settings, name: str, settings: Mapping[str, Any]) -> None:
     """Write a server at the end of ``luminaguard.toml``.
 
     Raises:
         SettingsError: there is one of this name, or these are no settings of one; nothing was written.
     """
-    if not _NAME.fullmatch(name):
-        raise SettingsError(f"{name[:40]!a} is no name for a server.", hint="Small letters, digits, '-' and '_'.")
-    if name in known.mcp_servers:
-        raise SettingsError(f"There is a server {name!a}.", hint=f"'luminaguard mcp remove {name}' takes it out.")
+    check_new(known, name)
     try:
         _validated(dict(settings))
     except ValidationError as error:
