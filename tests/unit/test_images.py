@@ -177,4 +177,4 @@ def test_a_talkative_mksquashfs_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     tree = {"f": rootfs.Node("file", 0o644, bytes(1 << 20))}
     with pytest.raises(ImageBuildFailed, match="mksquashfs failed: x"):
-        build._squash(tree, tmp_path / "out")
+        build.squash(tree, tmp_path / "out")

@@ -64,11 +64,9 @@ class Relay:
         elif record.kind == records.DATA:
             end.pending += record.payload
             end.watch()
-        elif record.kind == records.END:
-            end.ending = True
+        else:  # what came before is written first
+            end.ending, end.closing = True, end.closing or record.kind == records.CLOSE
             end.watch()
-        else:
-            self.close(end)
 
     def _on_connection(self, _events: int) -> None:
         try:
@@ -83,6 +81,18 @@ class Relay:
         self._ends[self._number] = end = _End(self._number, accepted, self._loop, self)
         self.tell(Record(end.number, records.OPEN))
         end.watch()
+
+    @property
+    def open(self) -> tuple[int, ...]:
+        """Numbers of the connections that there are."""
+        return tuple(self._ends)
+
+    def end(self) -> None:
+        """Close all."""
+        for end in list(self._ends.values()):
+            self.close(end)
+        self._loop.watch(self._listener.fileno(), 0, None)
+        self._listener.close()
 
     @property
     def room(self) -> int:
@@ -113,7 +123,7 @@ class _End:
     def __init__(self, number: int, connection: socket.socket, loop: Loop, relay: Relay) -> None:
         self.number = number
         self.pending = bytearray()
-        self.ending = False
+        self.ending = self.closing = False
         self._socket = connection
         self._loop = loop
         self._relay = relay
@@ -121,7 +131,7 @@ class _End:
 
     def watch(self) -> None:
         """Wait for what can be done now."""
-        events = select.POLLIN if self._open and self._relay.room else 0
+        events = select.POLLIN if self._open and self._relay.room and not self.closing else 0
         events |= select.POLLOUT if self.pending or self.ending else 0
         self._loop.watch(self._socket.fileno(), events, self._on_ready)
 
@@ -134,6 +144,9 @@ class _End:
         try:
             if events & select.POLLOUT:
                 self._write()
+            if self.closing and not self.pending:
+                self._relay.close(self)
+                return
             if events & ~select.POLLOUT and self._open and (room := self._relay.room):
                 self._read(room)
         except BlockingIOError:
