@@ -11,8 +11,7 @@ from luminaguard.runtime.rehearsal import PROXY_PORT
 
 pytestmark = pytest.mark.vm
 HELLO = b"#!/usr/bin/python3 -I\nimport os, sys\nprint('hello', os.getuid(), sys.argv[1:])\n"
-FETCH = (
-    """
+FETCH = f"""
 import http.client, sys
 for number in range(int(sys.argv[1])):
     c = http.client.HTTPConnection("127.0.0.1", {PROXY_PORT}, timeout=20)
@@ -20,8 +19,6 @@ for number in range(int(sys.argv[1])):
     a = c.getresponse()
     print(a.status, len(a.read()))
 """
-    % PROXY_PORT
-)  # braces are the program's
 
 
 def put(runtime, tree):
