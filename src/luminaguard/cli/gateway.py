@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +13,10 @@ from luminaguard.cli import signals
 from luminaguard.cli.common import open_runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from anyio import Event
+    from mcp.server.lowlevel import Server
 
     from luminaguard.runtime import Runtime
     from luminaguard.runtime.gateway import Gateway
@@ -36,6 +38,8 @@ def gateway(
     workspace: Annotated[
         Path | None, typer.Option("--workspace", "-w", metavar="DIR", help="Offer tools for this folder, too.")
     ] = None,
+    server: Annotated[str, typer.Option("--server", metavar="SERVER", help="This server alone, under its own names, "
+                                        "with its resources, prompts and questions.")] = "",
     certificate: Annotated[Path | None, typer.Option("--certificate", metavar="PEM")] = None,
     key: Annotated[Path | None, typer.Option("--key", metavar="PEM")] = None,
     host: Annotated[list[str] | None, typer.Option("--host", metavar="NAME[:PORT]", help="What clients call it, "
@@ -48,30 +52,32 @@ def gateway(
         return
     if stdio == bool(http):
         raise SettingsError("One of --stdio and --http is needed.", hint="For example: luminaguard gateway --stdio")
+    if server and workspace is not None:
+        raise SettingsError("A server alone comes without the tools of a folder.", hint="Leave --workspace away.")
     if stdio:
-        _run(workspace, _serve_stdio)
+        _run(workspace, server, _serve_stdio)
         return
 
-    async def serve(runtime: Runtime, gateway: Gateway, stop: Event) -> None:
+    async def serve(runtime: Runtime, gateway: Gateway, protocol: Server[Any], stop: Event) -> None:
         import anyio
 
         from luminaguard.service.gateway import gateway_app as build
-        from luminaguard.service.server import Server
+        from luminaguard.service.server import Server as HttpServer
 
-        app = build(runtime, gateway, http, hosts=tuple(host or ()))
-        server = Server(app, http, certificate, key, lifespan="on", most=_MOST_CONNECTIONS)
+        app = build(runtime, gateway, http, hosts=tuple(host or ()), server=protocol)
+        listener = HttpServer(app, http, certificate, key, lifespan="on", most=_MOST_CONNECTIONS)
         where = f"{'https' if certificate else 'http'}://{http}/mcp"
 
         async def end() -> None:
             await stop.wait()
-            server.should_exit = True
+            listener.should_exit = True
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(end)
-            await server.serve_at(lambda: _tell(f"MCP at {where} (Ctrl-C ends it)"))
+            await listener.serve_at(lambda: _tell(f"MCP at {where} (Ctrl-C ends it)"))
             tasks.cancel_scope.cancel()
 
-    _run(workspace, serve)
+    _run(workspace, server, serve)
 
 
 @gateway_app.command("token")
@@ -122,13 +128,11 @@ def gateway_install(
     print(f"written: {change.path}")
 
 
-async def _serve_stdio(_runtime: Runtime, gateway: Gateway, stop: Event) -> None:
+async def _serve_stdio(_runtime: Runtime, _gateway: Gateway, server: Server[Any], stop: Event) -> None:
     import anyio
 
-    from luminaguard.mcp.gateway import make_server
     from luminaguard.mcp.gateway.stdio import stdio_streams
 
-    server = make_server(gateway)
     async with anyio.create_task_group() as tasks:
 
         async def end() -> None:
@@ -141,7 +145,23 @@ async def _serve_stdio(_runtime: Runtime, gateway: Gateway, stop: Event) -> None
         tasks.cancel_scope.cancel()
 
 
-def _run(workspace: Path | None, serve: Callable[[Any, Gateway, Event], Awaitable[None]]) -> None:
+@asynccontextmanager
+async def _protocol(runtime: Runtime, gateway: Gateway, server: str) -> AsyncIterator[Server[Any]]:
+    """What speaks the protocol: of all servers, or of one alone."""
+    from luminaguard.mcp.gateway import make_server
+    from luminaguard.mcp.gateway.alone import make_server_alone
+    from luminaguard.runtime.gateway.alone import Alone
+
+    if not server:
+        yield make_server(gateway)
+        return
+    async with Alone.serving(gateway, runtime, server) as alone:
+        yield await make_server_alone(alone)
+
+
+def _run(
+    workspace: Path | None, server: str, serve: Callable[[Any, Gateway, Server[Any], Event], Awaitable[None]]
+) -> None:
     import anyio
 
     from luminaguard.cli.paths import absolute
@@ -161,8 +181,11 @@ def _run(workspace: Path | None, serve: Callable[[Any, Gateway, Event], Awaitabl
                     stop.set()
 
                 tasks.start_soon(until_signal)
-                async with Gateway.open(runtime, folder) as gateway:
-                    await serve(runtime, gateway, stop)
+                async with (
+                    Gateway.open(runtime, folder) as gateway,
+                    _protocol(runtime, gateway, server) as protocol,
+                ):
+                    await serve(runtime, gateway, protocol, stop)
                 tasks.cancel_scope.cancel()
 
         try:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
-from mcp.client.session import ElicitationFnT
+from mcp.client.session import ElicitationFnT, ListRootsFnT, LoggingFnT, MessageHandlerFnT, SamplingFnT
+from mcp.shared.dispatcher import ProgressFnT
 from mcp_types import (
     HEADER_MISMATCH,
     INVALID_PARAMS,
@@ -22,6 +23,9 @@ from mcp_types import (
     MISSING_REQUIRED_CLIENT_CAPABILITY,
     UNSUPPORTED_PROTOCOL_VERSION,
     CallToolResult,
+    InputRequiredResult,
+    InputResponses,
+    RequestParamsMeta,
 )
 from pydantic import ValidationError
 
@@ -36,7 +40,7 @@ from luminaguard.errors import (
 from luminaguard.mcp.definitions import Definition
 from mcp import Client, MCPError
 
-__all__ = ["Result", "Session", "check_sendable", "open_session"]
+__all__ = ["NOBODY", "More", "Peer", "Result", "Session", "check_sendable", "open_session"]
 
 # What the SDK warns of are texts of servers, which are no texts for a terminal.
 for _name in ("mcp", "httpx2", "httpcore2"):
@@ -66,6 +70,36 @@ class Result:
     text: str
     structured: Any = None
     failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Whom a server speaks with: what it may ask, None for what it may not, and in which era.
+
+    Attributes:
+        mode: ``auto``, ``legacy``, or a revision of the new era, which then is not asked for first.
+        logging, message: are told what it says by itself.
+    """
+
+    mode: str = "auto"
+    elicitation: ElicitationFnT | None = None
+    sampling: SamplingFnT | None = None
+    roots: ListRootsFnT | None = None
+    logging: LoggingFnT | None = None
+    message: MessageHandlerFnT | None = None
+
+
+NOBODY = Peer()
+
+
+@dataclass(frozen=True, slots=True)
+class More:
+    """What a call has beside its arguments: of a round after the first, and who is told how far it is."""
+
+    input_responses: InputResponses | None = None
+    request_state: str | None = None
+    progress: ProgressFnT | None = None
+    meta: RequestParamsMeta | None = None
 
 
 def check_sendable(arguments: dict[str, Any]) -> None:
@@ -123,14 +157,27 @@ class Session:
             NotExecuted, SessionLost: it was not done.
             MaybeExecuted: it did not answer in time, or says what cannot be.
         """
+        answer = await self.call_further(tool, arguments, More())
+        if not isinstance(answer, CallToolResult):
+            raise MaybeExecuted(
+                self.failed("it wants to ask something first, and nobody here can be asked").message,
+                hint="Use it through 'luminaguard gateway --server', whose client can be asked.",
+                kept="It was not repeated.",
+            )
+        return answer
+
+    async def call_further(
+        self, tool: str, arguments: dict[str, Any], more: More
+    ) -> CallToolResult | InputRequiredResult:
+        """Call a tool, or go on with a call that the server has asked something of; raises as :meth:`call_whole`."""
         check_sendable(arguments)
         try:
             with self.failures(), anyio.fail_after(self.timeout_s):
                 # Not the client's own call_tool, which sends a call again when a server says so.
-                answer = await self.client.session.call_tool(tool, arguments, allow_input_required=True)
-            if not isinstance(answer, CallToolResult):
-                raise self.failed("it wants to ask something first, and nobody here can be asked")
-            return answer
+                return await self.client.session.call_tool(
+                    tool, arguments, progress_callback=more.progress, input_responses=more.input_responses,
+                    request_state=more.request_state, meta=more.meta, allow_input_required=True,
+                )  # fmt: skip
         except (MaybeExecuted, NotExecuted, SessionLost):
             raise
         except McpServerFailed as error:  # whatever else went wrong, it was sent
@@ -187,7 +234,7 @@ class _Failures:
 @asynccontextmanager
 async def open_session(
     name: str, transport: AbstractAsyncContextManager[Any], explain: Callable[[MCPError], LuminaGuardError | None],
-    timeout_s: float, answers: ElicitationFnT | None = None,
+    timeout_s: float, peer: Peer = NOBODY,
 ) -> AsyncIterator[Session]:  # fmt: skip
     """Speak with a server, for as long as this context lasts.
 
@@ -196,14 +243,17 @@ async def open_session(
         transport: gives the SDK what it reads from, and what it writes to.
         explain: what is known of an error beside what it says.
         timeout_s: how long the server may take to begin, and for each answer.
-        answers: answers questions of the server; None if it cannot ask.
+        peer: whom the server speaks with.
 
     Raises:
         McpServerFailed: it does not begin to speak in time.
     """
-    session = Session(
-        name, Client(transport, read_timeout_seconds=timeout_s, elicitation_callback=answers), explain, timeout_s
-    )
+    client = Client(
+        transport, read_timeout_seconds=timeout_s, mode=peer.mode, elicitation_callback=peer.elicitation,
+        sampling_callback=peer.sampling, list_roots_callback=peer.roots, logging_callback=peer.logging,
+        message_handler=peer.message,
+    )  # fmt: skip
+    session = Session(name, client, explain, timeout_s)
     begun, late, done = anyio.Event(), False, False
 
     async def deadline(scope: anyio.CancelScope) -> None:

@@ -24,6 +24,8 @@ from luminaguard.mcp.gateway import make_server
 from luminaguard.storage.clients import Clients
 
 if TYPE_CHECKING:
+    from mcp.server.lowlevel import Server
+
     from luminaguard.runtime import Runtime
     from luminaguard.runtime.gateway import Gateway
 
@@ -38,11 +40,21 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
 
-def gateway_app(runtime: Runtime, gateway: Gateway, listen: str, hosts: tuple[str, ...] = ()) -> Guard:
-    """The application of one gateway, at ``/mcp``, and its metrics at ``/metrics``."""
+def gateway_app(
+    runtime: Runtime, gateway: Gateway, listen: str, hosts: tuple[str, ...] = (), *, server: Server[Any] | None = None
+) -> Guard:
+    """The application of one gateway, at ``/mcp``, and its metrics at ``/metrics``.
+
+    Args:
+        runtime: the parts.
+        gateway: what it serves.
+        listen: where, as ``ADDRESS:PORT``.
+        hosts: what clients call it beside that.
+        server: what speaks the protocol, if not all servers of the gateway are served.
+    """
     # Host and Origin are looked at here, before anything else is.
     security = TransportSecuritySettings(enable_dns_rebinding_protection=False)
-    inner = make_server(gateway).streamable_http_app(
+    inner = (server or make_server(gateway)).streamable_http_app(
         json_response=False, transport_security=security, max_request_body_size=_MOST_BODY, max_sessions=_SESSIONS,
         session_idle_timeout=_SESSION_IDLE_S,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from luminaguard.mcp.definitions import Definition
 from luminaguard.mcp.gateway.state import Seal
 from mcp import MCPError
 
-__all__ = ["Asks", "Backend", "Client", "make_server"]
+__all__ = ["Asks", "Backend", "Client", "make_server", "told"]
 
 _INSTRUCTIONS = (
     "Tools run in machines that are thrown away, or at servers behind this gateway. What they change waits until a "
@@ -90,15 +90,19 @@ def make_server(backend: Backend, *, clock: Callable[[], float] = time.monotonic
         except _InputNeeded as need:
             return need.result
         except LuminaGuardError as error:
-            # In the result, not as an error of the protocol: the model is to read it and do something else.
-            log.event("gateway.refused", tool=params.name[:64], why=error.message)
-            text = " ".join(part for part in (error.message, error.kept, error.hint) if part)
-            return types.CallToolResult(content=[types.TextContent(type="text", text=text)], is_error=True)
+            return told(params.name, error)
 
     return Server(
         "luminaguard", version=metadata.version("luminaguard"), instructions=_INSTRUCTIONS, on_list_tools=list_tools,
         on_call_tool=call_tool, get_tool_input_schema=backend.schema,
     )  # fmt: skip
+
+
+def told(tool: str, error: LuminaGuardError) -> types.CallToolResult:
+    """A refusal, in the result and not as an error of the protocol: the model is to read it and do something else."""
+    log.event("gateway.refused", tool=tool[:64], why=error.message)
+    text = " ".join(part for part in (error.message, error.kept, error.hint) if part)
+    return types.CallToolResult(content=[types.TextContent(type="text", text=text)], is_error=True)
 
 
 class _InputNeeded(Exception):

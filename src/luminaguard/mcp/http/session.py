@@ -14,7 +14,6 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import httpx2
-from mcp.client.session import ElicitationFnT
 from mcp.client.streamable_http import streamable_http_client
 
 from luminaguard import log
@@ -23,7 +22,7 @@ from luminaguard.mcp.balancing import Balancer
 from luminaguard.mcp.definitions import Definition, compare
 from luminaguard.mcp.http.exchange import Target, Times
 from luminaguard.mcp.http.transport import BalancedTransport, Trust
-from luminaguard.mcp.session import Session, open_session
+from luminaguard.mcp.session import NOBODY, Peer, Session, open_session
 from luminaguard.settings import HttpServer
 from mcp import MCPError
 
@@ -57,7 +56,7 @@ async def open_http(
     trust: Callable[[str], Trust] = lambda _: Trust(),
     pinned: Mapping[str, Definition] | None = None,
     auth: httpx2.Auth | None = None,
-    answers: ElicitationFnT | None = None,
+    peer: Peer = NOBODY,
     chance: random.Random | None = None,
 ) -> AsyncIterator[HttpSession]:
     """Speak with a server, for as long as this context lasts.
@@ -69,7 +68,7 @@ async def open_http(
         trust: what is known of a tool.
         pinned: the definitions that were accepted; an endpoint that has others gets nothing.
         auth: gets and renews what the server wants to see of who asks.
-        answers: answers questions of the server; None if it cannot ask.
+        peer: whom the server speaks with.
         chance: for tests.
 
     Raises:
@@ -98,7 +97,7 @@ async def open_http(
                 tasks.start_soon(checks.from_time_to_time)
             stream = streamable_http_client(server.urls[0], http_client=client, max_sse_event_size=_MOST_EVENT)
             # The transport has the deadline, and says what became of a call; the session's is behind it.
-            async with open_session(name, stream, explain, server.timeout_s + _GRACE_S, answers) as session:
+            async with open_session(name, stream, explain, server.timeout_s + _GRACE_S, peer) as session:
                 yield HttpSession(session, transport)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -38,11 +38,14 @@ from luminaguard.runtime.mcp import McpServers, Opened
 if TYPE_CHECKING:
     from luminaguard.runtime.core import Runtime
 
-__all__ = ["Gateway"]
+__all__ = ["END_S", "Gateway", "tell_ended", "waits"]
+
+T = TypeVar("T")
 
 _LEFT = "the program that asked for it has left"
 _LOOK_S = 0.25
-_END_S = 10.0
+END_S = 10.0
+"""What calls that are under way get when a gateway ends."""
 _MOST_SHOWN = 4000
 _UP_TO = {"never": None, "low": Severity.LOW, "medium": Severity.MEDIUM}
 
@@ -59,7 +62,7 @@ class Gateway:
         self._schemas: dict[str, Mapping[str, Any]] = {}
         self._labels = set[str]()
         self._calls = Calls()
-        self._task = f"gateway-{secrets.token_hex(5)}"
+        self.task = f"gateway-{secrets.token_hex(5)}"
 
     @classmethod
     @asynccontextmanager
@@ -69,13 +72,13 @@ class Gateway:
             log.event("gateway.changes_wait", request=request)
         folder = FolderTools(runtime, workspace) if workspace else None
         async with anyio.create_task_group() as tasks:
-            kept = KeptServers(McpServers(runtime), tasks, runtime.settings.gateway.idle_s, _tell_ended)
+            kept = KeptServers(McpServers(runtime), tasks, runtime.settings.gateway.idle_s, tell_ended)
             gateway = cls(runtime, kept, folder)
             try:
                 yield gateway
             finally:
                 kept.retire()
-                tasks.cancel_scope.deadline = anyio.current_time() + _END_S
+                tasks.cancel_scope.deadline = anyio.current_time() + END_S
                 if folder is not None:
                     with anyio.CancelScope(shield=True):
                         await _close(folder)
@@ -85,7 +88,7 @@ class Gateway:
     def withdraw(self) -> None:
         """Nobody comes for what this gateway's client asked for and left."""
         try:
-            for request in self._runtime.approvals.list(task=self._task):
+            for request in self._runtime.approvals.list(task=self.task):
                 if request.state in {State.PENDING, State.APPROVED}:
                     with suppress(ApprovalError):
                         self._runtime.decisions.deny(request, Answer(Verdict.DENY, "gateway", _LEFT))
@@ -143,10 +146,10 @@ class Gateway:
         server, tool = where
         began, outcome = time.monotonic(), "refused"
         try:
-            answer = await self._call_when_let(server, tool, arguments, client)
+            answer = await self.when_let(lambda: self._call_server(server, tool, arguments), client)
             if isinstance(answer, str):
                 outcome = "waits"
-                return _waits(answer)
+                return waits(answer)
             outcome = "failed" if answer.is_error else "done"
             return answer
         except MaybeExecuted:
@@ -158,14 +161,12 @@ class Gateway:
         finally:
             self._calls.note(server, outcome, time.monotonic() - began)
 
-    async def _call_when_let(
-        self, server: str, tool: str, arguments: dict[str, Any], client: Client
-    ) -> types.CallToolResult | str:
+    async def when_let(self, attempt: Callable[[], Awaitable[T]], client: Client) -> T | str:
         """Do it once a person has let it; the id of the request that waits, if nobody has answered in time."""
         deadline = time.monotonic() + self._runtime.settings.gateway.wait_s
         while True:
             try:
-                return await self._call_server(server, tool, arguments)
+                return await attempt()
             except ApprovalNeeded as needed:  # nothing is held while a person decides
                 if not await self._decided(needed.request_id, client, deadline):
                     return needed.request_id
@@ -180,15 +181,19 @@ class Gateway:
     async def _call_server(self, server: str, tool: str, arguments: dict[str, Any]) -> types.CallToolResult:
         async with self._kept.use(server) as kept:
             now = await kept.tools(time.monotonic())
-            answer = await self._mcp.call(kept.opened, tool, arguments, task=self._task, now=now)
+            answer = await self._mcp.call(kept.opened, tool, arguments, task=self.task, now=now)
+        await self.follow(server, tool, now[tool])
+        return answer
+
+    async def follow(self, server: str, tool: str, definition: Definition) -> None:
+        """Remember that whoever uses this gateway has read what a server gave."""
         label = f"mcp:{server}"
-        said = now[tool].get("annotations") or {}
+        said = definition.get("annotations") or {}
         # A server that is trusted is, as far as what it says is its own.
         trusted = server in self._runtime.policy(None).trusted_servers and said.get("openWorldHint") is not True
         if label not in self._labels and not trusted:
             self._labels.add(label)
-            await anyio.to_thread.run_sync(self._runtime.tasks.add_labels, self._task, [(label, tool)])
-        return answer
+            await anyio.to_thread.run_sync(self._runtime.tasks.add_labels, self.task, [(label, tool)])
 
     async def _call_in_folder(
         self, folder: FolderTools, name: str, arguments: dict[str, Any]
@@ -197,7 +202,7 @@ class Gateway:
         deadline = time.monotonic() + self._runtime.settings.gateway.wait_s
         while isinstance(answer, Waiting):
             if time.monotonic() >= deadline or not answer.call_id:
-                return _waits(answer.request)
+                return waits(answer.request)
             await anyio.sleep(_LOOK_S)
             answer = await folder.again(answer)
         return _said(answer.text, failed=answer.failed)
@@ -239,7 +244,8 @@ class Gateway:
         return f"{first}\n{arguments}" if len(arguments) <= _MOST_SHOWN else ""
 
 
-def _tell_ended(name: str, opened: Opened) -> None:
+def tell_ended(name: str, opened: Opened) -> None:
+    """Note that what a server in a machine changed waits."""
     execution = opened.execution
     if execution is not None and execution.request is not None:
         log.event("gateway.changes_wait", server=name, request=execution.request.id)
@@ -253,7 +259,8 @@ async def _close(folder: FolderTools) -> None:
         log.event("gateway.not_asked", why=error.message)
 
 
-def _waits(request_id: str) -> types.CallToolResult:
+def waits(request_id: str) -> types.CallToolResult:
+    """What is told of a call that waits for a person."""
     return _said(
         f"This waits for the approval of a person: {request_id}. It was not done. They decide with 'luminaguard "
         f"approvals approve {request_id}' or in 'luminaguard inbox'; then make the very same call again.", failed=True,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import anyio
 import anyio.abc
@@ -17,9 +18,9 @@ import anyio.abc
 from luminaguard import log
 from luminaguard.errors import LuminaGuardError, McpServerFailed, SessionLost
 from luminaguard.mcp.definitions import Definition
-from luminaguard.runtime.mcp import McpServers, Opened
+from luminaguard.runtime.mcp import Opened
 
-__all__ = ["Kept", "KeptServers"]
+__all__ = ["Kept", "KeptServers", "Opens"]
 
 _LONGEST_PAUSE_S = 30.0
 _LISTED_S = 5.0
@@ -52,6 +53,13 @@ class Kept:
         return self._listed
 
 
+class Opens(Protocol):
+    """Opens servers."""
+
+    def open(self, name: str) -> AbstractAsyncContextManager[Opened]:
+        """Speak with one, for as long as the context lasts."""
+
+
 class KeptServers:
     """The servers of one gateway.
 
@@ -63,7 +71,7 @@ class KeptServers:
     """
 
     def __init__(
-        self, servers: McpServers, tasks: anyio.abc.TaskGroup, idle_s: float,
+        self, servers: Opens, tasks: anyio.abc.TaskGroup, idle_s: float,
         ended: Callable[[str, Opened], None] = lambda *_: None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._servers, self._tasks, self._idle_s = servers, tasks, idle_s

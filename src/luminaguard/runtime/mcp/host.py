@@ -20,7 +20,7 @@ from luminaguard.runtime.mcp.folders import folder_of
 from luminaguard.runtime.mcp.machine import Ended, last_words
 
 if TYPE_CHECKING:
-    from luminaguard.mcp.session import Session
+    from luminaguard.mcp.session import Peer, Session
     from luminaguard.runtime.core import Runtime
     from luminaguard.settings import StdioServer
 
@@ -35,14 +35,16 @@ _END_S = 2.0
 
 
 @asynccontextmanager
-async def open_on_host(runtime: Runtime, name: str, server: StdioServer, ended: Ended) -> AsyncIterator[Session]:
+async def open_on_host(
+    runtime: Runtime, name: str, server: StdioServer, ended: Ended, peer: Peer | None = None
+) -> AsyncIterator[Session]:
     """Run a server on this machine, for as long as this context lasts.
 
     Raises:
         McpServerFailed: it cannot be started, ends, or does not begin to speak.
     """
     from luminaguard.mcp.pipe import Pipe
-    from luminaguard.mcp.session import open_session
+    from luminaguard.mcp.session import NOBODY, open_session
 
     pipe, said = Pipe(), bytearray()
     ended.is_gone = lambda: pipe.gone
@@ -84,7 +86,9 @@ async def open_on_host(runtime: Runtime, name: str, server: StdioServer, ended: 
             for work in (listen, hear, speak):
                 tasks.start_soon(work)
             try:
-                async with open_session(name, pipe.transport(), pipe.explain, server.timeout_s) as session:
+                async with open_session(
+                    name, pipe.transport(), pipe.explain, server.timeout_s, peer or NOBODY
+                ) as session:
                     yield session
             finally:
                 pipe.to_server.close()  # end of file, upon which a server ends

@@ -12,7 +12,7 @@ from luminaguard.errors import LuminaGuardError, McpServerFailed, first_of
 from luminaguard.runtime.mcp.folders import folder_of
 
 if TYPE_CHECKING:
-    from luminaguard.mcp.session import Session
+    from luminaguard.mcp.session import Peer, Session
     from luminaguard.microvm.channel import Call
     from luminaguard.runtime.core import Runtime
     from luminaguard.runtime.rehearsal import Execution
@@ -34,7 +34,9 @@ class Ended:
 
 
 @asynccontextmanager
-async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ended: Ended) -> AsyncIterator[Session]:
+async def open_in_machine(
+    runtime: Runtime, name: str, server: StdioServer, ended: Ended, peer: Peer | None = None
+) -> AsyncIterator[Session]:
     """Run a server in a machine, for as long as this context lasts; its effects wait afterwards.
 
     Raises:
@@ -42,7 +44,7 @@ async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ende
         LuminaGuardError: what :meth:`Runtime.exec` raises.
     """
     from luminaguard.mcp.pipe import Pipe
-    from luminaguard.mcp.session import open_session
+    from luminaguard.mcp.session import NOBODY, open_session
     from luminaguard.microvm.channel import CallFailed
     from luminaguard.microvm.machine import Command
     from luminaguard.runtime.mcp.egress import Egress, environment
@@ -91,7 +93,9 @@ async def open_in_machine(runtime: Runtime, name: str, server: StdioServer, ende
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(work)
             try:
-                async with open_session(name, pipe.transport(), pipe.explain, server.timeout_s) as session:
+                async with open_session(
+                    name, pipe.transport(), pipe.explain, server.timeout_s, peer or NOBODY
+                ) as session:
                     begun = True
                     yield session
             finally:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
@@ -32,15 +32,17 @@ from luminaguard.settings import HttpServer, McpServer, StdioServer
 
 if TYPE_CHECKING:
     import httpx2
-    from mcp_types import CallToolResult
+    from mcp_types import CallToolResult, InputRequiredResult
 
     from luminaguard.effects.outside import RemoteCall
     from luminaguard.mcp.http import BalancedTransport, Trust
-    from luminaguard.mcp.session import Session
+    from luminaguard.mcp.session import More, Peer, Session
     from luminaguard.runtime.core import Runtime
     from luminaguard.runtime.rehearsal import Execution
 
 __all__ = ["McpServers", "Opened"]
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ class McpServers:
         return servers[name]
 
     @asynccontextmanager
-    async def open(self, name: str) -> AsyncIterator[Opened]:
+    async def open(self, name: str, peer: Peer | None = None) -> AsyncIterator[Opened]:
         """Speak with a server for as long as this context lasts; one of a machine is run for that.
 
         Raises:
@@ -96,14 +98,16 @@ class McpServers:
         if isinstance(server, StdioServer):
             ended = Ended()
             run = open_on_host if server.isolation == "none" else open_in_machine
-            async with run(self._runtime, name, server, ended) as session:
+            async with run(self._runtime, name, server, ended, peer) as session:
                 yield Opened(session, _ended=ended)
             return
         from luminaguard.mcp.http.session import open_http
+        from luminaguard.mcp.session import NOBODY
 
         pinned = await anyio.to_thread.run_sync(self.pinned, name)
         trust, auth = self._trust(name, server, pinned or {}), self._auth(name, server)
-        async with open_http(name, server, _headers(name, server), trust=trust, pinned=pinned, auth=auth) as http:
+        async with open_http(name, server, _headers(name, server), trust=trust, pinned=pinned, auth=auth,
+                             peer=peer or NOBODY) as http:  # fmt: skip
             yield Opened(http.session, http.transport)
 
     async def status(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -230,18 +234,58 @@ class McpServers:
         """
         session = opened.session
         listed = await session.list_tools() if now is None else now
-        stack, asked = ExitStack(), list[str]()  # an approval is used up before the call, and told how it ended
 
-        def admit() -> RemoteCall:
-            return self._admit(opened, tool, arguments, listed, task, request_id, use)
+        def effect() -> RemoteCall:
+            return self._effect(session.name, tool, arguments, listed)
+
+        return await self._do(opened, effect, lambda: session.call_whole(tool, arguments), task, request_id)
+
+    async def call_further(
+        self, opened: Opened, tool: str, arguments: dict[str, Any], more: More, *, task: str,
+        now: Mapping[str, Definition],
+    ) -> CallToolResult | InputRequiredResult:  # fmt: skip
+        """Like :meth:`call`, for whoever can be asked: a call goes on in rounds, each of which is let by itself."""
+
+        def effect() -> RemoteCall:
+            return self._effect(opened.session.name, tool, arguments, now)
+
+        return await self._do(opened, effect, lambda: opened.session.call_further(tool, arguments, more), task)
+
+    async def ask(
+        self, opened: Opened, method: str, arguments: dict[str, Any], do: Callable[[], Awaitable[T]], *, task: str
+    ) -> T:
+        """Another request than a tool's call, which by the protocol only reads: judged as a call of its name is.
+
+        Raises:
+            Forbidden, ApprovalNeeded, McpServerFailed: as :meth:`call` does.
+        """
+        from luminaguard.effects.outside import RemoteCall
+
+        definition = {"name": method, "annotations": {"readOnlyHint": True}}
+
+        def effect() -> RemoteCall:
+            unconfined = self._is_unconfined(opened.session.name)
+            return RemoteCall(opened.session.name, method, arguments, definition, definition, unconfined)
+
+        return await self._do(opened, effect, do, task)
+
+    async def _do(
+        self, opened: Opened, effect: Callable[[], RemoteCall], do: Callable[[], Awaitable[T]], task: str,
+        request_id: str = "",
+    ) -> T:  # fmt: skip
+        """Do what is let; an approval is used up before it, and told how it ended."""
+        stack, asked = ExitStack(), list[str]()
+
+        def admit() -> None:
+            self._admit(opened, effect(), task, request_id, use)
 
         def use(approved: str) -> None:
             stack.enter_context(self._runtime.decisions.doing(approved))
             asked.append(approved)
 
         try:
-            effect = await anyio.to_thread.run_sync(admit)
-            result = await session.call_whole(effect.tool, effect.arguments)
+            await anyio.to_thread.run_sync(admit)
+            result = await do()
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(stack.__exit__, *sys.exc_info())
@@ -252,11 +296,9 @@ class McpServers:
         return result
 
     def _admit(
-        self, opened: Opened, tool: str, arguments: dict[str, Any], now: Mapping[str, Definition], task: str,
-        request_id: str, use: Callable[[str], None],
-    ) -> RemoteCall:  # fmt: skip
+        self, opened: Opened, effect: RemoteCall, task: str, request_id: str, use: Callable[[str], None]
+    ) -> None:
         """Let a call be made, and record it; an approval that it takes is used up by ``use``."""
-        effect = self._effect(opened.session.name, tool, arguments, now)
         if request_id:
             self._refuse_again(effect, request_id)
         if opened.balanced is None and not effect.unconfined:
@@ -273,7 +315,6 @@ class McpServers:
             decisions.clear(request, effect, self._runtime.policy(None),
                             use, once=bool(request_id))  # fmt: skip
         self._record(effect, request_id)
-        return effect
 
     def _record(self, effect: RemoteCall, request_id: str) -> None:
         asked = {"request": request_id} if request_id else {}
@@ -310,8 +351,10 @@ class McpServers:
                 kept="It was not called.",
             )
         definition = dict(now[tool])
-        unconfined = getattr(self._runtime.settings.mcp_servers[server], "isolation", "machine") == "none"
-        return RemoteCall(server, tool, arguments, definition, definition, unconfined)
+        return RemoteCall(server, tool, arguments, definition, definition, self._is_unconfined(server))
+
+    def _is_unconfined(self, server: str) -> bool:
+        return getattr(self._runtime.settings.mcp_servers[server], "isolation", "machine") == "none"
 
     def _request(self, effect: RemoteCall, *, task: str = "", labels: frozenset[str] = frozenset()) -> Request:
         """What would ask for a call, without its times."""
