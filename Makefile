@@ -40,7 +40,7 @@ soak: setup ## clone hygiene over 200 clones, and the pool, at length (about 10 
 firecracker-lab: setup ## the tests with a real Firecracker, in an emulated machine where KVM is missing
 	@tools/test-image && $(BIN)/python tools/firecracker_lab.py $(ARGS)
 
-conformance: setup ## the conformance suite of MCP against our client over HTTP (needs npm; a minute)
+conformance: setup ## the conformance suite of MCP: our client, and a server behind the gateway (needs npm; two minutes)
 	@tools/conformance
 
 coverage: setup ## the tests with branch coverage, subprocesses included

@@ -115,8 +115,8 @@ class StdioServer(BaseModel):
 
     @model_validator(mode="after")
     def _layer_in_a_machine(self) -> StdioServer:
-        if self.layer and self.isolation == "none":
-            raise ValueError("a layer is of a machine, and isolation is none")
+        if self.isolation == "none" and (self.layer or self.network != "none"):
+            raise ValueError("a layer and rules of a network are of a machine, and isolation is none")
         return self
 
     @field_validator("folder")

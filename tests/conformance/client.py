@@ -17,6 +17,7 @@ from mcp.shared.auth import AuthorizationCodeResult, OAuthClientInformationFull
 from pydantic import AnyUrl
 
 from luminaguard.mcp.http.session import open_http
+from luminaguard.mcp.session import Peer
 from luminaguard.runtime.mcp.login import oauth_of
 from luminaguard.settings import HttpServer
 from luminaguard.testing.mcp_oauth import MemoryTokens
@@ -76,7 +77,7 @@ async def run(url):
         document = "https://conformance-test.local/client-metadata.json"
         auth = oauth_of(url, MemoryTokens(registered()), REDIRECT, person.show, person.answer, document=document)
     server = HttpServer(url=url, timeout_s=25, check_s=0)
-    async with open_http("conformance", server, {}, auth=auth, answers=fill_in) as http:
+    async with open_http("conformance", server, {}, auth=auth, peer=Peer(elicitation=fill_in)) as http:
         client = http.session.client
         tools = (await client.list_tools()).tools
         calls = CONTEXT.get("toolCalls")

@@ -1,6 +1,6 @@
 """The gateway in front of one server, for the conformance suite, which sends no token: it is added here.
 
-    gateway.py URL    of a server; prints where the gateway is, and serves until it is ended
+gateway.py URL    of a server; prints where the gateway is, and serves until it is ended
 """
 
 from __future__ import annotations

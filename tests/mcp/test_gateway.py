@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
 
 import anyio
 import httpx2
@@ -13,14 +12,12 @@ import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 from hypothesis import given
 from hypothesis import strategies as st
-from mcp.client.stdio import stdio_client
-from mcp.client.streamable_http import streamable_http_client
 
 from luminaguard.mcp.gateway.state import Seal
 from luminaguard.mcp.names import Names, Visibility
 from luminaguard.storage.clients import Clients
+from luminaguard.testing.gateways import over_http, over_stdio, serving_gateway
 from luminaguard.testing.mcp_lab import TOOLS, Fault, LabServer, running_lab
-from mcp import Client, StdioServerParameters
 
 DEADLINE_S = 90
 ERAS = ["2026-07-28", "legacy"]
@@ -47,47 +44,6 @@ def setup(bare_home):
         return bare_home
 
     return write
-
-
-@asynccontextmanager
-async def over_stdio(home, *words, era="auto", **options):
-    argv = home.argv("gateway", "--stdio", *words)
-    parameters = StdioServerParameters(command=argv[0], args=argv[1:], env=home.environment)
-    async with Client(stdio_client(parameters), mode=era, read_timeout_seconds=60, **options) as client:
-        yield client
-
-
-@contextmanager
-def serving(home, *words):
-    """``gateway --http`` on a free port; its address."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = home.argv("gateway", "--http", f"127.0.0.1:{port}", *words)
-    with subprocess.Popen(argv, env=home.environment, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            said = process.stderr.readline()
-            assert "MCP at" in said, said + process.stderr.read()
-            yield f"http://127.0.0.1:{port}/mcp"
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-
-
-@asynccontextmanager
-async def over_http(url, token, era="auto", **options):
-    headers = {"authorization": f"Bearer {token}"}
-    async with (
-        httpx2.AsyncClient(headers=headers, timeout=60, trust_env=False) as http,
-        Client(streamable_http_client(url, http_client=http), mode=era, **options) as client,
-    ):
-        yield client
 
 
 def text(result):
@@ -304,7 +260,7 @@ def test_http_needs_a_token(setup, era):
     with running_lab(lab):
         home = setup({"lab": lab.url}, TRUSTED)
         token = home.run("gateway", "token", "editor").out.strip()
-        with serving(home) as url:
+        with serving_gateway(home) as url:
 
             async def work():
                 async with over_http(url, token, era) as client:
@@ -337,7 +293,7 @@ def test_a_client_has_its_limits(setup):
         home = setup({"lab": lab.url}, TRUSTED, "per_minute = 6")
         token = home.run("gateway", "token", "editor").out.strip()
         other = home.run("gateway", "token", "other").out.strip()
-        with serving(home) as url:
+        with serving_gateway(home) as url:
             message = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
 
             def ask(token):
@@ -352,7 +308,7 @@ def test_a_session_is_its_clients_alone(setup):
     with running_lab(lab):
         home = setup({"lab": lab.url}, TRUSTED)
         mine, other = (home.run("gateway", "token", name).out.strip() for name in ("mine", "other"))
-        with serving(home) as url:
+        with serving_gateway(home) as url:
 
             def post(token, message, session=""):
                 headers = {"accept": "application/json, text/event-stream", "authorization": f"Bearer {token}"}

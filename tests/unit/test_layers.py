@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered, Pa
 from luminaguard.images import elf
 from luminaguard.images.audit import audit_layer
 from luminaguard.images.build import part_of, squash
-from luminaguard.images.layers import build, npm, pypi
+from luminaguard.images.layers import build, npm, programs, pypi
 from luminaguard.images.layers.folder import read_folder
+from luminaguard.images.layers.programs import run
 from luminaguard.images.layers.store import DISK, LOCK, PARTS, SBOM, LayerManifest, LayerStore
-from luminaguard.images.rootfs import Node, add_parents
+from luminaguard.images.rootfs import Node, add_parents, compile_sources
 
 
 class _Image:
@@ -197,6 +200,17 @@ def test_a_package_without_a_program_is_refused(tmp_path, monkeypatch, bins):
         installed(monkeypatch, tmp_path, {"package.json": json.dumps({"version": "1.0.0", "bin": bins})})
 
 
+@pytest.mark.parametrize("about", [
+    b"", b"\xff", b"[" * 50_000, b"[]", b"{}", b'{"version": 1}', b'{"version": "1", "bin": []}',
+    b'{"version": "1", "bin": 4}', b'{"version": "1", "bin": {"b": "dist"}}',
+])  # fmt: skip
+def test_an_odd_manifest_is_refused_in_words(about):
+    place = "usr/lib/luminaguard-servers/node_modules/a"
+    tree = {f"{place}/package.json": Node("file", 0o644, about), f"{place}/dist": Node("dir", 0o755)}
+    with pytest.raises(ImageBuildFailed):
+        npm._programs(npm._about(tree, "a"), "a", tree)
+
+
 @pytest.mark.parametrize(("line", "found"), [
     ("good = a.b:main", {"good": ("a.b", "main")}), ("good = a:b.c [extra]", {"good": ("a", "b.c")}),
     ("bad = a.b:main(); import os", {}), ("bad = os", {}), ("../bad = a:b", {}), ("-bad = a:b", {}),
@@ -232,6 +246,45 @@ def image(tmp_path):
 def test_a_layer_cannot_have_a_program_of_the_image(image):
     with pytest.raises(ImageBuildFailed, match="has a program 'sh' already"):
         build._refuse_what_is_there({"usr/bin/sh": Node("file", 0o755)}, {"sh": "usr/bin/sh"}, image)
+
+
+@pytest.mark.parametrize("size", [20, 64, 100, 200])
+def test_a_file_that_only_begins_like_a_program_is_no_fault(image, size):
+    data = (elf.MAGIC.ljust(18, b"\0") + elf.X86_64).ljust(size, b"\x01")
+    build._refuse_what_is_there({"usr/x": Node("file", 0o644, data)}, {}, image)
+
+
+@pytest.mark.parametrize("source", [b"-" * 100_000, b"f" + b"()" * 50_000, b"a" + b".a" * 50_000, b"\0", b"def"])
+def test_a_source_that_cannot_be_compiled_is_left_as_it_is(source):
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    tree = {"usr/x/good.py": Node("file", 0o644, b"x = 1\n"), "usr/x/bad.py": Node("file", 0o644, source)}
+    compile_sources(tree, "usr/x/", python)
+    assert [path for path in tree if path.endswith(".pyc")] == [
+        f"usr/x/__pycache__/good.{sys.implementation.cache_tag}.pyc"
+    ]
+
+
+def test_a_package_from_elsewhere_than_a_registry_is_refused(tmp_path, monkeypatch):
+    def played(_command, folder, **_):
+        one = {"version": "1.0.0", "resolved": "https://evil.example/a.tgz", "integrity": "sha512-x"}
+        (folder / "package-lock.json").write_text(json.dumps({"packages": {"": {}, "node_modules/a": one}}))
+        return ""
+
+    monkeypatch.setattr(npm, "run", played)
+    with pytest.raises(PackageUnavailable, match="from elsewhere"):
+        npm.resolve("a", (), tmp_path)
+
+
+def test_a_package_manager_asks_registries_only_and_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    told = run(("env",), tmp_path, missing="")
+    assert "npm_config_git=/bin/false" in told and "npm_config_allow_remote=none" in told
+    monkeypatch.setattr(programs, "FETCH_S", 0.3)
+    began = time.monotonic()
+    with pytest.raises(PackageUnavailable, match="did not end"):
+        run(("sh", "-c", "sleep 60 & echo $! > child; wait"), tmp_path, missing="")
+    assert time.monotonic() - began < 10
+    child = Path("/proc") / (tmp_path / "child").read_text().strip() / "cmdline"
+    assert not child.exists() or not child.read_bytes()  # killed, and perhaps not reaped yet
 
 
 def test_what_the_image_has_is_left_out(image):

@@ -197,7 +197,9 @@ class Action(BaseModel):
 
     @cached_property
     def url_path(self) -> str:
-        """Path of the request's address without its query."""
+        """Path of the request's address without its query; empty for a tunnel, in which no path can be seen."""
+        if self.method.upper() == "CONNECT":
+            return ""
         return (self._split.path or "/") if self._split else ""
 
     @cached_property

@@ -164,11 +164,16 @@ def _never_green(action: Action, *, trusted: bool) -> str:
     return ""
 
 
+_LONGEST_HEADER = 256
+"""Of one that is not odd: a longer one can carry data."""
+
+
 def _odd_header(action: Action) -> str:
     """A header that can change what a request does; empty if there is none."""
     headers = action.arguments.get("headers") if isinstance(action.arguments, dict) else None
-    names = (str(name).lower() for name in headers) if isinstance(headers, dict) else ()
-    return next((name for name in names if name not in _PLAIN_HEADERS), "")
+    found = headers.items() if isinstance(headers, dict) else ()
+    return next((str(name).lower() for name, value in found
+                 if str(name).lower() not in _PLAIN_HEADERS or len(str(value)) > _LONGEST_HEADER), "")  # fmt: skip
 
 
 def _ordered(value: Any) -> Any:

@@ -80,6 +80,8 @@ class NetworkRequest(_Digested):
         headers: name and value, without those that carry a secret.
         body_size, body_sha256: of the whole body, in bytes and hex.
         preview: the beginning of the body, bytes that are not UTF-8 as replacement characters.
+        secrets: of each header that carries a secret the name, its length in characters, and a keyed digest.
+        asker: the server in whose machine it is made; empty for others.
     """
 
     method: str
@@ -88,12 +90,21 @@ class NetworkRequest(_Digested):
     body_size: int = 0
     body_sha256: str = ""
     preview: str = ""
+    secrets: tuple[tuple[str, int, str], ...] = ()
+    asker: str = ""
     kind: ClassVar[str] = "request"
 
     def to_json(self) -> dict[str, Any]:
         """For storage and for people's programs."""
-        return {"method": self.method, "url": self.url, "headers": [list(header) for header in self.headers],
-                "body_size": self.body_size, "body_sha256": self.body_sha256, "preview": self.preview}  # fmt: skip
+        said: dict[str, Any] = {
+            "method": self.method, "url": self.url, "headers": [list(header) for header in self.headers],
+            "body_size": self.body_size, "body_sha256": self.body_sha256, "preview": self.preview,
+        }  # fmt: skip
+        if self.secrets:
+            said["secrets"] = [list(secret) for secret in self.secrets]
+        if self.asker:
+            said["asker"] = self.asker
+        return said
 
 
 @dataclass(frozen=True)
@@ -154,8 +165,10 @@ def outside_from_json(kind: str, raw: Any) -> Outside:
                     raise ValueError(f"the header {secret!a} carries a secret: leave it out, ask for the secret")
                 if _size(raw) and not _SHA256.fullmatch(str(raw.get("body_sha256", ""))):
                     raise ValueError("body_sha256 is the digest of the body, 64 hexadecimal digits")
+                secrets = tuple((str(name), int(size), str(digest)) for name, size, digest in raw.get("secrets", ()))
                 return NetworkRequest(_text(raw, "method"), _text(raw, "url"), headers, _size(raw),
-                                      str(raw.get("body_sha256", "")), preview)  # fmt: skip
+                                      str(raw.get("body_sha256", "")), preview, secrets,
+                                      str(raw.get("asker", "")))  # fmt: skip
             case "secret":
                 host = str(raw.get("host", ""))
                 if host and not _HOST.fullmatch(host):

@@ -57,6 +57,10 @@ def _call(call: RemoteCall) -> DiffCard:
 def _request(request: NetworkRequest) -> DiffCard:
     split = urlsplit(request.url)
     facts = [_fact("method", request.method), _fact("host", split.netloc), _fact("path", split.path or "/")]
+    if request.asker:
+        facts.append(_fact("asked by", f"the server {request.asker} in its machine"))
+    if request.method == "CONNECT":
+        facts.append(Fact("what is sent", "encrypted: it cannot be seen", loud=True))
     if split.query:
         facts.append(_fact("query", split.query))
     if split.scheme != "https":
@@ -66,6 +70,7 @@ def _request(request: NetworkRequest) -> DiffCard:
         facts.append(Fact("body sha256", visible(request.body_sha256)))
     items = [_value("header", name, "(kept secret)" if name.lower() in SECRET_HEADERS else value)
              for name, value in request.headers]  # fmt: skip
+    items += [_value("header", name, f"(kept secret, {size:,} characters)") for name, size, _ in request.secrets]
     if request.preview:
         rest = request.body_size - len(request.preview.encode(errors="replace"))
         note = f"the other {rest:,} bytes are not shown" if rest > 0 else ""

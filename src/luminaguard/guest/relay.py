@@ -18,7 +18,8 @@ from luminaguard.guest.records import Record, RecordReader
 __all__ = ["Relay"]
 
 _MOST_CONNECTIONS = 64
-_ROOM = 64  # of credit, below which nothing is read
+_HEADER = 7  # of a record
+_ACK = 11
 
 
 class Relay:
@@ -44,43 +45,48 @@ class Relay:
         self._listener.bind(("127.0.0.1", port))
         self._listener.listen(_MOST_CONNECTIONS)
         self._listener.setblocking(False)
-        loop.watch(self._listener.fileno(), select.POLLIN, self._on_connection)
+        self._listen()
 
     def on_frame(self, frame: Frame) -> None:
         """Take a frame of this call."""
         if frame.kind == frames.CREDIT:
             self._credit += frames.number(frame)
             for end in list(self._ends.values()):
+                end.acknowledge()
                 end.watch()
+            self._listen()
         elif frame.kind == frames.DATA:
+            # At once: what waits for a program is bounded by the window of its connection.
+            self._send(Frame(frames.CREDIT, self.channel, struct.pack(">I", len(frame.payload)), frames.STDIN))
             for record in self._reader.feed(frame.payload):
                 self._on_record(record)
 
     def _on_record(self, record: Record) -> None:
         end = self._ends.get(record.connection)
-        self.took(record.size - len(record.payload))
-        if end is None:  # it has gone away meanwhile
-            self.took(len(record.payload))
-        elif record.kind == records.DATA:
+        if end is None:
+            return  # it has gone away meanwhile
+        if record.kind == records.DATA:
             end.pending += record.payload
-            end.watch()
         else:  # what came before is written first
             end.ending, end.closing = True, end.closing or record.kind == records.CLOSE
-            end.watch()
+        end.watch()
+
+    def _listen(self) -> None:
+        """Take connections while there is room for one more; others wait where the kernel keeps them."""
+        room = len(self._ends) < _MOST_CONNECTIONS and self._credit >= self._reserved + 4 * _HEADER
+        self._loop.watch(self._listener.fileno(), select.POLLIN if room else 0, self._on_connection)
 
     def _on_connection(self, _events: int) -> None:
         try:
             accepted, _ = self._listener.accept()
         except OSError:
             return
-        if len(self._ends) >= _MOST_CONNECTIONS or self._credit < _ROOM:
-            accepted.close()
-            return
         accepted.setblocking(False)
         self._number += 1
         self._ends[self._number] = end = _End(self._number, accepted, self._loop, self)
         self.tell(Record(end.number, records.OPEN))
         end.watch()
+        self._listen()
 
     @property
     def open(self) -> tuple[int, ...]:
@@ -95,9 +101,14 @@ class Relay:
         self._listener.close()
 
     @property
+    def _reserved(self) -> int:
+        """Credit that is kept, so that each connection can always tell its end."""
+        return 2 * _HEADER * len(self._ends)
+
+    @property
     def room(self) -> int:
         """How many bytes of a connection can be told of now."""
-        return max(0, min(records.MOST, self._credit - _ROOM))
+        return max(0, min(records.MOST, self._credit - self._reserved - _HEADER))
 
     def tell(self, record: Record) -> None:
         """Send a record to the host."""
@@ -105,16 +116,18 @@ class Relay:
         self._credit -= len(data)
         self._send(Frame(frames.DATA, self.channel, data, frames.STDOUT))
 
-    def took(self, count: int) -> None:
-        """Let the host send so many bytes more."""
-        if count:
-            self._send(Frame(frames.CREDIT, self.channel, struct.pack(">I", count), frames.STDIN))
+    def acknowledge(self, number: int, count: int) -> bool:
+        """Let the host send so many bytes more of a connection; False if there is no credit to say so now."""
+        if self.room < _ACK:
+            return False
+        self.tell(records.ack(number, count))
+        return True
 
     def close(self, end: _End) -> None:
         """Forget a connection, and what was to be written to it."""
-        self.took(len(end.pending))
         end.forget()
         self._ends.pop(end.number, None)
+        self._listen()
 
 
 class _End:
@@ -128,6 +141,7 @@ class _End:
         self._loop = loop
         self._relay = relay
         self._open = True
+        self._taken = 0
 
     def watch(self) -> None:
         """Wait for what can be done now."""
@@ -139,6 +153,11 @@ class _End:
         """Close it."""
         self._loop.watch(self._socket.fileno(), 0, None)
         self._socket.close()
+
+    def acknowledge(self) -> None:
+        """Tell the host what the program has taken."""
+        if self._taken and self._relay.acknowledge(self.number, self._taken):
+            self._taken = 0
 
     def _on_ready(self, events: int) -> None:
         try:
@@ -169,7 +188,8 @@ class _End:
         if self.pending:
             count = self._socket.send(self.pending)
             del self.pending[:count]
-            self._relay.took(count)
+            self._taken += count
+            self.acknowledge()
         if self.ending and not self.pending:
             self.ending = False
             self._socket.shutdown(socket.SHUT_WR)

@@ -224,11 +224,12 @@ def compile_sources(tree: Tree, prefix: str, python: str) -> None:
         try:
             with warnings.catch_warnings(action="ignore"):
                 code = compile(source, f"/{path}", "exec", dont_inherit=True, optimize=0)
-        except (SyntaxError, ValueError):  # a template, or of another version: nobody imports it
-            continue
-        # Marshal version 2 has no back references, whose layout depends on the process that writes.
+            # Marshal version 2 has no back references, whose layout depends on the process that writes.
+            body = marshal.dumps(code, 2)
+        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+            continue  # a template, a test, or of another version: whoever imports it compiles it
         header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
-        body = header + importlib.util.source_hash(source) + marshal.dumps(code, 2)
+        header += importlib.util.source_hash(source)
         folder, name = posixpath.split(path)
         cached = f"{folder}/__pycache__/{name[:-3]}.{sys.implementation.cache_tag}.pyc"
-        tree[cached] = Node("file", 0o644, body)
+        tree[cached] = Node("file", 0o644, header + body)

@@ -103,7 +103,8 @@ async def run(
         labels = await anyio.to_thread.run_sync(_admit, runtime, prepared, opening, workspace, command, task, taint)
         marks.lap("prepare")
         state = prepared.state
-        run_it = Rehearsal(runtime, workspace, command, state.entries, output, feed, progress, outside=outside)
+        run_it = Rehearsal(runtime, workspace, command, state.entries, output, feed, progress)
+        run_it.outside = outside(labels) if outside else None
         execution, mode, writer = await run_it.once(prepared, opening, marks, task)
         execution.recovered = recovered
     outcome, changeset = execution.outcome, execution.changeset

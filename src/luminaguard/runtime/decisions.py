@@ -274,10 +274,11 @@ class Decisions:
     def _action(self, request: Request, effect: Changeset | Outside, *, contents: bool) -> Action:
         labels = self._runtime.tasks.labels(request.task) if request.task else frozenset()
         key = (request.id, request.digest, labels, contents)
-        if self._last is None or self._last[0] != key:  # it is judged when it is asked, decided and done
+        last = self._last  # another thread may be at another one
+        if last is None or last[0] != key:  # it is judged when it is asked, decided and done
             card = self._card(request, effect) if contents and request.effect == "changeset" else None
-            self._last = (key, action_of(request, effect, card, labels))
-        return self._last[1]
+            last = self._last = (key, action_of(request, effect, card, labels))
+        return last[1]
 
     def looked_at(self, request: Request) -> Request:
         """The request as it is to be shown: judged again, and recorded so, if the rules changed since."""

@@ -113,8 +113,12 @@ def action_of(
                                      "annotations": _hints(definition),
                                      "exact": (("definition", _digest(definition)),), **common})  # fmt: skip
         case NetworkRequest(method, url):
-            headers = {name.lower(): value for name, value in effect.headers}
-            exact = (("body", effect.body_sha256), ("headers", _digest(effect.headers)))
+            headers: dict[str, str] = {}
+            for name, value in (*effect.headers, *((name, "") for name, _, _ in effect.secrets)):
+                before = headers.get(name.lower())  # as one that comes twice is read (RFC 9110, 5.3)
+                headers[name.lower()] = value if before is None else f"{before}, {value}"
+            exact = (("body", effect.body_sha256), ("headers", _digest(effect.headers)),
+                     *([("secrets", _digest(effect.secrets))] if effect.secrets else []))  # fmt: skip
             return Action.from_json({"effect": "request", "method": method, "url": url, "bytes": effect.body_size,
                                      "arguments": {"headers": headers} if headers else {},
                                      "exact": exact, **common})  # fmt: skip

@@ -41,7 +41,9 @@ Status = Literal["published", "pending", "denied", "unchanged", "refused"]
 Output = Callable[[int, bytes], Awaitable[None]]
 Feed = Callable[["Call"], Awaitable[None]]
 Progress = Callable[[str], None]
-Outside = Callable[["RelayedConnection"], Awaitable[None]]
+Handler = Callable[["RelayedConnection"], Awaitable[None]]
+Outside = Callable[[frozenset[str]], Handler]
+"""Answers connections of a machine whose workspace bears these labels."""
 PROXY_PORT = 3128
 """Of a machine's loopback, where programs find the way out, if they are given one."""
 _LONG_S = 1.5
@@ -89,7 +91,7 @@ class Rehearsal:
     progress: Progress = lambda _: None
     timeout_s: float | None = None
     """Another limit than the settings', in seconds."""
-    outside: Outside | None = None
+    outside: Handler | None = None
 
     async def once(
         self, prepared: Prepared, opening: Background[Ledger], marks: Stopwatch, task: str = ""

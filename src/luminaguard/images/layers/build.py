@@ -8,6 +8,7 @@ import os
 import posixpath
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ def build_layer(
             hint="Use an image of LuminaGuard's own for servers: 'luminaguard image list' and 'image use'.",
         )
     store.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _work(store.folder) as work:
+    with _in_words(package), _work(store.folder) as work:
         step(f"resolving {package}")
         found: dict[str, Any]
         if source == "npm":
@@ -90,6 +91,8 @@ def _put_together(
     step(f"fetching {len(debs.packages)} packages of the distribution")
     for path, node in unpack(locks.fetch(debs, packages)).items():
         if path.startswith("usr/"):
+            if path.startswith("usr/bin/") and path in tree:
+                raise ImageBuildFailed(f"{package} has a program that runs it: {path}.", hint="Use another package.")
             tree.setdefault(path, node)
     _refuse_what_is_there(tree, programs, image)
     add_parents(tree)
@@ -144,7 +147,10 @@ def _refuse_what_is_there(tree: Tree, programs: dict[str, str], image: Image) ->
 def _needs(node: Node) -> list[str]:
     # Of another system's, as some packages have beside each other: nobody loads it.
     is_ours = node.data.startswith(elf.MAGIC) and node.data[18:20] == elf.X86_64
-    return [name for name in elf.needed(node.data) if "musl" not in name] if is_ours else []
+    try:
+        return [name for name in elf.needed(node.data) if "musl" not in name] if is_ours else []
+    except (struct.error, ValueError, OverflowError, StopIteration, IndexError):
+        return []  # it begins as a program does and is none: test data of a package
 
 
 def _bill_of(image: Image) -> list[dict[str, Any]]:
@@ -164,6 +170,17 @@ def _inside(work: Path, name: str) -> Path:
     folder = work / name
     folder.mkdir(mode=0o700)
     return folder
+
+
+@contextlib.contextmanager
+def _in_words(package: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ImageBuildFailed(
+            f"The layer of {package} could not be written: {error.strerror or error}.",
+            hint="Check that the data folder has 500 MB free.",
+        ) from error
 
 
 @contextlib.contextmanager

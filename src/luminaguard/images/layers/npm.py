@@ -61,12 +61,12 @@ def resolve(package: str, others: tuple[str, ...], work: Path) -> dict[str, Any]
              "lock": json.loads((work / "package-lock.json").read_text(encoding="utf-8"))}  # fmt: skip
     found["manifest"]["name"] = found["lock"]["name"] = "layer"  # not that of a temporary folder
     for path, one in found["lock"]["packages"].items():
-        if path and ("integrity" not in one or one.get("link")):
+        # Of a registry's package it is left out, as was asked: this one is from elsewhere.
+        if path and ("integrity" not in one or one.get("link") or "resolved" in one):
             raise PackageUnavailable(
-                f"{path.removeprefix('node_modules/')!a} has no hash: it is not from a registry.",
+                f"{path.removeprefix('node_modules/')!a} has no hash of a registry: it is from elsewhere.",
                 hint="Use a package whose dependencies all are.",
             )
-        one.pop("resolved", None)
     return found
 
 
@@ -86,7 +86,7 @@ def install(package: str, lock: dict[str, Any], work: Path) -> tuple[str, Tree, 
     tree = read_folder(work / "node_modules", _PLACE, drop=_is_unused)
     match = _PACKAGE.fullmatch(package)
     assert match is not None
-    about = json.loads(tree[f"{_PLACE}/{match['name']}/package.json"].data)
+    about = _about(tree, match["name"])
     programs = _programs(about, match["name"], tree)
     for name, path in programs.items():
         tree[path] = Node("file", 0o755, tree[path].data)
@@ -99,13 +99,31 @@ def _is_unused(path: str) -> bool:
     return path in {".bin", ".package-lock.json"} or name.endswith(_UNUSED) or path.endswith("/node_modules/.bin")
 
 
+def _about(tree: Tree, package: str) -> dict[str, Any]:
+    """What a package says of itself; raises ImageBuildFailed."""
+    try:
+        about = json.loads(tree[f"{_PLACE}/{package}/package.json"].data)
+        if not isinstance(about["version"], str) or not isinstance(about.get("bin", ""), str | dict):
+            raise TypeError("fields of the wrong type")
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ImageBuildFailed(
+            f"What {package} says of itself cannot be read ({type(error).__name__}).", hint="Use another package."
+        ) from error
+    return dict(about)
+
+
 def _programs(about: dict[str, Any], package: str, tree: Tree) -> dict[str, str]:
     said = about.get("bin")
     named = {package.rpartition("/")[2]: said} if isinstance(said, str) else dict(said or {})
     found = {}
     for name, path in named.items():
         where = posixpath.normpath(f"{_PLACE}/{package}/{path}")
-        if _PROGRAM.fullmatch(str(name)) and where.startswith(f"{_PLACE}/{package}/") and where in tree:
+        if (
+            _PROGRAM.fullmatch(str(name))
+            and where.startswith(f"{_PLACE}/{package}/")
+            and where in tree
+            and tree[where].kind == "file"
+        ):
             found[str(name)] = where
     if not found:
         raise ImageBuildFailed(f"{package} has no program to start.", hint="Use a package that is a server.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,11 @@ __all__ = ["FETCH_S", "run"]
 FETCH_S = 600.0
 """What a package manager gets for one step."""
 _MOST_SAID = 300
+_FROM_REGISTRIES_ONLY = {
+    "npm_config_git": "/bin/false", "npm_config_allow_git": "none", "npm_config_allow_remote": "none",
+    "npm_config_allow_file": "none", "npm_config_allow_directory": "none",
+}  # fmt: skip
+"""A dependency may name a repository or any address, and resolving would ask there, with this user's keys."""
 
 
 def run(command: Sequence[str], folder: Path, *, stdin: str = "", missing: str) -> str:
@@ -29,20 +35,28 @@ def run(command: Sequence[str], folder: Path, *, stdin: str = "", missing: str) 
         PackageUnavailable: it failed, or is missing.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "NODE_"))}
+    environment |= _FROM_REGISTRIES_ONLY
     try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, check=False,
-            timeout=FETCH_S, errors="replace",
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
     except FileNotFoundError as error:
         raise PackageUnavailable(f"'{Path(command[0]).name}' is not installed.", hint=missing) from error
+    try:
+        with process:
+            try:
+                out, err = process.communicate(stdin, FETCH_S)
+            except BaseException:  # with all that it has started
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
     except subprocess.TimeoutExpired as error:
         raise PackageUnavailable(
             f"'{Path(command[0]).name}' did not end within {FETCH_S:g} s.", hint="Check the network, and try again."
         ) from error
-    if done.returncode:
-        said = ascii(" ".join(done.stderr.split())[-_MOST_SAID:])[1:-1]
+    if process.returncode:
+        said = ascii(" ".join(err.split())[-_MOST_SAID:])[1:-1]
         raise PackageUnavailable(
             f"'{Path(command[0]).name}' failed: {said}", hint="Check the package's name and version, and the network."
         )
-    return done.stdout
+    return out

@@ -31,6 +31,8 @@ class Ended:
         self.execution: Execution | None = None
         self.is_gone: Callable[[], bool] = lambda: False
         """Whether the server has ended by itself."""
+        self.follow: Callable[[frozenset[str]], None] = lambda _: None
+        """Takes the labels of what the machine is given."""
 
 
 @asynccontextmanager
@@ -69,12 +71,18 @@ async def open_in_machine(
     begun, done = False, anyio.Event()
 
     async def work() -> None:
-        outside = Egress(runtime, name, server).handle if server.network == "rules" else None
+        egress = Egress(runtime, name, server) if server.network == "rules" else None
+        ended.follow = egress.follow if egress else ended.follow
         command = Command(server.command, processes=settings.processes, profile=settings.profile,
-                          environment=environment() if outside else None)  # fmt: skip
+                          environment=environment() if egress else None)  # fmt: skip
         try:
             execution = await runtime.exec(
-                folder_of(runtime, name, server), command, output=output, feed=feed, layer=server.layer, outside=outside
+                folder_of(runtime, name, server),
+                command,
+                output=output,
+                feed=feed,
+                layer=server.layer,
+                outside=egress.way if egress else None,
             )
         except CallFailed as error:
             failure.append(McpServerFailed(f"The server {name!a} could not be started ({error.code}).",

@@ -63,6 +63,10 @@ class Opened:
         """Of a server in a machine, what that did, once it has ended."""
         return self._ended.execution
 
+    def follow(self, labels: frozenset[str]) -> None:
+        """Tell a server in a machine what untrusted or private input its caller has read."""
+        self._ended.follow(labels)
+
     @property
     def gone(self) -> bool:
         """Whether a server in a machine has ended by itself."""
@@ -303,6 +307,8 @@ class McpServers:
             self._refuse_again(effect, request_id)
         if opened.balanced is None and not effect.unconfined:
             self._refuse_forbidden(effect)
+            if task:
+                opened.follow(self._runtime.tasks.labels(task))
         else:
             decisions, labels = self._runtime.decisions, frozenset[str]()
             if task:
