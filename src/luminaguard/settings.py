@@ -101,6 +101,7 @@ class StdioServer(BaseModel):
         timeout_s: how long a call may take.
         isolation: ``none`` lets it run on this machine, with the user's rights, and each call of it be asked for.
         network: ``rules`` lets its programs reach by HTTP what the rules let, and ask for the rest; ``none`` nothing.
+        environment: variables that it is given; nothing secret, for they stand here.
         layer: id of what is beside the image in its machine: a server from npm or PyPI; empty for none.
     """
 
@@ -109,6 +110,7 @@ class StdioServer(BaseModel):
     command: tuple[str, ...] = Field(min_length=1, max_length=256)
     isolation: Literal["machine", "none"] = "machine"
     folder: Path | None = None
+    environment: dict[str, str] = Field(default_factory=dict, max_length=64)
     network: Literal["none", "rules"] = "none"
     layer: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     timeout_s: float = Field(default=60, gt=0, le=3600)
@@ -118,6 +120,13 @@ class StdioServer(BaseModel):
         if self.isolation == "none" and (self.layer or self.network != "none"):
             raise ValueError("a layer and rules of a network are of a machine, and isolation is none")
         return self
+
+    @field_validator("environment")
+    @classmethod
+    def _variables(cls, environment: dict[str, str]) -> dict[str, str]:
+        if any(not _VARIABLE.fullmatch(name) or "\0" in value for name, value in environment.items()):
+            raise ValueError("the environment has names of variables, and texts")
+        return environment
 
     @field_validator("folder")
     @classmethod

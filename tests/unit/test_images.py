@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import subprocess
 import tarfile
 
 import lz4.block
@@ -178,3 +179,12 @@ def test_a_talkative_mksquashfs_is_not_waited_for(tmp_path, monkeypatch):
     tree = {"f": rootfs.Node("file", 0o644, bytes(1 << 20))}
     with pytest.raises(ImageBuildFailed, match="mksquashfs failed: x"):
         build.squash(tree, tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["/" + "a" * 100, "/ä", "./x", "../" + "b" * 120, "/" + "c" * 300])
+def test_links_lead_where_they_should_however_long_they_are(tmp_path, target):
+    build.squash(
+        {"usr": rootfs.Node("dir", 0o755), "usr/link": rootfs.Node("link", 0o777, target=target)}, tmp_path / "d"
+    )
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", tmp_path / "out", tmp_path / "d"], check=True, capture_output=True)
+    assert os.readlink(tmp_path / "out" / "usr" / "link") == target

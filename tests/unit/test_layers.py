@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from luminaguard.images.layers.folder import read_folder
 from luminaguard.images.layers.programs import run
 from luminaguard.images.layers.store import DISK, LOCK, PARTS, SBOM, LayerManifest, LayerStore
 from luminaguard.images.rootfs import Node, add_parents, compile_sources
+from luminaguard.runtime import Runtime
+from luminaguard.runtime.mcp import McpServers
+from luminaguard.settings import Folders, load_settings
 
 
 class _Image:
@@ -312,3 +316,26 @@ def test_a_disk_that_is_no_layer_is_found_out(tmp_path, path, node, name):
     checks = audit_layer(tmp_path / "disk", tmp_path)
     assert [check.name for check in checks if check.verdict == "fail"] == [name]
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+# -- what a server of a layer has ---------------------------------------------------------------------------------
+
+
+def test_tools_of_a_layer_that_was_used_are_known_without_starting_it(tmp_path):
+    folders = Folders(*(tmp_path / name for name in ("config", "state", "cache", "run"))).ensure()
+    tool = {"name": "b", "description": "Does.", "inputSchema": {"type": "object"}}
+
+    def told(layer, work):
+        (folders.config / "luminaguard.toml").write_text(f'[mcp_servers.s]\ncommand = ["b"]\nlayer = "{layer}"\n')
+        with closing(Runtime(load_settings(folders), folders)) as runtime:
+            return work(McpServers(runtime))
+
+    assert told("a" * 64, lambda servers: servers.cached("s")) is None
+    told("a" * 64, lambda servers: servers.check("s", {"b": tool}))
+    assert told("a" * 64, lambda servers: servers.cached("s")) == {"b": tool}
+    for layer in ("", "c" * 64):  # another one may say something else
+        assert told(layer, lambda servers: servers.cached("s")) is None
+    assert told("c" * 64, lambda servers: servers.check("s", {"b": tool | {"title": "B"}})).quarantined == ("b",)
+    assert told("c" * 64, lambda servers: servers.cached("s")) is None
+    told("c" * 64, lambda servers: servers.check("s", {"b": tool}))  # the same tools
+    assert told("c" * 64, lambda servers: servers.cached("s")) == {"b": tool}

@@ -82,6 +82,21 @@ def test_a_server_that_fails_is_an_error_of_that_call(notes, fault, said):
     assert notes("call", "notes", "count").code == 0
 
 
+def test_a_server_that_ends_upon_a_signal_only_loses_nothing(notes, home):
+    called = notes("call", "notes", "add_note", '{"text": "x"}', fault="lingers")
+    assert called.code == 120 and called.out == "1 notes\n", called.err
+    assert len(home.run("approvals", "list", "--json").json["requests"]) == 1
+
+
+def test_a_server_gets_the_variables_that_it_was_given(home, tmp_path):
+    script = "import os, sys; sys.exit(7 if os.environ.get('COLOUR') == 'blue' and 'MY_TOKEN' not in os.environ else 8)"
+    words = ("mcp", "add", "seven", "--env", "COLOUR=blue", "--", "python3", "-c", script)
+    assert home.run(*words).code == 0
+    assert "ended with status 7" in home.run("mcp", "tools", "seven").err
+    refused = home.run("mcp", "add", "bad", "--env", "A B=x", "--", "true")
+    assert refused.code == 123 and "names of variables" in refused.err
+
+
 def test_what_a_rule_forbids_is_not_called(notes, home):
     (notes.folder / ".luminaguard.toml").write_text(
         '[[policy.rules]]\nname = "no"\nrisk = "FORBIDDEN"\nreason = "Never."\n'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from luminaguard.cli.common import Json, open_runtime
 
 if TYPE_CHECKING:
     from luminaguard.images.layers.store import Source
+    from luminaguard.mcp.definitions import Comparison, Definition
     from luminaguard.runtime.core import Runtime
     from luminaguard.runtime.mcp import McpServers, Opened
     from luminaguard.runtime.rehearsal import Execution
@@ -52,6 +53,7 @@ def mcp_add(
     name: Annotated[str, typer.Argument(metavar="NAME")],
     command: Annotated[list[str] | None, typer.Argument(metavar="-- COMMAND...", help="What is run in a machine.")]
     = None,
+    *,
     url: Annotated[list[str] | None, typer.Option("--url", help="A server elsewhere; may be repeated for endpoints "
                                                   "that do the same.")] = None,
     folder: Annotated[Path | None, typer.Option("--folder", metavar="DIR", help="The command gets a copy of it.")]
@@ -61,6 +63,8 @@ def mcp_add(
                                                      "environment variable that has its value.")] = None,
     network: Annotated[bool, typer.Option("--network", help="Its programs may reach by HTTP what the rules let, and "
                                           "ask for the rest.")] = False,
+    variable: Annotated[list[str] | None, typer.Option("--env", metavar="NAME=VALUE", help="A variable of the command; "
+                                                       "nothing secret. May be repeated.")] = None,
     npm: Annotated[str, typer.Option("--npm", metavar="PACKAGE", help="Build a layer with this package of npm; "
                                      "-- ARGUMENTS are the server's.")] = "",
     pypi: Annotated[str, typer.Option("--pypi", metavar="PACKAGE", help="Build a layer with this package of PyPI; "
@@ -74,6 +78,8 @@ def mcp_add(
     from luminaguard.runtime.mcp.setup import add_server, check_new
 
     package = npm or pypi
+    if url and (folder is not None or network or variable):
+        raise SettingsError("A server elsewhere has no folder, network or variables here.", hint="Leave them away.")
     if bool(url) + bool(package) + bool(command and not package) != 1 or (npm and pypi) or (also and not package):
         raise SettingsError("A server has one of --url, --npm, --pypi, or a command.",
                             hint="luminaguard mcp add notes --folder DIR -- python3 server.py")  # fmt: skip
@@ -90,6 +96,8 @@ def mcp_add(
             settings["folder"] = str(absolute(folder))
         if network:
             settings["network"] = "rules"
+        if variable:
+            settings["environment"] = dict(one.partition("=")[::2] for one in variable)
     runtime = open_runtime()
     check_new(runtime.settings, name)
     if package:
@@ -231,26 +239,41 @@ def mcp_status(
 
 
 @mcp_app.command("tools")
-def mcp_tools(server: Name, as_json: Json = False) -> None:
-    """Start a server, and list its tools as it describes them now."""
-    from luminaguard.cli.output import print_json
-    from luminaguard.effects.text import visible
+def mcp_tools(
+    server: Name,
+    now: Annotated[bool, typer.Option("--now", help="Ask the server itself, even if its layer is locked.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List a server's tools as it describes them now; of one in a layer that was used before, without starting it."""
+    from luminaguard.runtime.mcp import McpServers
 
     async def work(servers: McpServers, opened: Opened) -> None:
         tools = await opened.session.list_tools()
-        found = servers.check(server, tools)
-        if as_json:
-            print_json({"server": server, "tools": list(tools.values()), "quarantined": list(found.quarantined),
-                        "gone": list(found.gone)})  # fmt: skip
-            return
-        for name, tool in tools.items():
-            state = "QUARANTINED" if name in found.quarantined else "accepted"
-            lines = visible(str(tool.get("description", ""))).splitlines() or [""]
-            print(f"{visible(name):24}  {state:11}  {lines[0][:100]}")
-        for name in found.gone:
-            print(f"{visible(name):24}  gone")
+        _list_tools(server, tools, servers.check(server, tools), as_json=as_json)
 
+    if not now and (known := McpServers(open_runtime(as_json=as_json)).cached(server)) is not None:
+        from luminaguard.mcp.definitions import compare
+
+        _list_tools(server, known, compare(known, known), as_json=as_json)
+        return
     _with(server, work, as_json=as_json, quiet=True)
+
+
+def _list_tools(server: str, tools: Mapping[str, Definition], found: Comparison, *, as_json: bool) -> None:
+    from luminaguard.cli.output import print_json
+    from luminaguard.effects.text import visible
+
+    if as_json:
+        print_json({"server": server, "tools": list(tools.values()), "quarantined": list(found.quarantined),
+                    "gone": list(found.gone)})  # fmt: skip
+        return
+    width = max((len(visible(name)) for name in (*tools, *found.gone)), default=0)
+    for name, tool in tools.items():
+        state = "QUARANTINED" if name in found.quarantined else "accepted"
+        lines = visible(str(tool.get("description", ""))).splitlines() or [""]
+        print(f"{visible(name):{width}}  {state:11}  {lines[0][:100]}")
+    for name in found.gone:
+        print(f"{visible(name):{width}}  gone")
 
 
 @mcp_app.command("call")

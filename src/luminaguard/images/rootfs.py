@@ -126,7 +126,8 @@ def add_parents(tree: Tree) -> None:
 
 def write_tar(tree: Tree, out: IO[bytes]) -> None:
     """Write the tree as a canonical tar: sorted, owned by uid 0, time 0."""
-    with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+    # Not of the pax format: of a long link, or one that is not ASCII, mksquashfs 4.5 drops the first slash there.
+    with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
         for path in sorted(tree):
             node = tree[path]
             info = tarfile.TarInfo(path)

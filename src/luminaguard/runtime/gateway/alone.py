@@ -93,8 +93,8 @@ class _Line:
 
     async def _log(self, params: types.LoggingMessageNotificationParams) -> None:
         if self._at:
-            session = self._at[-1].session
-            await session.send_log_message(params.level, params.data, params.logger, self._at[-1].request_id)
+            said = types.LoggingMessageNotification(params=params)
+            await self._at[-1].session.send_notification(said, self._at[-1].request_id)
 
     async def _hear(self, message: Any) -> None:
         if self._at and isinstance(message, types.ResourceUpdatedNotification):

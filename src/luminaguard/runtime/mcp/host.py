@@ -48,7 +48,7 @@ async def open_on_host(
 
     pipe, said = Pipe(), bytearray()
     ended.is_gone = lambda: pipe.gone
-    environment = {key: os.environ[key] for key in _KEPT if key in os.environ}
+    environment = {key: os.environ[key] for key in _KEPT if key in os.environ} | server.environment
     try:
         process = await anyio.open_process(
             [*_WITH_US, *server.command], cwd=folder_of(runtime, name, server), env=environment,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -66,6 +67,8 @@ async def open_in_machine(
         async for line in pipe.given():
             await call.write(line)
         await call.write_eof()
+        await anyio.sleep(_END_S)
+        await call.signal(signal.SIGTERM)  # many servers have a timer or a socket that keeps them
 
     failure: list[LuminaGuardError] = []
     begun, done = False, anyio.Event()
@@ -74,7 +77,7 @@ async def open_in_machine(
         egress = Egress(runtime, name, server) if server.network == "rules" else None
         ended.follow = egress.follow if egress else ended.follow
         command = Command(server.command, processes=settings.processes, profile=settings.profile,
-                          environment=environment() if egress else None)  # fmt: skip
+                          environment=(environment() if egress else {}) | server.environment)  # fmt: skip
         try:
             execution = await runtime.exec(
                 folder_of(runtime, name, server),
@@ -108,12 +111,13 @@ async def open_in_machine(
                     yield session
             finally:
                 pipe.to_server.close()  # end of file, upon which a server ends
-                with anyio.CancelScope(shield=True), anyio.move_on_after(_END_S):
+                with anyio.CancelScope(shield=True), anyio.move_on_after(2 * _END_S):
                     await done.wait()
                 if not done.is_set():
                     failure.append(McpServerFailed(
                         f"The server {name!a} did not end: its machine was destroyed.",
-                        hint="A server ends when its standard input does.", kept="Nothing that it changed was kept.",
+                        hint="A server ends when its standard input does, or upon SIGTERM.",
+                        kept="Nothing that it changed was kept.",
                     ))  # fmt: skip
                     tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:

@@ -195,24 +195,38 @@ class McpServers:
 
     def pinned(self, name: str) -> dict[str, Definition] | None:
         """The definitions that were accepted last; None if the server was never used."""
+        return self._accepted(name)[0]
+
+    def cached(self, name: str) -> dict[str, Definition] | None:
+        """What was accepted of a server that cannot say anything else: one of a layer, which is locked; else None."""
+        layer = getattr(self.settings(name), "layer", "")
+        pinned, of = self._accepted(name)
+        return pinned if layer and of == layer else None
+
+    def _accepted(self, name: str) -> tuple[dict[str, Definition] | None, str]:
+        """The definitions that were accepted last, and of which layer."""
+        found: tuple[dict[str, Definition] | None, str] = (None, "")
         with self._runtime.approvals.reading() as connection:
-            found = None
             for body in self._runtime.approvals.recorded(connection, "mcp.accepted"):
                 if body["server"] == name:
-                    found = body["tools"]
+                    found = (body["tools"], body.get("layer", ""))
         return found
 
     def check(self, name: str, now: Mapping[str, Definition]) -> Comparison:
         """Compare a server's tools with what was accepted; on first use they are accepted as they are."""
-        pinned = self.pinned(name)
-        if pinned is None:
+        pinned, of = self._accepted(name)
+        found = compare(dict(now) if pinned is None else pinned, now)
+        same_again = of != getattr(self._runtime.settings.mcp_servers.get(name), "layer", "") and not (
+            found.quarantined or found.gone)  # fmt: skip
+        if pinned is None or same_again:  # of another layer, and the same tools
             self.accept(name, now)
-            pinned = dict(now)
-        return compare(pinned, now)
+        return found
 
     def accept(self, name: str, now: Mapping[str, Definition]) -> None:
         """Record that a server's tools are what they are meant to be."""
-        self._runtime.ledger.append("mcp.accepted", server=name, tools=json.loads(json.dumps(now)))
+        layer = getattr(self._runtime.settings.mcp_servers.get(name), "layer", "")
+        more = {"layer": layer} if layer else {}
+        self._runtime.ledger.append("mcp.accepted", server=name, tools=json.loads(json.dumps(now)), **more)
 
     # -- calls ----------------------------------------------------------------------------------------------
 

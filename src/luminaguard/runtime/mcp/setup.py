@@ -84,10 +84,10 @@ def _taken_over(name: str, raw: Any, folder: Path | None) -> Found:
     if not isinstance(command, str) or not isinstance(arguments, list):
         return Found(ours, None, ("it has neither a url nor a command",))
     if os.path.basename(command) in _DOWNLOADS:
-        why = "downloads the server when it starts, and a machine has no network: put the server into a folder"
-        return Found(ours, None, (f"{os.path.basename(command)} {why}, and add it with --folder",))
+        why = "downloads the server when it starts: add it with --npm or --pypi, at a version that is locked"
+        return Found(ours, None, (f"{os.path.basename(command)} {why}",))
     if variables := _names(raw.get("env")):
-        notes.append(f"its variables {', '.join(variables)} do not go into the machine")
+        notes.append(f"its variables {', '.join(variables)} do not go into the machine; --env gives it some")
     settings: dict[str, Any] = {"command": [command, *map(str, arguments)]}
     if folder is not None:
         settings["folder"] = str(folder)
