@@ -148,6 +148,13 @@ def test_everything_that_a_server_can_answer_comes_back(home, install, monkeypat
         environment = json.loads(call("get-env"))
         assert environment["HOME"] == "/home/user" and "MY_TOKEN" not in environment
     assert contents(folder) == {} and waiting(home) == []
+    audited = home.run("mcp", "audit", "everything", "--rebuild", "--json", timeout_s=120)
+    assert audited.code == 0, audited.out
+    verdicts = {check["name"]: check["verdict"] for check in audited.json["checks"]}
+    assert verdicts["reproducible"] == verdicts["set-id"] == verdicts["place"] == "pass"
+    layers = home.folder / "data" / "layers"
+    assert [path.name for path in layers.iterdir()] == [audited.json["layer"]]
+    assert home.run("mcp", "remove", "everything").code == 0 and list(layers.iterdir()) == []
 
 
 @needs_npm

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from luminaguard.images.audit import Check
     from luminaguard.runtime.escapes import Result
 
-__all__ = ["audit"]
+__all__ = ["audit", "audit_layer"]
 
 _COLOURS = {"pass": "\x1b[32m", "waived": "\x1b[33m", "fail": "\x1b[1;31m"}
 _SHOWN = 5
@@ -59,6 +59,40 @@ def audit(runtime: Runtime, *, rebuild: bool, live: bool, as_json: bool) -> int:
         for check in checks:
             _show(check)
         print(f"image {image.id}: {count['pass']} passed, {count['waived']} waived, {count['fail']} failed")
+    return EXIT_REFUSED if count["fail"] else 0
+
+
+def audit_layer(runtime: Runtime, server: str, *, rebuild: bool, as_json: bool) -> int:
+    """The same of the layer of a server; return 0 if no check failed."""
+    from luminaguard.errors import SettingsError
+    from luminaguard.images.audit import Check
+    from luminaguard.images.audit import audit_layer as look
+    from luminaguard.images.layers.build import rebuild_layer
+    from luminaguard.images.layers.store import DISK, PARTS
+    from luminaguard.runtime.mcp import McpServers
+
+    if not (layer_id := getattr(McpServers(runtime).settings(server), "layer", "")):
+        raise SettingsError(f"The server {server!a} has no layer.", hint="Servers of --npm and --pypi have one.")
+    layer = runtime.layers.load(layer_id)
+    progress = Progress(quiet=as_json)
+    with progress.slowly("auditing"):
+        for part in PARTS:
+            layer.read(part)
+        whole = Check("integrity", "pass", f"{len(PARTS)} parts have the SHA-256 of their manifest")
+        checks = [whole, *look(layer.folder / DISK, runtime.layers.folder)]
+    if rebuild:
+        with progress.slowly("building it again") as step:
+            same = rebuild_layer(runtime.layers, layer, runtime.images.current(), runtime.images.packages, step)
+        detail = f"built again from its lock: {'the same SHA-256' if same else 'not the same'}"
+        checks.append(Check("reproducible", "pass" if same else "fail", detail, () if same else (DISK,)))
+    count = {verdict: sum(check.verdict == verdict for check in checks) for verdict in _COLOURS}
+    if as_json:
+        status = "fail" if count["fail"] else "pass"
+        print_json({"status": status, "layer": layer_id, **count, "checks": [asdict(check) for check in checks]})
+    else:
+        for check in checks:
+            _show(check)
+        print(f"{layer.name}: {count['pass']} passed, {count['waived']} waived, {count['fail']} failed")
     return EXIT_REFUSED if count["fail"] else 0
 
 

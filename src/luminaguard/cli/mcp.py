@@ -33,19 +33,32 @@ def mcp_list(as_json: Json = False) -> None:
     from luminaguard.effects.text import visible
     from luminaguard.settings import StdioServer
 
-    servers = open_runtime(as_json=as_json).settings.mcp_servers
+    runtime = open_runtime(as_json=as_json)
+    servers = runtime.settings.mcp_servers
     if as_json:
         print_json({"servers": {name: server.model_dump(mode="json") for name, server in servers.items()}})
         return
     for name, server in servers.items():
         if isinstance(server, StdioServer):
             place = "ON THIS MACHINE, without isolation" if server.isolation == "none" else "in a machine"
-            where = f"{place}, {server.folder or 'with a folder of its own'}: {' '.join(server.command)}"
+            more = ", may ask for the network" if server.network == "rules" else ""
+            where = f"{place}{more}, {server.folder or 'with a folder of its own'}: {' '.join(server.command)}"
+            if server.layer:
+                where = f"{_layer_name(runtime, server.layer)} {where}"
         else:
             where = " ".join(server.urls)
         print(f"{name:16}  {visible(where)}")
     if not servers:
-        print("no servers; write them into luminaguard.toml: [mcp_servers.NAME] with command and folder")
+        print("no servers; see: luminaguard mcp add --help")
+
+
+def _layer_name(runtime: Runtime, layer: str) -> str:
+    from luminaguard.errors import LuminaGuardError
+
+    try:
+        return runtime.layers.load(layer).name
+    except LuminaGuardError:
+        return f"(its layer {layer[:12]} is missing)"
 
 
 @mcp_app.command("add")
@@ -130,6 +143,18 @@ def _layer(
     return {"command": [programs[0], *arguments], "layer": layer.folder.name}
 
 
+@mcp_app.command("audit")
+def mcp_audit(
+    server: Name,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build it again from its lock, and compare.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at the layer of a server from npm or PyPI as an auditor would."""
+    from luminaguard.cli.audit import audit_layer
+
+    raise typer.Exit(audit_layer(open_runtime(as_json=as_json), server, rebuild=rebuild, as_json=as_json))
+
+
 @mcp_app.command("login")
 def mcp_login(
     server: Name, logout: Annotated[bool, typer.Option("--logout", help="Forget what it gave.")] = False,
@@ -163,8 +188,12 @@ def mcp_login(
 def mcp_remove(server: Name) -> None:
     """Take a server out of luminaguard.toml; what was accepted of its tools stays on record."""
     from luminaguard.runtime.mcp.setup import remove_server
+    from luminaguard.settings import load_settings
 
-    remove_server(open_runtime().folders.config, server)
+    runtime = open_runtime()
+    remove_server(runtime.folders.config, server)
+    servers = load_settings(runtime.folders).mcp_servers.values()
+    runtime.layers.collect({getattr(one, "layer", "") for one in servers})
     print(f"removed {server}")
 
 

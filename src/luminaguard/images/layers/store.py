@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +105,12 @@ class LayerStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def collect(self, used: Collection[str]) -> None:
+        """Delete the layers that no server uses; a machine that runs has a copy of its own."""
+        for entry in self.folder.glob("*"):
+            if _ID.fullmatch(entry.name) and entry.name not in used:
+                shutil.rmtree(entry, ignore_errors=True)
 
     def load(self, layer_id: str) -> Layer:
         """A layer by its id.
