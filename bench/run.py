@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import cliff
 import fleet
 import pool
 import servers
+import stdio
 from luminaguard.effects.card import MAX_TEXT, make_card
 from luminaguard.effects.changes import FileEntry
 from luminaguard.errors import LuminaGuardError
@@ -107,7 +109,8 @@ class Bench:
         folders = Folders.from_environment()
         self.runtime = Runtime(load_settings(folders), folders)
         _ = self.runtime.templates  # makes the key that the home is given
-        self.home = Home(folder / "home", folders.cache, folders.state / "keys")
+        self._make_home = partial(Home, cache=folders.cache, keys=folders.state / "keys")
+        self.home = self._make_home(folder / "home")
         self.baselines: dict[str, float] = {}
 
     def facts(self) -> dict[str, Any]:
@@ -412,6 +415,11 @@ class Bench:
             return {"skipped": "PostgreSQL is not installed"}
         return {"turn": spread(found.pop("turns_ms"), 10)} | found
 
+    def mcp_stdio(self) -> dict[str, Any]:
+        """Calls of MCP servers over standard input and output: the bare SDK, our client, and a server in a machine."""
+        home = self._make_home(self.folder / "stdio-home")
+        return stdio.measure(home, self.folder / "stdio", calls=100 if QUICK else 1000)
+
     def mcp(self) -> dict[str, Any]:
         """Calls of MCP servers over HTTP: the bare SDK, our client, the gateway; and balancing under faults."""
         return servers.measure(self.folder, calls=100 if QUICK else 500)
@@ -419,7 +427,7 @@ class Bench:
 
 _NAMES = ("cold_boot", "clone_to_true", "pool_hit", "idle_clones", "eight_callers", "beside_us", "version", "exec_true",
           "workspace_10_mib", "workspace_500_mib", "card_10_000_files", "confinement", "audit", "cliff", "agents",
-          "fleet", "mcp")  # fmt: skip
+          "fleet", "mcp", "mcp_stdio")  # fmt: skip
 
 
 def main() -> None:
