@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from luminaguard.testing.mcp_lab import TOOLS, Fault, LabServer, running_lab
+from luminaguard.testing.mcp_lab import LEGACY, TOOLS, Fault, LabServer, running_lab
 from luminaguard.testing.mcp_oauth import OAuthServer
 
 
@@ -236,6 +236,28 @@ def test_the_state_of_endpoints_is_told(bare_home):
         assert [row["health"] for row in told.json["servers"]["lab"]["endpoints"]] == ["well", "different", "out"]
         assert "machine" in told.json["servers"]["local"]["state"]
         assert "1 of 3 endpoints" in bare_home.run("mcp", "status", "lab").out
+
+
+def test_servers_are_tried_and_nothing_is_accepted(bare_home):
+    good, other = LabServer(), LabServer(era=LEGACY)
+    with running_lab(good, other):
+        config_of(bare_home).parent.mkdir(mode=0o700)
+        config_of(bare_home).write_text(f'[mcp_servers.good]\nurl = "{good.url}"\n')
+        told = bare_home.run("mcp", "test")
+        assert told.code == 0 and "2 tools, not used before" in told.out, told.err
+        assert bare_home.run("mcp", "tools", "good").code == 0
+        assert "as they were accepted" in bare_home.run("mcp", "test", "good").out
+        good.tools = TOOLS[:1]
+        config_of(bare_home).write_text(
+            f'[mcp_servers.good]\nurl = "{good.url}"\n[mcp_servers.other]\nurl = "{other.url}"\n'
+            '[mcp_servers.gone]\nurl = "http://127.0.0.1:9/mcp"\ntimeout_s = 3\n'
+        )
+        told = bare_home.run("mcp", "test", "--json")
+        assert told.code == 122
+        rows = {row["name"]: row for row in told.json["servers"]}
+        assert [rows[name]["ok"] for name in ("good", "other", "gone")] == [False, True, False]
+        assert "NOT as they were accepted: look" in rows["good"]["detail"] and rows["other"]["revision"] == LEGACY
+        assert bare_home.run("mcp", "test", "none").code == 123
 
 
 @pytest.fixture

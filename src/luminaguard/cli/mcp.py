@@ -267,6 +267,41 @@ def mcp_status(
         draw()
 
 
+@mcp_app.command("test")
+def mcp_test(
+    server: Annotated[str, typer.Argument(metavar="[SERVER]")] = "", as_json: Json = False,
+) -> None:  # fmt: skip
+    """Begin each server, or one: does it speak, and are its tools what was accepted? Nothing is accepted by this."""
+    from luminaguard.cli.output import print_json
+    from luminaguard.effects.text import visible
+    from luminaguard.errors import EXIT_REFUSED
+    from luminaguard.runtime.mcp import McpServers
+
+    with signals.held() as held:
+        runtime = open_runtime(as_json=as_json)
+        servers = McpServers(runtime)
+        names = [server] if server else list(runtime.settings.mcp_servers)
+        for name in names:
+            servers.settings(name)
+        found: list[dict[str, Any]] = []
+
+        async def work() -> None:
+            for name in names:
+                found.append(await servers.test(name))
+                if not as_json:
+                    row = found[-1]
+                    print(f"{'ok  ' if row['ok'] else 'FAIL'}  {name:16}  {visible(row['detail'])}", flush=True)
+
+        signals.interruptible(held, work)
+        signals.over()
+        held.take()
+    if as_json:
+        print_json({"servers": found})
+    elif not names:
+        print("no servers; see: luminaguard mcp add --help")
+    sys.exit(0 if all(row["ok"] for row in found) else EXIT_REFUSED)
+
+
 @mcp_app.command("tools")
 def mcp_tools(
     server: Name,

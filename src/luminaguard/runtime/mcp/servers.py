@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -133,6 +134,26 @@ class McpServers:
             for name in names:
                 tasks.start_soon(look, name)
         return {name: found[name] for name in names}
+
+    async def test(self, name: str) -> dict[str, Any]:
+        """Begin a server and list its tools: whether that is as it should be, in words and numbers; accepts nothing."""
+        began = time.monotonic()
+        try:
+            async with self.open(name) as opened:
+                begun_s = time.monotonic() - began
+                now = await opened.session.list_tools()
+                revision = opened.session.client.session.protocol_version or ""
+        except LuminaGuardError as error:
+            return {"name": name, "ok": False, "detail": f"{error.message} {error.hint}"}
+        pinned = await anyio.to_thread.run_sync(self.pinned, name)
+        found = compare(dict(now) if pinned is None else pinned, now)
+        state = "not used before" if pinned is None else "as they were accepted"
+        if bad := [*found.quarantined, *found.gone]:
+            state = f"NOT as they were accepted: {', '.join(bad)[:200]}"
+        request = opened.execution.request if opened.execution else None
+        waits = f"; what it changed when it began waits: {request.id}" if request else ""
+        return {"name": name, "ok": not bad, "revision": revision, "begun_s": round(begun_s, 2), "tools": len(now),
+                "detail": f"{revision}, begun in {begun_s:.1f} s, {len(now)} tools, {state}{waits}"}  # fmt: skip
 
     async def _look(self, name: str, server: HttpServer) -> dict[str, Any]:
         from luminaguard.mcp.http.session import look_at
