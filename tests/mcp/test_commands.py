@@ -181,7 +181,7 @@ def test_servers_of_other_hosts_are_taken_over_without_their_secrets(bare_home, 
     assert done.code == 0, done.err
     told = {one["name"]: one for one in done.json["servers"]}
     assert {name for name, one in told.items() if one["added"]} == {"my-notes", "far", "s-9", "h", "e"}
-    assert "no network" in told["files"]["notes"][0] and "https" in told["plain"]["notes"][0]
+    assert "--npm" in told["files"]["notes"][0] and "https" in told["plain"]["notes"][0]
     assert "MCP_FAR_AUTHORIZATION" in told["far"]["notes"][0]
     servers = bare_home.run("mcp", "list", "--json").json["servers"]
     assert servers["far"]["headers"] == {"Authorization": "MCP_FAR_AUTHORIZATION"}

@@ -12,7 +12,7 @@ import pytest
 from luminaguard.errors import ImageTampered
 from luminaguard.images import audit as auditor
 from luminaguard.images import elf
-from luminaguard.images.build import ImageStore, _part
+from luminaguard.images.build import ImageStore, part_of
 from luminaguard.images.manifest import INITRAMFS, KERNEL, PARTS, ROOT, SBOM, Image, Manifest
 
 PASSWD = b"root:x:0:0:root:/root:/usr/sbin/nologin\nuser:x:1000:1000::/home/user:/bin/bash\n"
@@ -53,7 +53,7 @@ def make_image(folder, extra=(), files=GOOD, bill=BILL, xattrs=False) -> Image:
     subprocess.run(command, input=out.getvalue(), check=True, capture_output=True, timeout=60)
     for name, data in ((KERNEL, b"k"), (INITRAMFS, b"modules/virtio.ko\0"), (SBOM, json.dumps(bill).encode())):
         (folder / name).write_bytes(data)
-    parts = {name: _part(folder / name) for name in PARTS}
+    parts = {name: part_of(folder / name) for name in PARTS}
     return Image(folder, Manifest("debian-12", "6.1", "0" * 64, False, "0" * 64, "0" * 64, parts))
 
 
