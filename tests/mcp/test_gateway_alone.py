@@ -180,6 +180,30 @@ def test_what_is_read_is_judged_as_a_call_is(setup, fixtures, era):
     assert kinds.count("mcp.called") == 1
 
 
+def test_what_is_logged_of_ones_call_reaches_nobody_else(setup, fixtures):
+    home = setup(fixtures, LET)
+    tokens = [home.run("gateway", "token", name).out.strip() for name in ("ann", "bob")]
+    logged = {token: [] for token in tokens}
+
+    async def work():
+        with serving_gateway(home, "--server", "fixtures") as url:
+
+            async def one(token, calls):
+                async def log(params):
+                    logged[token].append(params.data)
+
+                async with over_http(url, token, ERAS[0], logging_callback=log, log_level="debug") as client:
+                    for _ in range(calls):
+                        await client.call_tool("test_tool_with_logging" if calls == 3 else "test_simple_text", {})
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(one, tokens[0], 3)
+                tasks.start_soon(one, tokens[1], 30)
+
+    run(work)
+    assert [len(logged[token]) for token in tokens] == [9, 0]
+
+
 def test_a_tool_that_is_not_what_was_accepted_is_not_there(setup):
     server = LabServer()
     with running_lab(server):

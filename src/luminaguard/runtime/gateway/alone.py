@@ -6,6 +6,7 @@ what the server asks in the middle of a call is asked of the program that called
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -67,13 +68,22 @@ class _Line:
         """It has ended."""
         self._at.remove(context)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no call is in it."""
+        return not self._at
+
+    @property
+    def _caller(self) -> Context | None:
+        """A call of the program whose calls are in it; None if there is none, or if they are of several programs."""
+        return self._at[-1] if len({_whose(one) for one in self._at}) == 1 else None
+
     # The SDK gives each its own session with the server; whom it concerns is known here.
     # ruff: noqa: ARG002
 
     async def _ask(self, request: Any, result: type[T]) -> T | types.ErrorData:
-        if not self._at:
+        if (context := self._caller) is None:
             return _NOBODY
-        context = self._at[-1]  # one program's, whichever of its calls it belongs to
         try:
             metadata = ServerMessageMetadata(related_request_id=context.request_id)
             return await context.session.send_request(request, result, metadata=metadata)  # type: ignore[type-var]  # a result
@@ -92,13 +102,20 @@ class _Line:
         return await self._ask(types.ListRootsRequest(), types.ListRootsResult)
 
     async def _log(self, params: types.LoggingMessageNotificationParams) -> None:
-        if self._at:
+        if (context := self._caller) is not None:
             said = types.LoggingMessageNotification(params=params)
-            await self._at[-1].session.send_notification(said, self._at[-1].request_id)
+            await context.session.send_notification(said, context.request_id)
 
     async def _hear(self, message: Any) -> None:
-        if self._at and isinstance(message, types.ResourceUpdatedNotification):
-            await self._at[-1].session.send_resource_updated(message.params.uri)
+        if (context := self._caller) is not None and isinstance(message, types.ResourceUpdatedNotification):
+            await context.session.send_resource_updated(message.params.uri)
+
+
+def _whose(context: Context) -> str:
+    """Tells programs apart: by their token, and in the older era by their session; over stdio there is one."""
+    headers = getattr(context.request, "headers", {})
+    who = f"{headers.get('authorization', '')} {headers.get(_SESSION, '')}"
+    return hashlib.sha256(who.encode()).hexdigest()[:32]
 
 
 class Alone:
@@ -129,7 +146,9 @@ class Alone:
         return self._mcp.open(self._name, self._lines[key].peer)
 
     def _ended(self, key: str, opened: Opened) -> None:
-        self._lines.pop(key, None)
+        line = self._lines.get(key)
+        if line is not None and line.idle and key not in self._kept.open:  # else it is another session's by now
+            del self._lines[key]
         tell_ended(self._name, opened)
 
     # -- what it has ----------------------------------------------------------------------------------------
@@ -225,6 +244,5 @@ class Alone:
             return self._name
         if context.protocol_version in MODERN_PROTOCOL_VERSIONS:
             has = context.session.client_capabilities or types.ClientCapabilities()
-            return f"{context.protocol_version} {has.model_dump_json(exclude_none=True)}"
-        headers = getattr(context.request, "headers", {})
-        return f"session {headers.get(_SESSION, '')}"
+            return f"{_whose(context)} {context.protocol_version} {has.model_dump_json(exclude_none=True)}"
+        return _whose(context)
