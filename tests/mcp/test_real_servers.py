@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import re
 import shutil
 import socket
 import sqlite3
@@ -22,6 +23,9 @@ from luminaguard.settings import Folders, load_settings
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.xdist_group("real-servers"), pytest.mark.timeout(240)]
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="npm is missing: apt-get install npm")
+UNREACHABLE = re.compile(
+    "ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|dns error|onnection refused|error sending request"
+)
 SCOPE = "@modelcontextprotocol"
 FETCH = ("--pypi", "mcp-server-fetch==2026.10.24", "--network", "--", "--allow-private-ips")
 W = "/workspace"
@@ -36,6 +40,8 @@ def install(home, tmp_path):
     def add(name, registry, package, *words):
         (folder := tmp_path / name).mkdir()
         added = home.run("mcp", "add", name, registry, package, "--folder", str(folder), *words, timeout_s=200)
+        if added.code and UNREACHABLE.search(added.err):
+            pytest.skip(f"a registry cannot be reached: {added.err[:200]}")
         assert added.code == 0, added.err
         return folder
 
@@ -168,7 +174,10 @@ def test_a_server_that_has_something_under_way_is_made_to_end(home, install):
 def test_everything_comes_back_from_a_server_elsewhere_once_it_is_let(home, tmp_path):
     package = f"{SCOPE}/server-everything"
     npm = ("npm", "install", "--silent", "--no-save", "--ignore-scripts", "--prefix", tmp_path, f"{package}@2026.8.31")
-    subprocess.run(npm, check=True, timeout=200)
+    got = subprocess.run(npm, check=False, timeout=200, capture_output=True, text=True)
+    if got.returncode and UNREACHABLE.search(got.stderr):
+        pytest.skip(f"a registry cannot be reached: {got.stderr[:200]}")
+    assert got.returncode == 0, got.stderr
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     argv = ("env", f"PORT={port}", "node", tmp_path / "node_modules" / package / "dist" / "index.js", "streamableHttp")

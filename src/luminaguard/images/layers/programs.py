@@ -14,7 +14,7 @@ __all__ = ["FETCH_S", "run"]
 
 FETCH_S = 600.0
 """What a package manager gets for one step."""
-_MOST_SAID = 300
+_MOST_SAID = 200
 _FROM_REGISTRIES_ONLY = {
     "npm_config_git": "/bin/false", "npm_config_allow_git": "none", "npm_config_allow_remote": "none",
     "npm_config_allow_file": "none", "npm_config_allow_directory": "none",
@@ -55,7 +55,9 @@ def run(command: Sequence[str], folder: Path, *, stdin: str = "", missing: str) 
             f"'{Path(command[0]).name}' did not end within {FETCH_S:g} s.", hint="Check the network, and try again."
         ) from error
     if process.returncode:
-        said = ascii(" ".join(err.split())[-_MOST_SAID:])[1:-1]
+        said = ascii(" ".join(err.split()))[1:-1]
+        if len(said) > 2 * _MOST_SAID:  # npm says first what it is about, uv last
+            said = f"{said[:_MOST_SAID]} ... {said[-_MOST_SAID:]}"
         raise PackageUnavailable(
             f"'{Path(command[0]).name}' failed: {said}", hint="Check the package's name and version, and the network."
         )
