@@ -168,6 +168,18 @@ def test_a_package_without_a_hash_is_refused(tmp_path, monkeypatch):
         npm.resolve("a", (), tmp_path)
 
 
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"packages": 1}', "[" * 50_000, '{"lockfileVersion": 1}'])
+def test_a_lock_that_is_none_is_refused_in_words(tmp_path, monkeypatch, text):
+    def played(_command, folder, **_):
+        if text is not None:
+            (folder / "package-lock.json").write_text(text)
+        return ""
+
+    monkeypatch.setattr(npm, "run", played)
+    with pytest.raises(PackageUnavailable, match="no lock"):
+        npm.resolve("a", (), tmp_path)
+
+
 def installed(monkeypatch, work, files, package="@a/b"):
     """What comes of an npm package with these files."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from luminaguard.errors import ImageBuildFailed, PackageUnavailable
 from luminaguard.images.layers.folder import read_folder
-from luminaguard.images.layers.programs import run
+from luminaguard.images.layers.programs import check_names, run
 from luminaguard.images.rootfs import Node, Tree
 
 __all__ = ["NODE_PACKAGES", "Component", "install", "resolve"]
@@ -51,16 +51,20 @@ def resolve(package: str, others: tuple[str, ...], work: Path) -> dict[str, Any]
     Raises:
         PackageUnavailable: it is not the name of a package, there is none, or npm cannot be used.
     """
-    for one in (package, *others):
-        if not _PACKAGE.fullmatch(one):
-            raise PackageUnavailable(f"{one[:100]!a} is no package of npm.", hint="NAME or NAME@VERSION, no address.")
+    check_names(_PACKAGE, (package, *others), "NAME or NAME@VERSION")
     (work / "package.json").write_text('{"private": true}\n', encoding="utf-8")
-    run(("npm", "install", "--package-lock-only", "--save-exact", "--omit-lockfile-registry-resolved=true", *_QUIET,
+    run(("npm", "install", "--package-lock-only", "--save-exact", "--lockfile-version=3",
+         "--omit-lockfile-registry-resolved=true", *_QUIET,
          "--", package, *others), work, missing=_MISSING)  # fmt: skip
-    found = {"manifest": json.loads((work / "package.json").read_text(encoding="utf-8")),
-             "lock": json.loads((work / "package-lock.json").read_text(encoding="utf-8"))}  # fmt: skip
+    found: dict[str, Any]
+    try:
+        found = {"manifest": json.loads((work / "package.json").read_text(encoding="utf-8")),
+                 "lock": json.loads((work / "package-lock.json").read_text(encoding="utf-8"))}  # fmt: skip
+        packages = dict(found["lock"]["packages"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PackageUnavailable(f"npm wrote no lock that is known ({error!r}).", hint="Use npm 7 or newer.") from error
     found["manifest"]["name"] = found["lock"]["name"] = "layer"  # not that of a temporary folder
-    for path, one in found["lock"]["packages"].items():
+    for path, one in packages.items():
         # Of a registry's package it is left out, as was asked: this one is from elsewhere.
         if path and ("integrity" not in one or one.get("link") or "resolved" in one):
             raise PackageUnavailable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from luminaguard.errors import PackageUnavailable
 
-__all__ = ["FETCH_S", "run"]
+__all__ = ["FETCH_S", "check_names", "run"]
 
 FETCH_S = 600.0
 """What a package manager gets for one step."""
@@ -20,6 +21,13 @@ _FROM_REGISTRIES_ONLY = {
     "npm_config_allow_file": "none", "npm_config_allow_directory": "none",
 }  # fmt: skip
 """A dependency may name a repository or any address, and resolving would ask there, with this user's keys."""
+
+
+def check_names(pattern: re.Pattern[str], packages: Sequence[str], form: str) -> None:
+    """Refuse what is no name of a package, such as an address or an option; raises PackageUnavailable."""
+    for package in packages:
+        if not pattern.fullmatch(package):
+            raise PackageUnavailable(f"{package[:100]!a} is no package of a registry.", hint=f"{form}, no address.")
 
 
 def run(command: Sequence[str], folder: Path, *, stdin: str = "", missing: str) -> str:

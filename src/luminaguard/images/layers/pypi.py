@@ -11,7 +11,7 @@ from typing import Any
 from luminaguard.errors import ImageBuildFailed, PackageUnavailable
 from luminaguard.images.layers.folder import read_folder
 from luminaguard.images.layers.npm import Component
-from luminaguard.images.layers.programs import run
+from luminaguard.images.layers.programs import check_names, run
 from luminaguard.images.rootfs import Node, Tree, compile_sources
 
 __all__ = ["LIBRARY_PACKAGES", "install", "resolve"]
@@ -51,9 +51,7 @@ def resolve(package: str, others: tuple[str, ...], python: str, work: Path) -> d
     Raises:
         PackageUnavailable: it is not the name of a package, there is no wheel for it, or uv cannot be used.
     """
-    for one in (package, *others):
-        if not _PACKAGE.fullmatch(one):
-            raise PackageUnavailable(f"{one[:100]!a} is no package of PyPI.", hint="NAME or NAME==VERSION, no address.")
+    check_names(_PACKAGE, (package, *others), "NAME or NAME==VERSION")
     text = run(
         (*_uv(), "pip", "compile", "-", *_target(python), "--generate-hashes", "--no-emit-index-url", "--no-header",
          "--no-annotate", "--output-file", "-"),
