@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered
 from luminaguard.images import build, deb, elf, kernel, lock, rootfs
 from luminaguard.images.build import ImageStore
-from luminaguard.images.manifest import check_owner
+from luminaguard.images.manifest import Image, check_owner
 from luminaguard.testing import Home
 
 
@@ -188,3 +188,11 @@ def test_links_lead_where_they_should_however_long_they_are(tmp_path, target):
     )
     subprocess.run(["unsquashfs", "-q", "-n", "-d", tmp_path / "out", tmp_path / "d"], check=True, capture_output=True)
     assert os.readlink(tmp_path / "out" / "usr" / "link") == target
+
+
+def test_a_manifest_without_an_end_is_refused_in_words(tmp_path):
+    folder = tmp_path / "images" / ("0" * 64)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ImageTampered, match="cannot be read"):
+        Image.load(folder)

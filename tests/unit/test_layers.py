@@ -68,8 +68,9 @@ def test_a_part_that_was_changed_is_not_used(store, part):
     path = only(store) / part
     path.write_bytes(path.read_bytes() + b"x")
     layer = store.load(path.parent.name)
-    with pytest.raises(ImageTampered):
+    with pytest.raises(ImageTampered) as caught:
         layer.open_on(_Image) if part == DISK else layer.read(part)
+    assert "add its server again" in caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 2}', "[" * 100_000])

@@ -10,9 +10,10 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from luminaguard.errors import ImageMissing, ImageTampered
 
@@ -26,6 +27,7 @@ __all__ = [
     "check_owner",
     "open_sealed",
     "open_verified",
+    "read_manifest",
     "sha256_fd",
 ]
 
@@ -34,6 +36,7 @@ PARTS = (KERNEL, INITRAMFS, ROOT, SBOM)
 _FORMAT = 2
 _MAX_MANIFEST = 1 << 20
 _CHUNK = 1 << 20
+_REBUILD = "run 'luminaguard image build'"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -122,15 +125,7 @@ class Image:
                 others than this user can write to the folder.
             ImageMissing: it was built by another version.
         """
-        check_owner(folder)
-        try:
-            with (folder / "manifest.json").open(encoding="utf-8") as file:
-                manifest = Manifest.loads(file.read(_MAX_MANIFEST))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _tampered(folder, f"its manifest cannot be read ({error})") from error
-        if manifest.digest != folder.name:
-            raise _tampered(folder, "its manifest is not the one that it was named after")
-        return cls(folder, manifest)
+        return cls(folder, read_manifest(folder, Manifest.loads))
 
     def open_part(self, name: str) -> int:
         """A sealed copy of a part in memory, verified and open for reading only; the caller owns it.
@@ -144,6 +139,38 @@ class Image:
         """Verify every part; raises :class:`ImageTampered`."""
         for name in PARTS:
             os.close(open_verified(self.folder / name, self.manifest.parts[name], self.folder))
+
+
+class _Named(Protocol):
+    """What a folder is named after."""
+
+    @property
+    def digest(self) -> str: ...
+
+
+N = TypeVar("N", bound=_Named)
+
+
+def read_manifest(folder: Path, loads: Callable[[str], N], remedy: str = _REBUILD) -> N:
+    """The manifest that a folder was named after.
+
+    Args:
+        folder: whose; nobody else can write to it.
+        loads: parses one; raises ValueError, KeyError, TypeError or AttributeError for what is none.
+        remedy: what to do with a folder that is not to be trusted.
+
+    Raises:
+        ImageTampered: it is missing, malformed, or another one; or others can write to the folder.
+    """
+    check_owner(folder)
+    try:
+        with (folder / "manifest.json").open(encoding="utf-8") as file:
+            manifest = loads(file.read(_MAX_MANIFEST))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _tampered(folder, f"its manifest cannot be read ({error})", remedy) from error
+    if manifest.digest != folder.name:
+        raise _tampered(folder, "its manifest is not the one that it was named after", remedy)
+    return manifest
 
 
 def check_owner(folder: Path) -> None:
@@ -191,7 +218,7 @@ def open_verified(path: Path, part: Part, owner: Path) -> int:
     return fd
 
 
-def open_sealed(path: Path, part: Part, owner: Path) -> int:
+def open_sealed(path: Path, part: Part, owner: Path, remedy: str = _REBUILD) -> int:
     """Like :func:`open_verified`, but of a sealed copy in memory.
 
     A process that is given a descriptor of a file can open it again through ``/proc/self/fd``, for
@@ -205,18 +232,19 @@ def open_sealed(path: Path, part: Part, owner: Path) -> int:
     try:
         source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         if os.fstat(source).st_size != part.size:
-            raise _tampered(owner, f"{path.name} has {os.fstat(source).st_size} bytes instead of {part.size}")
+            size = os.fstat(source).st_size
+            raise _tampered(owner, f"{path.name} has {size} bytes instead of {part.size}", remedy)
         digest, offset, buffer = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))
         while count := os.preadv(source, [buffer], offset):
             digest.update(buffer[:count])
             os.pwrite(memory, buffer[:count], offset)
             offset += count
         if digest.hexdigest() != part.sha256:
-            raise _tampered(owner, f"{path.name} does not have the recorded SHA-256")
+            raise _tampered(owner, f"{path.name} does not have the recorded SHA-256", remedy)
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
         return os.open(f"/proc/self/fd/{memory}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise _tampered(owner, f"{path.name} cannot be read ({error.strerror})") from error
+        raise _tampered(owner, f"{path.name} cannot be read ({error.strerror})", remedy) from error
     finally:
         os.close(memory)
         if source >= 0:
@@ -235,9 +263,9 @@ def sha256_fd(fd: int) -> str:
     return digest.hexdigest()
 
 
-def _tampered(folder: Path, why: str) -> ImageTampered:
+def _tampered(folder: Path, why: str, remedy: str = _REBUILD) -> ImageTampered:
     return ImageTampered(
         f"{folder} is not to be trusted: {why}.",
-        hint="Delete that folder and run 'luminaguard image build'.",
+        hint=f"Delete that folder and {remedy}.",
         kept="Nothing was started from it.",
     )

@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from luminaguard.errors import ImageMissing, ImageTampered
-from luminaguard.images.manifest import Image, Part, check_owner, open_sealed
+from luminaguard.errors import ImageMissing
+from luminaguard.images.manifest import Image, Part, open_sealed, read_manifest
 
 __all__ = ["DISK", "LOCK", "PARTS", "SBOM", "Layer", "LayerManifest", "LayerStore", "Source"]
 
 DISK, LOCK, SBOM = "layer.squashfs", "lock.json", "sbom.cdx.json"
 PARTS = (DISK, LOCK, SBOM)
 _FORMAT = 1
-_MOST_MANIFEST = 1 << 20
+_ADD_AGAIN = "add its server again"
 _ID = re.compile(r"[0-9a-f]{64}")
 
 Source = Literal["npm", "pypi"]
@@ -92,11 +92,11 @@ class Layer:
                 f"The layer {self.name} lies on an image of {self.manifest.distribution}, and machines use another.",
                 hint="Use that image ('luminaguard image use'), or add the server again.",
             )
-        return open_sealed(self.folder / DISK, self.manifest.parts[DISK], self.folder)
+        return open_sealed(self.folder / DISK, self.manifest.parts[DISK], self.folder, _ADD_AGAIN)
 
     def read(self, part: str) -> bytes:
         """A part that is text; raises ImageTampered."""
-        with open(open_sealed(self.folder / part, self.manifest.parts[part], self.folder), "rb") as file:
+        with open(open_sealed(self.folder / part, self.manifest.parts[part], self.folder, _ADD_AGAIN), "rb") as file:
             return file.read()
 
 
@@ -125,19 +125,4 @@ class LayerStore:
                 hint="Add the server again: 'luminaguard mcp remove' and 'luminaguard mcp add --npm' or '--pypi'.",
             )
         folder = self.folder / layer_id
-        check_owner(folder)
-        try:
-            with (folder / "manifest.json").open(encoding="utf-8") as file:
-                manifest = LayerManifest.loads(file.read(_MOST_MANIFEST))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _tampered(folder, f"its manifest cannot be read ({error})") from error
-        if manifest.digest != layer_id:
-            raise _tampered(folder, "its manifest is not the one that it was named after")
-        return Layer(folder, manifest)
-
-
-def _tampered(folder: Path, why: str) -> ImageTampered:
-    return ImageTampered(
-        f"{folder} is not to be trusted: {why}.", hint="Delete that folder, and add its server again.",
-        kept="Nothing was started from it.",
-    )  # fmt: skip
+        return Layer(folder, read_manifest(folder, LayerManifest.loads, _ADD_AGAIN))
