@@ -421,7 +421,7 @@ def test_a_tool_that_a_rule_holds_back_runs_once_for_each_approval(runtime):
     rules(runtime, HELD_BACK)
 
     def permit(run=RUN, task="t"):
-        runtime.decisions.permit(run, runtime.policy(None), task, frozenset({"web"}))
+        runtime.permits.permit(run, runtime.policy(None), task, frozenset({"web"}))
 
     permit(ToolRun("exec", {"command": ["make", "all"]}, "/srv/site"))
     with pytest.raises(ApprovalNeeded) as first:
@@ -453,13 +453,13 @@ def test_a_tool_that_a_rule_holds_back_runs_once_for_each_approval(runtime):
 def test_a_grant_lets_a_held_back_tool_run_again(runtime):
     rules(runtime, HELD_BACK)
     with pytest.raises(ApprovalNeeded) as needed:
-        runtime.decisions.permit(RUN, runtime.policy(None), "t", frozenset())
+        runtime.permits.permit(RUN, runtime.policy(None), "t", frozenset())
     request = runtime.approvals.get(needed.value.request_id)
     runtime.decisions.approve_and_hand_over(request, YES, again=Again(1, 600))
     for _ in range(2):  # the approval itself, then the grant
-        runtime.decisions.permit(RUN, runtime.policy(None), "t", frozenset())
+        runtime.permits.permit(RUN, runtime.policy(None), "t", frozenset())
     with pytest.raises(ApprovalNeeded):
-        runtime.decisions.permit(RUN, runtime.policy(None), "t", frozenset())
+        runtime.permits.permit(RUN, runtime.policy(None), "t", frozenset())
 
 
 class Markup(HTMLParser):

@@ -202,7 +202,7 @@ def _admit(
     _, judged = judge(prepared.policy, action)
     if judged.risk is not Risk.GREEN or judged.people > 1:
         opening.join()
-        runtime.decisions.permit(run_it, prepared.policy, task, labels)
+        runtime.permits.permit(run_it, prepared.policy, task, labels)
     return labels
 
 

@@ -86,7 +86,7 @@ class MachineBench:
         marked = marked_labels(policy, (change.path for change in changed.changes))
         labels = runtime.tasks.labels(task.id) | {label for label, _ in marked}
         run = ToolRun(call.name, as_asked(call.name, call.arguments), task.workspace)
-        return runtime.decisions.runs_unasked(run, policy, task.id, labels)
+        return runtime.permits.runs_unasked(run, policy, task.id, labels)
 
     async def evaluate(self, task: Task, call: ToolCall, work: Plan) -> Evaluated:
         """Evaluate a call on the task's state, in a machine of its own."""
@@ -149,7 +149,7 @@ class MachineBench:
         if not {label for label, _ in found} <= labels:
             labels = runtime.tasks.add_labels(task.id, found)
         run = ToolRun(call.name, as_asked(call.name, call.arguments), task.workspace)
-        runtime.decisions.permit(run, policy, task.id, labels, home=task.home)
+        runtime.permits.permit(run, policy, task.id, labels, home=task.home)
 
     def links_on(self, task: Task, path: str) -> bool:
         """Whether a path goes through a link in the task's state."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from luminaguard.microvm.template import TemplateStore
     from luminaguard.microvm.tracker import VMTracker
     from luminaguard.runtime.decisions import Decisions
+    from luminaguard.runtime.permits import Permits
     from luminaguard.runtime.rehearsal import Execution, Feed, Output, Outside, Progress
     from luminaguard.runtime.tasks import LocalTasks
     from luminaguard.storage.approvals import Approvals
@@ -303,6 +304,13 @@ class Runtime:
         from luminaguard.runtime.decisions import Decisions
 
         return Decisions(self)
+
+    @cached_property
+    def permits(self) -> Permits:
+        """What is let be done by whoever asks for it."""
+        from luminaguard.runtime.permits import Permits
+
+        return Permits(self)
 
     async def exec(
         self,

@@ -170,7 +170,7 @@ class Egress:
 
     def _admit(self, effect: NetworkRequest, stack: ExitStack) -> None:
         """Let it be made, and record that; raises ApprovalNeeded or Forbidden."""
-        decisions, folder = self._runtime.decisions, folder_of(self._runtime, self._name, self._server)
+        permits, folder = self._runtime.permits, folder_of(self._runtime, self._name, self._server)
         command, taint = (self._name, effect.method), tuple(sorted(self._labels))
         request = Request(f"req-{secrets.token_hex(6)}", str(folder), 0, effect.digest, command, 0, 0, 0, State.PENDING,
                           effect="request", taint=taint)  # fmt: skip
@@ -181,8 +181,8 @@ class Egress:
                 f"{len(waiting)} requests of this server wait for a person already.",
                 hint="Let them be answered first: luminaguard inbox", kept="It was not asked for.",
             )  # fmt: skip
-        decisions.clear(request, effect, self._runtime.policy(folder),
-                        lambda approved: stack.enter_context(decisions.doing(approved)))  # fmt: skip
+        permits.clear(request, effect, self._runtime.policy(folder),
+                      lambda approved: stack.enter_context(permits.doing(approved)))  # fmt: skip
         self._runtime.ledger.append("network.requested", server=self._name, method=effect.method,
                                     host=urlsplit(effect.url).netloc, digest=effect.digest)  # fmt: skip
 

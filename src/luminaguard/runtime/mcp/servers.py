@@ -319,7 +319,7 @@ class McpServers:
             self._admit(opened, effect(), task, request_id, use)
 
         def use(approved: str) -> None:
-            stack.enter_context(self._runtime.decisions.doing(approved))
+            stack.enter_context(self._runtime.permits.doing(approved))
             asked.append(approved)
 
         try:
@@ -345,7 +345,7 @@ class McpServers:
             if task:
                 opened.follow(self._runtime.tasks.labels(task))
         else:
-            decisions, labels = self._runtime.decisions, frozenset[str]()
+            labels = frozenset[str]()
             if task:
                 why, labels = self._runtime.tasks.standing(task)
                 if why is not None:
@@ -353,8 +353,7 @@ class McpServers:
             request = self._request(effect, task=task, labels=labels)
             if request_id:
                 request = replace(request, id=request_id)
-            decisions.clear(request, effect, self._runtime.policy(None),
-                            use, once=bool(request_id))  # fmt: skip
+            self._runtime.permits.clear(request, effect, self._runtime.policy(None), use, once=bool(request_id))
         self._record(effect, request_id)
 
     def _record(self, effect: RemoteCall, request_id: str) -> None:
