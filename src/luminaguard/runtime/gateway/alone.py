@@ -79,14 +79,14 @@ class _Line:
         return self._at[-1] if len({_whose(one) for one in self._at}) == 1 else None
 
     # The SDK gives each its own session with the server; whom it concerns is known here.
-    # ruff: noqa: ARG002
+    # ruff: noqa: ARG002  # its callbacks have a context that is of no use here
 
     async def _ask(self, request: Any, result: type[T]) -> T | types.ErrorData:
         if (context := self._caller) is None:
             return _NOBODY
         try:
             metadata = ServerMessageMetadata(related_request_id=context.request_id)
-            return await context.session.send_request(request, result, metadata=metadata)  # type: ignore[type-var]  # a result
+            return await context.session.send_request(request, result, metadata=metadata)  # type: ignore[type-var]  # T is one of three
         except MCPError as error:
             return error.error
 
