@@ -101,6 +101,36 @@ def test_a_server_that_does_not_begin_is_an_error(tmp_path, command):
         anyio.run(within)
 
 
+SILENT = """
+import json, sys
+for line in sys.stdin:
+    said = json.loads(line)
+    answer = {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "s", "version": "1"}}
+    if said["method"] == "initialize":
+        print(json.dumps({"jsonrpc": "2.0", "id": said["id"], "result": answer}), flush=True)
+"""
+SLOW = """
+import time
+time.sleep(3)
+from mcp.server.mcpserver import MCPServer
+MCPServer("slow").run()
+"""
+
+
+@pytest.mark.parametrize(("program", "era"), [(SILENT, "2025-11-25"), (SLOW, "2026-07-28")])
+def test_a_silent_server_costs_no_ten_seconds_and_a_slow_one_is_not_taken_for_one(tmp_path, program, era):
+    server = StdioServer(command=(sys.executable, "-c", program), folder=tmp_path, timeout_s=15)
+
+    async def within():
+        began = time.monotonic()
+        with anyio.fail_after(30):
+            async with open_on_host(None, "notes", server, Ended()) as session:
+                assert time.monotonic() - began < 8
+                assert session.client.session.protocol_version == era
+
+    anyio.run(within)
+
+
 def test_nobody_listens_any_more(tmp_path):
     async def within():
         pipe = Pipe()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 from mcp.shared.message import SessionMessage
-from mcp_types import jsonrpc_message_adapter
+from mcp_types import (
+    METHOD_NOT_FOUND,
+    ErrorData,
+    JSONRPCError,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    RequestId,
+    jsonrpc_message_adapter,
+)
 from pydantic import ValidationError
 
 from luminaguard import log
@@ -16,6 +25,9 @@ from luminaguard.errors import LuminaGuardError, McpServerFailed
 from luminaguard.mcp.lines import Lines
 
 __all__ = ["Pipe"]
+
+_DISCOVER_S = 2.0
+"""For so long a server may say nothing to the first question of the new era; then it is spoken to as an older one."""
 
 
 class Pipe:
@@ -27,6 +39,8 @@ class Pipe:
         self._to_sdk, self.from_server = anyio.create_memory_object_stream[SessionMessage | Exception](64)
         self.failure: LuminaGuardError | None = None
         self._is_over = False
+        self._discover: RequestId | None = None
+        self._given_up = set[RequestId]()
 
     @asynccontextmanager
     async def transport(self) -> AsyncIterator[Any]:
@@ -55,17 +69,48 @@ class Pipe:
             except (ValidationError, RecursionError):
                 log.event("mcp.not_a_message", bytes=len(line))
                 continue
-            try:
-                await self._to_sdk.send(message)
-            except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+            if isinstance(message.message, JSONRPCResponse | JSONRPCError) and message.message.id is not None:
+                if message.message.id in self._given_up:
+                    continue  # it was slow and not silent, which the SDK finds out by the next answer
+                if message.message.id == self._discover:
+                    self._discover = None
+            if not await self._tell(message):
                 return
 
     async def given(self) -> AsyncIterator[bytes]:
         """What is to be written to the server."""
         async with self._from_sdk:
-            async for message in self._from_sdk:
+            while (message := await self._next()) is not None:
+                if isinstance(message.message, JSONRPCRequest) and message.message.method == "server/discover":
+                    self._discover = message.message.id
                 text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
                 yield text.encode() + b"\n"
+
+    async def _next(self) -> SessionMessage | None:
+        """The SDK's next message; None after its last. It says nothing before its first question is answered."""
+        while True:
+            with anyio.move_on_after(math.inf if self._discover is None else _DISCOVER_S):
+                try:
+                    return await self._from_sdk.receive()
+                except anyio.EndOfStream:
+                    return None
+            if self._discover is not None:
+                await self._answer_for_it(self._discover)
+
+    async def _answer_for_it(self, discover: RequestId) -> None:
+        """A server that leaves the question open is an older one; the SDK would wait for ten seconds."""
+        self._discover = None
+        self._given_up.add(discover)
+        unknown = ErrorData(code=METHOD_NOT_FOUND, message="the server says nothing to this")
+        await self._tell(SessionMessage(JSONRPCError(jsonrpc="2.0", id=discover, error=unknown)))
+
+    async def _tell(self, message: SessionMessage) -> bool:
+        """Whether the SDK is still there to be told."""
+        try:
+            await self._to_sdk.send(message)
+        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+            return False
+        return True
 
     def ended(self, failure: LuminaGuardError | None = None) -> None:
         """The server is gone; whoever waits for it is told."""

@@ -46,8 +46,8 @@ __all__ = ["NOBODY", "More", "Peer", "Result", "Session", "check_sendable", "ope
 for _name in ("mcp", "httpx2", "httpcore2"):
     logging.getLogger(_name).addHandler(logging.NullHandler())
     logging.getLogger(_name).propagate = False
-_PROBE_S = 10.0
-"""The SDK asks servers of the new era first, and waits so long for those that say nothing to that."""
+_PROBE_S = 2.0
+"""Servers are first asked as ones of the new era, and get so long to say something to that."""
 _REFUSALS = frozenset({METHOD_NOT_FOUND, INVALID_PARAMS, INVALID_REQUEST, HEADER_MISMATCH,
                        MISSING_REQUIRED_CLIENT_CAPABILITY, UNSUPPORTED_PROTOCOL_VERSION})  # fmt: skip
 """With these a server says that it did not do what it was asked for."""
