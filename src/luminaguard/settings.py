@@ -7,6 +7,7 @@ together under one folder.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import tomllib
@@ -34,6 +35,7 @@ __all__ = ["Folders", "GatewaySettings", "HttpServer", "McpServer", "Settings", 
 _MAX_FILE = 1 << 20
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _HEADER = re.compile(r"[A-Za-z0-9-]{1,64}")
+_FOLDER = re.compile(r"(?!\.)[^/\x00-\x1f\x7f]{1,64}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*(_[a-z0-9-]+)*$", max_length=32)]
 """Without ``__``, which stands between it and the name of a tool: no server can take another one's names."""
@@ -98,6 +100,7 @@ class StdioServer(BaseModel):
         command: what is run in the machine.
         folder: absolute path of the folder that it gets a copy of; what it changes there is asked for. None for an
             empty one.
+        folders: absolute paths of more folders, by the names that copies of them have in that one.
         timeout_s: how long a call may take.
         isolation: ``none`` lets it run on this machine, with the user's rights, and each call of it be asked for.
         network: ``rules`` lets its programs reach by HTTP what the rules let, and ask for the rest; ``none`` nothing.
@@ -110,6 +113,7 @@ class StdioServer(BaseModel):
     command: tuple[str, ...] = Field(min_length=1, max_length=256)
     isolation: Literal["machine", "none"] = "machine"
     folder: Path | None = None
+    folders: dict[str, Path] = Field(default_factory=dict, max_length=15)
     environment: dict[str, str] = Field(default_factory=dict, max_length=64)
     network: Literal["none", "rules"] = "none"
     layer: str = Field(default="", pattern="^([0-9a-f]{64})?$")
@@ -117,8 +121,15 @@ class StdioServer(BaseModel):
 
     @model_validator(mode="after")
     def _layer_in_a_machine(self) -> StdioServer:
-        if self.isolation == "none" and (self.layer or self.network != "none"):
-            raise ValueError("a layer and rules of a network are of a machine, and isolation is none")
+        if self.isolation == "none" and (self.layer or self.network != "none" or self.folders):
+            raise ValueError("a layer, rules of a network and several folders are of a machine, and isolation is none")
+        return self
+
+    @model_validator(mode="after")
+    def _folders_apart(self) -> StdioServer:
+        given = sorted(Path(os.path.normpath(one)) for one in (self.folder, *self.folders.values()) if one is not None)
+        if any(later.is_relative_to(one) for one, later in itertools.pairwise(given)):
+            raise ValueError("one of the folders lies in another one")
         return self
 
     @field_validator("environment")
@@ -134,6 +145,13 @@ class StdioServer(BaseModel):
         if folder is not None and not folder.is_absolute():
             raise ValueError("it is no absolute path")
         return folder
+
+    @field_validator("folders")
+    @classmethod
+    def _named(cls, folders: dict[str, Path]) -> dict[str, Path]:
+        if any(not _FOLDER.fullmatch(name) or not folder.is_absolute() for name, folder in folders.items()):
+            raise ValueError("the folders have plain names and absolute paths")
+        return folders
 
 
 class HttpServer(BaseModel):

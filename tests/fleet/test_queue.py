@@ -286,7 +286,7 @@ def test_who_collects_late_keeps_what_a_later_step_put(database):
     fd = os.memfd_create("x")
     for name, step in (("old", 1), ("again", 1), ("new", 2), ("again", 2)):
         contents.put("task-1", name, fd, step=step)
-    contents.collect("task-1", {"base"}, 2)
+    contents.collect("task-1", frozenset({"base"}), 2)
     os.close(fd)
     assert [contents.has("task-1", name) for name in ("old", "again", "new")] == [False, True, True]
 

@@ -45,7 +45,13 @@ def test_a_tool_is_called_in_a_machine_and_what_it_changes_waits(notes, home):
     assert (notes.folder / "notes.txt").read_text() == "buy milk\n"
     counted = notes("call", "notes", "count", "--json")
     assert counted.code == 0
-    assert counted.json == {"text": "1", "structured": {"count": 1}, "failed": False, "request_id": None}
+    assert counted.json == {
+        "text": "1",
+        "structured": {"count": 1},
+        "failed": False,
+        "request_id": None,
+        "request_ids": [],
+    }
     kinds = [json.loads(line)["kind"] for line in home.run("ledger", "export").out.splitlines()[1:]]
     assert kinds.count("mcp.accepted") == 1 and kinds.count("mcp.called") == 2
 
@@ -139,3 +145,43 @@ def test_settings_of_servers_are_checked(tmp_path, text):
     with pytest.raises(SettingsError):
         load_settings(folders)
     assert Settings().mcp_servers == {}
+
+
+SEVERAL = """
+import json, pathlib, sys
+for line in sys.stdin:
+    said = json.loads(line)
+    about = {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "s", "version": "1"}}
+    tool = {"name": "move", "description": "Moves it.", "inputSchema": {"type": "object"}}
+    if said["method"] == "tools/call":
+        pathlib.Path("docs/letter.txt").rename("archive/letter.txt")
+        pathlib.Path("seen.txt").write_text("1")
+        about = {"content": [{"type": "text", "text": "moved"}]}
+    elif said["method"] == "tools/list":
+        about = {"tools": [tool]}
+    elif said["method"] != "initialize":
+        continue
+    print(json.dumps({"jsonrpc": "2.0", "id": said["id"], "result": about}), flush=True)
+"""
+
+
+def test_a_server_with_several_folders_changes_each_by_a_request_of_its_own(home, tmp_path):
+    docs, archive = tmp_path / "docs", tmp_path / "archive"
+    docs.mkdir()
+    archive.mkdir()
+    (docs / "letter.txt").write_text("dear")
+    added = home.run("mcp", "add", "two", "--folder", str(docs), "--folder", str(archive), "--",
+                     "python3", "-c", SEVERAL)  # fmt: skip
+    assert added.code == 0, added.err
+    assert str(docs) in home.run("mcp", "list").out and str(archive) in home.run("mcp", "list").out
+    called = home.run("mcp", "call", "two", "move", "--json")
+    assert called.code == 120 and len(called.json["request_ids"]) == 3, called.err
+    waiting = {one["workspace"]: one["id"] for one in home.run("approvals", "list", "--json").json["requests"]}
+    own = next(folder for folder in waiting if folder.endswith("/mcp/two"))
+    assert set(waiting) == {str(docs), str(archive), own}
+    assert home.run("approvals", "approve", waiting[str(archive)]).code == 0
+    assert (archive / "letter.txt").read_text() == "dear" and (docs / "letter.txt").exists()
+    assert home.run("approvals", "deny", waiting[str(docs)]).code == 0
+    assert home.run("approvals", "approve", waiting[own]).code == 0
+    assert (docs / "letter.txt").read_text() == "dear" and Path(own, "seen.txt").read_text() == "1"
+    assert home.run("ledger", "verify").code == 0

@@ -82,6 +82,11 @@ class Judged:
     policy: str = ""
     people: int = 1
 
+    @property
+    def strictness(self) -> tuple[Risk, int, Severity]:
+        """What says more of two judgements; the larger one is the stricter."""
+        return self.risk, self.people, self.severity
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

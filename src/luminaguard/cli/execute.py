@@ -269,7 +269,7 @@ def _settle(runtime: Runtime, execution: Execution, options: Options, progress: 
             if options.as_json or answer is None or answer.means != "terminal":
                 raise
             sys.stderr.write(f"note: {visible(changed.message)}\n")
-            request = execution.request = runtime.approvals.get(request.id)
+            request = execution.requests[0] = runtime.approvals.get(request.id)
             with held.raising():
                 if not full:
                     show_card(runtime, request, progress)

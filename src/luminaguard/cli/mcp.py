@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from luminaguard.mcp.definitions import Comparison, Definition
     from luminaguard.runtime.core import Runtime
     from luminaguard.runtime.mcp import McpServers, Opened
-    from luminaguard.runtime.rehearsal import Execution
 
 __all__ = ["mcp_app"]
 
@@ -42,7 +41,8 @@ def mcp_list(as_json: Json = False) -> None:
         if isinstance(server, StdioServer):
             place = "ON THIS MACHINE, without isolation" if server.isolation == "none" else "in a machine"
             more = ", may ask for the network" if server.network == "rules" else ""
-            where = f"{place}{more}, {server.folder or 'with a folder of its own'}: {' '.join(server.command)}"
+            folders = [str(server.folder or "with a folder of its own"), *map(str, server.folders.values())]
+            where = f"{place}{more}, {', '.join(folders)}: {' '.join(server.command)}"
             if server.layer:
                 where = f"{_layer_name(runtime, server.layer)} {where}"
         else:
@@ -69,8 +69,8 @@ def mcp_add(
     *,
     url: Annotated[list[str] | None, typer.Option("--url", help="A server elsewhere; may be repeated for endpoints "
                                                   "that do the same.")] = None,
-    folder: Annotated[Path | None, typer.Option("--folder", metavar="DIR", help="The command gets a copy of it.")]
-    = None,
+    folder: Annotated[list[Path] | None, typer.Option("--folder", metavar="DIR", help="The command begins in a copy of "
+                                                      "it; of several, each lies there under its name.")] = None,
     oauth: Annotated[bool, typer.Option("--oauth", help="It wants a login: luminaguard mcp login.")] = False,
     header: Annotated[list[str] | None, typer.Option("--header", metavar="NAME=VARIABLE", help="A header, and the "
                                                      "environment variable that has its value.")] = None,
@@ -91,7 +91,7 @@ def mcp_add(
     from luminaguard.runtime.mcp.setup import add_server, check_new
 
     package = npm or pypi
-    if url and (folder is not None or network or variable):
+    if url and (folder or network or variable):
         raise SettingsError("A server elsewhere has no folder, network or variables here.", hint="Leave them away.")
     if bool(url) + bool(package) + bool(command and not package) != 1 or (npm and pypi) or (also and not package):
         raise SettingsError("A server has one of --url, --npm, --pypi, or a command.",
@@ -105,8 +105,7 @@ def mcp_add(
             settings["headers"] = dict(one.partition("=")[::2] for one in header)
     else:
         settings["command"] = command or [package]
-        if folder is not None:
-            settings["folder"] = str(absolute(folder))
+        settings |= _folders([absolute(one) for one in folder or ()])
         if network:
             settings["network"] = "rules"
         if variable:
@@ -117,6 +116,19 @@ def mcp_add(
         settings |= _layer(runtime, "npm" if npm else "pypi", package, tuple(also or ()), command or [])
     add_server(runtime.folders.config, runtime.settings, name, settings)
     print(f"added {name}; see its tools: luminaguard mcp tools {name}")
+
+
+def _folders(given: list[Path]) -> dict[str, Any]:
+    """How the folders of a server are written: one that it begins in, or several by their names."""
+    from luminaguard.errors import SettingsError
+
+    if len(given) < 2:
+        return {"folder": str(given[0])} if given else {}
+    named = {folder.name: str(folder) for folder in given}
+    if len(named) < len(given):
+        raise SettingsError("Two of the folders have the same name.",
+                            hint='Name them by hand: folders = { NAME = "DIR" } in luminaguard.toml.')  # fmt: skip
+    return {"folders": named}
 
 
 def _layer(
@@ -417,25 +429,25 @@ def _with(
     with signals.held() as held:
         runtime = open_runtime(as_json=as_json)
 
-        async def run() -> Execution | None:
+        async def run() -> list[str]:
             async with (servers := McpServers(runtime)).open(server) as opened:
                 await work(servers, opened)
-            return opened.execution
+            return [request.id for request in opened.requests]
 
-        execution = signals.interruptible(held, run)
+        waiting = signals.interruptible(held, run)
         signals.over()
         held.take()
-    request = execution.request if execution else None
-    _tell(request.id if request else "", told, as_json=as_json and not quiet)
+    _tell(waiting, told, as_json=as_json and not quiet)
     failed = bool(told and told.get("failed"))
-    sys.exit(EXIT_PENDING if request else 1 if failed else 0)
+    sys.exit(EXIT_PENDING if waiting else 1 if failed else 0)
 
 
-def _tell(request_id: str, told: dict[str, Any] | None, *, as_json: bool) -> None:
+def _tell(waiting: list[str], told: dict[str, Any] | None, *, as_json: bool) -> None:
     from luminaguard.cli.output import print_json
 
     if as_json:
-        print_json((told or {}) | {"request_id": request_id or None})
-    elif request_id:
+        print_json((told or {}) | {"request_id": waiting[0] if waiting else None, "request_ids": waiting})
+        return
+    for request_id in waiting:
         sys.stderr.write(f"it changed files; nothing of it is published before you approve: {request_id}\n"
                          f"  look at it: luminaguard approvals show {request_id}\n")  # fmt: skip

@@ -113,6 +113,11 @@ class Changeset:
     def __len__(self) -> int:
         return len(self.changes)
 
+    @property
+    def contents(self) -> frozenset[str]:
+        """SHA-256 of each content that there is afterwards."""
+        return frozenset(change.after.sha256 for change in self.changes if isinstance(change.after, FileEntry))
+
     @cached_property
     def digest(self) -> str:
         """``sha256:`` and 64 hex digits."""

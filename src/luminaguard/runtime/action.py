@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,8 @@ from luminaguard.runtime.rehearsal import (
 )
 
 if TYPE_CHECKING:
+    from luminaguard.approvals.model import Judged, Request
+    from luminaguard.effects import Changeset
     from luminaguard.microvm.machine import Command
     from luminaguard.runtime.core import Runtime
     from luminaguard.storage.ledger import Ledger
@@ -56,6 +58,7 @@ async def run(
     taint: tuple[str, ...] = (),
     layer: str = "",
     outside: Outside | None = None,
+    beside: Mapping[str, Path] | None = None,
 ) -> Execution:
     """Run a command on a copy of the workspace and take its effects out; publish nothing.
 
@@ -70,9 +73,10 @@ async def run(
         taint: labels of untrusted input that the command line itself follows.
         layer: id of programs that its machine has beside those of the image.
         outside: answers connections of its programs to :data:`PROXY_PORT` of the machine's loopback; None for none.
+        beside: absolute paths of other folders, of which copies lie in that of the workspace, by their names there.
 
     Returns:
-        The execution; its status is ``unchanged``, ``pending`` (there is a request), or
+        The execution; its status is ``unchanged``, ``pending`` (there are requests), or
         ``refused`` (timed out, or its effects may not be published).
 
     Raises:
@@ -96,15 +100,17 @@ async def run(
         pooled = not layer and has_pool(runtime.folders.run)
         if pooled:
             stack.enter_context(opening)
-        await _prepare(runtime, prepared, workspace, progress, layer, template=not pooled)
+        folders = {"": workspace} | dict(beside or {})
+        await _prepare(runtime, prepared, folders, progress, layer, template=not pooled)
         if not pooled:
             stack.enter_context(opening)
-        assert prepared.state is not None and prepared.policy is not None
-        labels = await anyio.to_thread.run_sync(_admit, runtime, prepared, opening, workspace, command, task, taint)
+        assert prepared.state is not None
+        labels = await anyio.to_thread.run_sync(_admit, runtime, prepared, opening, folders, command, task, taint)
         marks.lap("prepare")
         state = prepared.state
         run_it = Rehearsal(runtime, workspace, command, state.entries, output, feed, progress)
         run_it.outside = outside(labels) if outside else None
+        run_it.beside = beside or {}
         execution, mode, writer = await run_it.once(prepared, opening, marks, task)
         execution.recovered = recovered
     outcome, changeset = execution.outcome, execution.changeset
@@ -117,8 +123,8 @@ async def run(
         execution.detail = f"the mode of the folder itself became {mode:04o} in the machine; that is not published"
     if len(changeset) and not outcome.timed_out:
         with anyio.CancelScope(shield=True):  # it ran to its end: what it did is kept, whoever wants to leave now
-            await anyio.to_thread.run_sync(_request, runtime, execution, state, command, task, labels)
-    if execution.request is None:
+            await anyio.to_thread.run_sync(_request, runtime, execution, prepared.states, command, task, labels)
+    if not execution.requests:
         writer.discard()
     marks.lap("record")
     execution.timings_ms = marks.laps
@@ -127,13 +133,13 @@ async def run(
 
 
 async def _prepare(
-    runtime: Runtime, prepared: Prepared, workspace: Path, progress: Progress, layer: str, *, template: bool
+    runtime: Runtime, prepared: Prepared, folders: Mapping[str, Path], progress: Progress, layer: str, *, template: bool
 ) -> None:
-    """Read and pack the workspace, and load the template beside it; all ends before anything is raised."""
+    """Read and pack the folders, and load the template beside it; all ends before anything is raised."""
     prepared.image = runtime.images.current()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(anyio.to_thread.run_sync, _prepare_workspace, runtime, workspace, prepared, progress)
-        tasks.start_soon(anyio.to_thread.run_sync, _prepare_policy, runtime, workspace, prepared)
+        tasks.start_soon(anyio.to_thread.run_sync, _prepare_folders, runtime, folders, prepared, progress)
+        tasks.start_soon(anyio.to_thread.run_sync, _prepare_policies, runtime, folders, prepared)
         if layer:
             tasks.start_soon(anyio.to_thread.run_sync, prepared.open_packages, runtime.layers, layer)
         if template:
@@ -142,24 +148,30 @@ async def _prepare(
         raise prepared.failures[0]
 
 
-def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: Prepared, progress: Progress) -> None:
+def _prepare_folders(
+    runtime: Runtime, folders: Mapping[str, Path], prepared: Prepared, progress: Progress
+) -> None:  # fmt: skip
     from luminaguard.workspaces.index import HashIndex
+    from luminaguard.workspaces.joined import join
     from luminaguard.workspaces.pack import WorkspaceImages
     from luminaguard.workspaces.state import read_state
 
     told = once_it_takes_long(progress, "reading the workspace")
     try:
-        prepared.state = read_state(
-            workspace, runtime.limits("workspace"), lambda count: told(f"{count:,} entries"),
-            own=runtime.own_paths(workspace), indexes=runtime.folders.cache / "indexes",
-        )  # fmt: skip
+        for name, folder in folders.items():
+            prepared.states[name] = read_state(
+                folder, runtime.limits("workspace"), lambda count: told(f"{count:,} entries"),
+                own=runtime.own_paths(folder), indexes=runtime.folders.cache / "indexes",
+            )  # fmt: skip
+        prepared.state = join(prepared.states[""], {name: one for name, one in prepared.states.items() if name})
         told = once_it_takes_long(progress, "packing the workspace")
         images = WorkspaceImages(runtime.folders.cache).open_layered(
             prepared.state, lambda count: told(f"{count:,} entries")
         )
         prepared.disks = tuple(prepared.keep(fd) for fd in images if fd >= 0)
     except WorkspaceChanged as error:
-        HashIndex(runtime.folders.cache / "indexes", workspace).forget()
+        for folder in folders.values():
+            HashIndex(runtime.folders.cache / "indexes", folder).forget()
         prepared.failures.append(error)
     except LuminaGuardError as error:
         prepared.failures.append(error)
@@ -171,38 +183,44 @@ def _prepare_workspace(runtime: Runtime, workspace: Path, prepared: Prepared, pr
         prepared.failures.append(failure)
 
 
-def _prepare_policy(runtime: Runtime, workspace: Path, prepared: Prepared) -> None:
+def _prepare_policies(runtime: Runtime, folders: Mapping[str, Path], prepared: Prepared) -> None:
     try:
-        prepared.policy = runtime.policy(workspace)
+        prepared.policies = {name: runtime.policy(folder) for name, folder in folders.items()}
     except LuminaGuardError as error:
         prepared.failures.insert(0, error)
 
 
 def _admit(
-    runtime: Runtime, prepared: Prepared, opening: Background[Ledger], workspace: Path, command: Command, task: str,
-    taint: tuple[str, ...],
+    runtime: Runtime, prepared: Prepared, opening: Background[Ledger], folders: Mapping[str, Path], command: Command,
+    task: str, taint: tuple[str, ...],
 ) -> frozenset[str]:  # fmt: skip
-    """Refuse what may not even be rehearsed; return the labels that the action carries."""
+    """Refuse what may not even be rehearsed, by the rules of any folder; return the labels that the action carries."""
     from luminaguard.actions.model import Action, Risk
     from luminaguard.effects.outside import ToolRun
     from luminaguard.runtime.policy import judge, marked_labels
 
-    assert prepared.policy is not None and prepared.state is not None
     found = [(label, "given on the command line") for label in taint]
-    found += marked_labels(prepared.policy, prepared.state.entries)
+    for name, policy in prepared.policies.items():
+        found += marked_labels(policy, prepared.states[name].entries)
     labels = frozenset(label for label, _ in found)
     if task:
         opening.join()
         if (why := runtime.tasks.stopped(task)) is not None:
             raise TaskStopped(task, why, kept="Nothing ran.")
         labels = runtime.tasks.add_labels(task, found)
-    run_it = ToolRun("exec", {"command": _text(command.argv)}, str(workspace))
-    action = Action.from_json({"effect": "run", "tool": run_it.tool, "arguments": run_it.arguments,
-                               "workspace": run_it.workspace, "task": task, "taint": sorted(labels)})  # fmt: skip
-    _, judged = judge(prepared.policy, action)
+
+    def judged_in(name: str) -> tuple[ToolRun, Judged]:
+        run_it = ToolRun("exec", {"command": _text(command.argv)}, str(folders[name]))
+        action = Action.from_json({"effect": "run", "tool": run_it.tool, "arguments": run_it.arguments,
+                                   "workspace": run_it.workspace, "task": task, "taint": sorted(labels)})  # fmt: skip
+        return run_it, judge(prepared.policies[name], action)[1]
+
+    # Asked for once, by the strictest rules: one run uses one approval.
+    name = max(prepared.policies, key=lambda name: judged_in(name)[1].strictness)
+    run_it, judged = judged_in(name)
     if judged.risk is not Risk.GREEN or judged.people > 1:
         opening.join()
-        runtime.permits.permit(run_it, prepared.policy, task, labels)
+        runtime.permits.permit(run_it, prepared.policies[name], task, labels)
     return labels
 
 
@@ -212,31 +230,40 @@ def _open_ledger(runtime: Runtime, recovered: list[str]) -> Ledger:
 
 
 def _request(
-    runtime: Runtime, execution: Execution, state: WorkspaceState, command: Command, task: str, labels: frozenset[str]
-) -> None:
+    runtime: Runtime, execution: Execution, states: Mapping[str, WorkspaceState], command: Command, task: str,
+    labels: frozenset[str],
+) -> None:  # fmt: skip
     """Store the effects and ask for approval: after this they survive a reboot. What is forbidden is not kept."""
     from luminaguard.approvals import Request, State
+    from luminaguard.workspaces.joined import split
 
-    runtime.blobs.persist(execution.vm_id)
     # By the ledger's clock: it never goes back, and expiry is judged by it.
     now = runtime.ledger.current_time()
-    request = Request(
-        id=execution.vm_id.replace("vm-", "req-"), workspace=str(state.path), inode=state.inode,
-        digest=execution.changeset.digest, command=_kept(command.argv),
-        exit_code=execution.outcome.exit_code, created_ns=now,
-        expires_ns=now + runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING,
-        task=task, taint=tuple(sorted(labels)),
-    )  # fmt: skip
-    # Contents are kept under the request's name from here on.
-    source = runtime.blobs.folder / execution.vm_id
-    if source.is_dir():
-        source.rename(runtime.blobs.folder / request.id)
-    try:
-        execution.request = runtime.decisions.ask(request, execution.changeset)
-        execution.status = "pending"
-    except Forbidden as error:
-        runtime.blobs.forget(request.id)
-        execution.status, execution.detail, execution.refusal = "refused", error.message, error
+    parts = split(execution.changeset, {name: state for name, state in states.items() if name})
+    first = execution.vm_id.replace("vm-", "req-")
+    asked: list[tuple[Request, Changeset]] = []
+    for name, changeset in parts.items():
+        if not len(changeset):
+            continue
+        state, number = states[name], len(asked) + 1
+        asked.append((Request(
+            id=first if number == 1 else f"{first}-{number}", workspace=str(state.path), inode=state.inode,
+            digest=changeset.digest, command=_kept(command.argv), exit_code=execution.outcome.exit_code,
+            created_ns=now, expires_ns=now + runtime.settings.approval_ttl_s * 1_000_000_000, state=State.PENDING,
+            task=task, taint=tuple(sorted(labels)),
+        ), changeset))  # fmt: skip
+    # Contents are kept under each request's name from here on.
+    runtime.blobs.hand_over(execution.vm_id, {request.id: changeset.contents for request, changeset in asked})
+    for request, _ in asked:
+        runtime.blobs.persist(request.id)
+    for request, changeset in asked:
+        try:
+            execution.requests.append(runtime.decisions.ask(request, changeset))
+            execution.status = "pending"
+        except Forbidden as error:
+            runtime.blobs.forget(request.id)
+            execution.detail, execution.refusal = error.message, error
+            execution.status = "pending" if execution.requests else "refused"
 
 
 def _text(argv: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import cached_property
 from pathlib import Path
@@ -324,9 +324,10 @@ class Runtime:
         taint: tuple[str, ...] = (),
         layer: str = "",
         outside: Outside | None = None,
+        beside: Mapping[str, Path] | None = None,
     ) -> Execution:
         """Run one action; see :func:`luminaguard.runtime.action.run`."""
         from luminaguard.runtime.action import run
 
         return await run(self, workspace, command, output=output, feed=feed, progress=progress, task=task, taint=taint,
-                         layer=layer, outside=outside)  # fmt: skip
+                         layer=layer, outside=outside, beside=beside)  # fmt: skip

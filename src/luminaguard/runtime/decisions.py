@@ -124,7 +124,7 @@ class Decisions:
 
     def story(self, request: Request) -> list[tuple[int, str]]:
         """What the ledger says of a request, its machine and its task: nanoseconds since the epoch, and words."""
-        names = {request.id, request.id.replace("req-", "vm-")}
+        names = {request.id, f"vm-{request.id.split('-')[1]}"}  # one of several folders has a number behind it
         told = []
         for entry in self._runtime.ledger.entries():
             body = json.loads(entry.body)

@@ -54,8 +54,9 @@ class Execution:
     """What one action did, and where its effects stand.
 
     ``spawn_ms`` is from the start of the hypervisor process to a woken guest, in milliseconds.
-    ``jail`` names each layer around the hypervisor and ``on``, or why it is missing. ``recovered`` says
-    what was found of publishes that a crash had interrupted. ``refusal`` is why nobody is asked.
+    ``requests`` has one for each folder in which something changed. ``jail`` names each layer around the hypervisor
+    and ``on``, or why it is missing. ``recovered`` says what was found of publishes that a crash had interrupted.
+    ``refusal`` is why nobody is asked.
     """
 
     vm_id: str
@@ -64,13 +65,18 @@ class Execution:
     spawn_ms: float
     outcome: Outcome
     changeset: Changeset
-    request: Request | None = None
+    requests: list[Request] = field(default_factory=list)
     status: Status = "unchanged"
     detail: str = ""
     timings_ms: dict[str, float] = field(default_factory=dict)
     jail: dict[str, str] = field(default_factory=dict)
     recovered: list[str] = field(default_factory=list)
     refusal: LuminaGuardError | None = None
+
+    @property
+    def request(self) -> Request | None:
+        """The request, where there is one folder; None if there is none."""
+        return self.requests[0] if self.requests else None
 
 
 @dataclass(slots=True)
@@ -92,6 +98,8 @@ class Rehearsal:
     timeout_s: float | None = None
     """Another limit than the settings', in seconds."""
     outside: Handler | None = None
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """Folders that lie in the workspace under these names."""
 
     async def once(
         self, prepared: Prepared, opening: Background[Ledger], marks: Stopwatch, task: str = ""
@@ -123,7 +131,7 @@ class Rehearsal:
                 writer = runtime.blobs.writer(vm_id)
                 changeset, mode = await self._take_out(vm, writer, timed_out=outcome.timed_out)
                 marks.lap("changes")
-            refuse_changes(changeset, runtime.own_paths(self.workspace))
+            refuse_changes(changeset, self._own_paths())
         except BaseException as error:
             if writer is not None:
                 writer.discard()
@@ -141,6 +149,10 @@ class Rehearsal:
             raise
         execution = Execution(vm_id, vm.backend, vm.accelerator, spawn_ms, outcome, changeset, jail=vm.process.layers)
         return execution, mode, writer
+
+    def _own_paths(self) -> frozenset[str]:
+        beside = (f"{name}/{path}" for name, folder in self.beside.items() for path in self.runtime.own_paths(folder))
+        return self.runtime.own_paths(self.workspace) | frozenset(beside)
 
     async def _take_out(self, vm: MicroVM, writer: BlobWriter, *, timed_out: bool) -> tuple[Changeset, int | None]:
         """What changed, and the mode of the folder itself; nothing of a command that was stopped."""
@@ -214,8 +226,11 @@ class Prepared:
 
     def __init__(self, stack: AsyncExitStack) -> None:
         self.stack = stack
+        self.states: dict[str, WorkspaceState] = {}
+        """Of each folder, by the name that it has in the machine; "" is the working folder."""
         self.state: WorkspaceState | None = None
-        self.policy: Policy | None = None
+        """Of all of them together."""
+        self.policies: dict[str, Policy] = {}
         self.saved: SavedMachine | None = None
         self.root = self.packages = -1
         self.disks: tuple[int, ...] = ()

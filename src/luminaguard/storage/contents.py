@@ -98,7 +98,7 @@ class Contents:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def collect(self, owner: str, keep: set[str], step: int) -> None:
+    def collect(self, owner: str, keep: frozenset[str], step: int) -> None:
         """Forget contents that a task needs no more, but none that was put at this step or later.
 
         A host that was frozen between its step and this must not delete what the next step of another one put.

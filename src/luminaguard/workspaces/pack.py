@@ -14,8 +14,9 @@ import os
 import time
 from pathlib import Path
 
+from luminaguard.workspaces.joined import HostFolders
 from luminaguard.workspaces.layers import Base, Layer, difference
-from luminaguard.workspaces.squash import HostFolder, Step, squash
+from luminaguard.workspaces.squash import Step, squash
 from luminaguard.workspaces.state import WorkspaceState
 
 __all__ = ["WorkspaceImages"]
@@ -136,7 +137,7 @@ class WorkspaceImages:
 
     @staticmethod
     def _pack(state: WorkspaceState, path: Path, step: Step, layer: Layer | None = None) -> int:
-        source = HostFolder(state)
+        source = HostFolders(state)
         try:
             return squash(state, source, path, step, layer)
         finally:

@@ -17,7 +17,7 @@ class Shared(Protocol):
     def fetch(self, owner: str, name: str, path: Path, sha256: str = "") -> bool:
         """Bring one here; whether there was one. Raises StorageError if it is not what its SHA-256 says."""
 
-    def collect(self, owner: str, keep: set[str], step: int) -> None:
+    def collect(self, owner: str, keep: frozenset[str], step: int) -> None:
         """Forget what is not among ``keep`` and was put before a step."""
 
     def forget(self, owner: str) -> None:

@@ -277,8 +277,7 @@ class Snapshots:
             more: other changes whose outcomes may be gone back to, or asked for.
         """
         # Contents that only a mode was changed of, too: a layer has the whole file.
-        contents = {change.after.sha256 for changes in (snapshot.changes, *more) for change in changes.changes
-                    if isinstance(change.after, FileEntry)}  # fmt: skip
+        contents = frozenset[str]().union(*(changes.contents for changes in (snapshot.changes, *more)))
         layers = {f"layer-{snapshot.key}"}
         folder = self.folder / task
         for blob in (folder / _CONTENTS).iterdir() if (folder / _CONTENTS).is_dir() else ():

@@ -59,6 +59,7 @@ class WorkspaceState:
         mode: permission bits of the folder itself.
         size: bytes of all files.
         ignored: how many paths were left out.
+        parts: of one that was joined of several folders, those beside the first, by name.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class WorkspaceState:
     links: dict[str, str] = field(default_factory=dict)
     size: int = 0
     ignored: int = 0
+    parts: dict[str, WorkspaceState] = field(default_factory=dict)
     _key: str = ""
 
     def image_key(self) -> str:

@@ -246,9 +246,8 @@ class Gateway:
 
 def tell_ended(name: str, opened: Opened) -> None:
     """Note that what a server in a machine changed waits."""
-    execution = opened.execution
-    if execution is not None and execution.request is not None:
-        log.event("gateway.changes_wait", server=name, request=execution.request.id)
+    for request in opened.requests:
+        log.event("gateway.changes_wait", server=name, request=request.id)
 
 
 async def _close(folder: FolderTools) -> None:

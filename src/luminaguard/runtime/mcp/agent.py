@@ -82,6 +82,6 @@ class ServerTools:
         # What a server says may be what somebody else wrote there.
         await anyio.to_thread.run_sync(self._runtime.tasks.add_labels, task.id, [(f"mcp:{server}", tool)])
         text = result.text
-        if (execution := opened.execution) is not None and execution.request is not None:
-            text += f"\n[it changed files of its own folder; that waits for a person: {execution.request.id}]"
+        for request in opened.requests:
+            text += f"\n[it changed files of its own folder; that waits for a person: {request.id}]"
         return Evaluated(text, failed=result.failed, changes=Changeset(()))

@@ -15,7 +15,7 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -23,14 +23,18 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
+from luminaguard.actions.model import Risk, Severity
 from luminaguard.approvals import Request, State
 from luminaguard.effects.outside import SECRET_HEADERS, NetworkRequest
 from luminaguard.errors import Forbidden, LuminaGuardError, McpServerFailed, NotExecuted, first_of
-from luminaguard.runtime.mcp.folders import folder_of
+from luminaguard.runtime.mcp.folders import folders_of
+from luminaguard.runtime.policy import action_of, judge
 from luminaguard.runtime.rehearsal import PROXY_PORT
 from luminaguard.storage.keys import load_secret
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import h11
 
     from luminaguard.microvm.relay import RelayedConnection
@@ -170,10 +174,16 @@ class Egress:
 
     def _admit(self, effect: NetworkRequest, stack: ExitStack) -> None:
         """Let it be made, and record that; raises ApprovalNeeded or Forbidden."""
-        permits, folder = self._runtime.permits, folder_of(self._runtime, self._name, self._server)
-        command, taint = (self._name, effect.method), tuple(sorted(self._labels))
-        request = Request(f"req-{secrets.token_hex(6)}", str(folder), 0, effect.digest, command, 0, 0, 0, State.PENDING,
-                          effect="request", taint=taint)  # fmt: skip
+        permits, command, taint = self._runtime.permits, (self._name, effect.method), tuple(sorted(self._labels))
+        asks = Request(f"req-{secrets.token_hex(6)}", "", 0, effect.digest, command, 0, 0, 0, State.PENDING,
+                       effect="request", taint=taint)  # fmt: skip
+
+        def strictness(folder: Path) -> tuple[Risk, int, Severity]:
+            there = replace(asks, workspace=str(folder))
+            return judge(self._runtime.policy(folder), action_of(there, effect))[1].strictness
+
+        folder = max(folders_of(self._runtime, self._name, self._server), key=strictness)
+        request = replace(asks, workspace=str(folder))
         waiting = [one for one in self._runtime.approvals.list() if one.effect == "request"
                    and one.command[:1] == (self._name,) and one.state is State.PENDING]  # fmt: skip
         if len(waiting) >= _MOST_WAITING and effect.digest not in {one.digest for one in waiting}:

@@ -1,4 +1,4 @@
-"""The folder that a server works on."""
+"""The folders that a server works on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from luminaguard.runtime.core import Runtime
     from luminaguard.settings import StdioServer
 
-__all__ = ["folder_of"]
+__all__ = ["folder_of", "folders_of"]
 
 
 def folder_of(runtime: Runtime, name: str, server: StdioServer) -> Path:
@@ -19,3 +19,8 @@ def folder_of(runtime: Runtime, name: str, server: StdioServer) -> Path:
     folder = runtime.folders.data / "mcp" / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def folders_of(runtime: Runtime, name: str, server: StdioServer) -> tuple[Path, ...]:
+    """All folders that a server works on, the one that it begins in first."""
+    return (folder_of(runtime, name, server), *server.folders.values())

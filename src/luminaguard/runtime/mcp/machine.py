@@ -1,4 +1,4 @@
-"""One server in a machine with a copy of its folder; what it changed is asked for when it has ended."""
+"""One server in a machine with copies of its folders; what it changed is asked for when it has ended."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ async def open_in_machine(
                 feed=feed,
                 layer=server.layer,
                 outside=egress.way if egress else None,
+                beside=server.folders,
             )
         except CallFailed as error:
             failure.append(McpServerFailed(f"The server {name!a} could not be started ({error.code}).",

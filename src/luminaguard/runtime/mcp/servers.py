@@ -26,7 +26,7 @@ from luminaguard.errors import (
     ToolQuarantined,
 )
 from luminaguard.mcp.definitions import Comparison, Definition, compare
-from luminaguard.runtime.mcp.folders import folder_of
+from luminaguard.runtime.mcp.folders import folder_of, folders_of
 from luminaguard.runtime.mcp.host import open_on_host
 from luminaguard.runtime.mcp.machine import Ended, open_in_machine
 from luminaguard.settings import HttpServer, McpServer, StdioServer
@@ -63,6 +63,11 @@ class Opened:
     def execution(self) -> Execution | None:
         """Of a server in a machine, what that did, once it has ended."""
         return self._ended.execution
+
+    @property
+    def requests(self) -> list[Request]:
+        """What it changed in its folders waits as these; empty as long as its machine runs."""
+        return self.execution.requests if self.execution is not None else []
 
     def follow(self, labels: frozenset[str]) -> None:
         """Tell a server in a machine what untrusted or private input its caller has read."""
@@ -150,8 +155,8 @@ class McpServers:
         state = "not used before" if pinned is None else "as they were accepted"
         if bad := [*found.quarantined, *found.gone]:
             state = f"NOT as they were accepted: {', '.join(bad)[:200]}"
-        request = opened.execution.request if opened.execution else None
-        waits = f"; what it changed when it began waits: {request.id}" if request else ""
+        ids = ", ".join(request.id for request in opened.requests)
+        waits = f"; what it changed when it began waits: {ids}" if ids else ""
         return {"name": name, "ok": not bad, "revision": revision, "begun_s": round(begun_s, 2), "tools": len(now),
                 "detail": f"{revision}, begun in {begun_s:.1f} s, {len(now)} tools, {state}{waits}"}  # fmt: skip
 
@@ -409,9 +414,10 @@ class McpServers:
 
         server = self._runtime.settings.mcp_servers[effect.server]
         assert isinstance(server, StdioServer)
-        policy = self._runtime.policy(folder_of(self._runtime, effect.server, server))
-        judgement, judged = judge(policy, action_of(self._request(effect), effect))
-        if judged.risk is Risk.FORBIDDEN:
+        for folder in folders_of(self._runtime, effect.server, server):
+            judgement, judged = judge(self._runtime.policy(folder), action_of(self._request(effect), effect))
+            if judged.risk is not Risk.FORBIDDEN:
+                continue
             self._runtime.ledger.append("effect.forbidden", effect="call", server=effect.server, tool=effect.tool,
                                         digest=effect.digest, rule=judgement.rule, reason=judgement.reason)  # fmt: skip
             raise Forbidden(
