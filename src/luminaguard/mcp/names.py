@@ -7,10 +7,11 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 
-__all__ = ["Names", "Visibility"]
+__all__ = ["Names", "Visibility", "address_of", "resource_at"]
 
 _LONGEST = 64
 """What all known hosts take, of letters, digits, ``_`` and ``-``."""
+_ADDRESS = "luminaguard:"
 _STRANGE = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -47,3 +48,14 @@ class Names:
     def find(self, name: str) -> tuple[str, str] | None:
         """The server and tool of a name that was given before."""
         return self._known.get(name)
+
+
+def address_of(server: str, uri: str) -> str:
+    """The address, or the template of addresses, that a resource of a server has among those of others."""
+    return f"{_ADDRESS}{server}/{uri}"
+
+
+def resource_at(address: str) -> tuple[str, str] | None:
+    """The server and its own address of what :func:`address_of` made; None for anything else."""
+    server, slash, uri = address.removeprefix(_ADDRESS).partition("/")
+    return (server, uri) if address.startswith(_ADDRESS) and slash and server and uri else None

@@ -118,6 +118,10 @@ class Approvals:
         """What the ledger has of a kind, oldest first."""
         return (body for _, body in self._ledger.bodies_in(connection, kind))
 
+    def last_recorded(self, connection: Connection, kind: str) -> int:
+        """The number of the ledger's last entry of a kind; 0 if there is none."""
+        return self._ledger.last_of(connection, kind)
+
     def refused(self, request_id: str, error: LuminaGuardError) -> None:
         """Record that something was refused about a request; nothing of what there is no request for."""
         if request_id and not isinstance(error, RequestNotFound | LedgerError | LeaseLost | StorageError):

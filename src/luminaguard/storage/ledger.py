@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, func, insert, select
 
 from luminaguard.effects.text import visible
 from luminaguard.errors import LedgerError, SettingsError, StorageError
@@ -88,6 +88,11 @@ class Ledger:
             entry = Entry(**row._mapping)  # noqa: SLF001  # SQLAlchemy's documented name
             verify_entry(entry)
             yield entry, json.loads(entry.body)
+
+    def last_of(self, connection: Connection, kind: str) -> int:
+        """The number of the last entry of a kind; 0 if there is none."""
+        query = select(func.max(tables.ledger.c.seq)).where(tables.ledger.c.kind == kind)
+        return connection.execute(query).scalar() or 0
 
     def resume(self, reason: str) -> Entry:
         """Go on after a break that a person has looked at; the chain says so for ever.

@@ -13,49 +13,29 @@ from typing import Any, Protocol, TypeVar
 import mcp_types as types
 from mcp.server.context import ServerRequestContext
 from mcp.server.lowlevel import Server
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 from luminaguard.errors import LuminaGuardError
+from luminaguard.mcp.gateway.changes import Changes, TellingServer
+from luminaguard.mcp.gateway.methods import LISTED, READ
 from luminaguard.mcp.gateway.server import told
 from luminaguard.mcp.session import More
 from mcp import MCPError
 
-__all__ = ["LISTED", "READ", "AloneBackend", "make_server_alone"]
+__all__ = ["AloneBackend", "make_server_alone"]
 
 T = TypeVar("T")
 
 Context = ServerRequestContext[Any]
 _LOG_LEVEL = "io.modelcontextprotocol/logLevel"
 
-LISTED: dict[str, tuple[Any, Any, Any]] = {
-    "prompts/list": (types.PaginatedRequestParams, types.ListPromptsRequest, types.ListPromptsResult),
-    "resources/list": (types.PaginatedRequestParams, types.ListResourcesRequest, types.ListResourcesResult),
-    "resources/templates/list": (
-        types.PaginatedRequestParams, types.ListResourceTemplatesRequest, types.ListResourceTemplatesResult,
-    ),
-    "logging/setLevel": (types.SetLevelRequestParams, types.SetLevelRequest, types.EmptyResult),
-}  # fmt: skip
-"""What is asked for without a question: what there is, as with tools. Parameters, request and result by method."""
-
-READ: dict[str, tuple[Any, Any, Any]] = {
-    "resources/read": (
-        types.ReadResourceRequestParams, types.ReadResourceRequest,
-        TypeAdapter(types.ReadResourceResult | types.InputRequiredResult),
-    ),
-    "prompts/get": (
-        types.GetPromptRequestParams, types.GetPromptRequest,
-        TypeAdapter(types.GetPromptResult | types.InputRequiredResult),
-    ),
-    "completion/complete": (types.CompleteRequestParams, types.CompleteRequest, types.CompleteResult),
-    "resources/subscribe": (types.SubscribeRequestParams, types.SubscribeRequest, types.EmptyResult),
-    "resources/unsubscribe": (types.UnsubscribeRequestParams, types.UnsubscribeRequest, types.EmptyResult),
-}  # fmt: skip
-"""What is judged as a call of this name: its parameters say something to the server."""
 _CAPABILITY = {"prompts": "prompts/", "resources": "resources/", "logging": "logging/", "completions": "completion/"}
 
 
 class AloneBackend(Protocol):
     """Decides and does."""
+
+    changes: Changes
 
     async def capabilities(self) -> types.ServerCapabilities:
         """What the server has."""
@@ -79,6 +59,7 @@ async def make_server_alone(backend: AloneBackend) -> Server[Any]:
     """An MCP server that is this one; raises LuminaGuardError if it does not answer."""
 
     async def list_tools(context: Context, _params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+        backend.changes.meet(context)
         return await _plainly(backend.tools(context))
 
     async def call_tool(
@@ -90,9 +71,9 @@ async def make_server_alone(backend: AloneBackend) -> Server[Any]:
         except LuminaGuardError as error:
             return told(params.name, error)
 
-    server = Server(
+    server = TellingServer(
         "luminaguard", version=metadata.version("luminaguard"), on_list_tools=list_tools, on_call_tool=call_tool,
-        get_tool_input_schema=backend.schema,
+        get_tool_input_schema=backend.schema, on_subscriptions_listen=backend.changes.listen,
     )  # fmt: skip
     has = (await backend.capabilities()).model_dump(exclude_none=True)
     for method, (params, _, _) in (LISTED | READ).items():
@@ -103,6 +84,8 @@ async def make_server_alone(backend: AloneBackend) -> Server[Any]:
 
 def _handler(backend: AloneBackend, method: str) -> Callable[[Context, Any], Awaitable[BaseModel]]:
     async def handle(context: Context, params: BaseModel | None) -> BaseModel:
+        if method in LISTED:
+            backend.changes.meet(context)
         given = params.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"meta"}) if params else {}
         if meta := _meta(context):
             given["_meta"] = meta

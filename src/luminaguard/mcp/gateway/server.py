@@ -17,6 +17,8 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from luminaguard import log
 from luminaguard.errors import LuminaGuardError
 from luminaguard.mcp.definitions import Definition
+from luminaguard.mcp.gateway.changes import TellingServer
+from luminaguard.mcp.gateway.further import FurtherBackend, add_further
 from luminaguard.mcp.gateway.state import Seal
 from mcp import MCPError
 
@@ -54,7 +56,7 @@ class Client(Protocol):
         """Let the client's person answer; None if the client cannot ask, or they did not answer."""
 
 
-class Backend(Protocol):
+class Backend(FurtherBackend, Protocol):
     """Decides and does."""
 
     async def tools(self) -> Mapping[str, Definition]:
@@ -75,7 +77,8 @@ def make_server(backend: Backend, *, clock: Callable[[], float] = time.monotonic
     """An MCP server over a backend."""
     seal = Seal()
 
-    async def list_tools(_context: Context, _params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+    async def list_tools(context: Context, _params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+        backend.changes.meet(context)
         found = await backend.tools()
         return types.ListToolsResult(
             tools=[types.Tool.model_validate(dict(tool) | {"name": name}) for name, tool in found.items()]
@@ -92,10 +95,12 @@ def make_server(backend: Backend, *, clock: Callable[[], float] = time.monotonic
         except LuminaGuardError as error:
             return told(params.name, error)
 
-    return Server(
+    server = TellingServer(
         "luminaguard", version=metadata.version("luminaguard"), instructions=_INSTRUCTIONS, on_list_tools=list_tools,
-        on_call_tool=call_tool, get_tool_input_schema=backend.schema,
+        on_call_tool=call_tool, get_tool_input_schema=backend.schema, on_subscriptions_listen=backend.changes.listen,
     )  # fmt: skip
+    add_further(server, backend)
+    return server
 
 
 def told(tool: str, error: LuminaGuardError) -> types.CallToolResult:

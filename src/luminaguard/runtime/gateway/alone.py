@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -22,10 +23,11 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from pydantic import BaseModel
 
 from luminaguard.errors import LuminaGuardError, McpServerFailed
-from luminaguard.mcp.gateway.alone import LISTED, READ
-from luminaguard.mcp.gateway.server import Asks
+from luminaguard.mcp.gateway.changes import Changes, List
+from luminaguard.mcp.gateway.methods import LISTED, said_by, send
 from luminaguard.mcp.session import More, Peer, Session
-from luminaguard.runtime.gateway.backend import END_S, Gateway, tell_ended, waits
+from luminaguard.runtime.gateway.backend import END_S, Gateway, Silent, tell_ended, waits
+from luminaguard.runtime.gateway.further import ListeningServers
 from luminaguard.runtime.gateway.kept import Kept, KeptServers
 from luminaguard.runtime.mcp import McpServers, Opened
 from luminaguard.settings import HttpServer
@@ -40,14 +42,6 @@ T = TypeVar("T")
 Context = ServerRequestContext[Any]
 _SESSION = "mcp-session-id"
 _NOBODY = types.ErrorData(code=types.INVALID_REQUEST, message="nobody who could be asked is at this call")
-
-
-class _Silent:
-    """A program whose person is not asked about approvals."""
-
-    async def ask(self, _asks: Asks) -> bool | None:
-        """Nobody answers."""
-        return None
 
 
 class _Line:
@@ -124,6 +118,7 @@ class Alone:
     def __init__(self, gateway: Gateway, runtime: Runtime, name: str, tasks: anyio.abc.TaskGroup) -> None:
         self._gateway, self._name = gateway, name
         self._mcp = McpServers(runtime)
+        self.changes = Changes()
         self._shared = not isinstance(self._mcp.settings(name), HttpServer)
         self._lines: dict[str, _Line] = {}
         self._kept = KeptServers(self, tasks, runtime.settings.gateway.idle_s, self._ended)
@@ -143,7 +138,12 @@ class Alone:
 
     def open(self, key: str) -> AbstractAsyncContextManager[Opened]:
         """A session with the server, for the line of this key."""
-        return self._mcp.open(self._name, self._lines[key].peer)
+        return ListeningServers(self._mcp, self._changed).open(self._name, self._lines[key].peer)
+
+    async def _changed(self, _server: str, what: List) -> None:
+        for kept in self._kept.open.values():
+            kept.forget_tools()
+        await self.changes.tell(what)
 
     def _ended(self, key: str, opened: Opened) -> None:
         line = self._lines.get(key)
@@ -188,29 +188,21 @@ class Alone:
             await self._gateway.follow(self._name, name, now[name])
             return answer
 
-        answer = await self._gateway.when_let(lambda: self._with(context, do), _Silent())
+        answer = await self._gateway.when_let(lambda: self._with(context, do), Silent())
         return waits(answer) if isinstance(answer, str) else answer
 
     async def request(self, context: Context, method: str, params: dict[str, Any]) -> BaseModel:
         """Make another request; see :class:`luminaguard.mcp.gateway.alone.AloneBackend`."""
-        _, kind, result = (LISTED | READ)[method]
 
         async def do(kept: Kept) -> BaseModel:
             session = kept.opened.session
-
-            async def send() -> BaseModel:
-                with session.failures(), anyio.fail_after(session.timeout_s):
-                    found: BaseModel = await session.client.session.send_request(
-                        kind.model_validate({"method": method, "params": params}), result
-                    )
-                return found
-
             if method in LISTED:
-                return await send()
+                return await send(session, method, params)
             said = {key: value for key, value in params.items() if key != "_meta"}
-            return await self._mcp.ask(kept.opened, method, said, send, task=self._gateway.task)
+            sending = partial(send, session, method, params)
+            return await self._mcp.ask(kept.opened, method, said, sending, task=self._gateway.task)
 
-        answer = await self._gateway.when_let(lambda: self._with(context, do), _Silent())
+        answer = await self._gateway.when_let(lambda: self._with(context, do), Silent())
         if isinstance(answer, str):
             raise McpServerFailed(f"This waits for the approval of a person: {answer}.", hint="Ask again after it.")
         return answer
@@ -230,11 +222,8 @@ class Alone:
                 session = kept.opened.session
                 return await do(kept)
         except LuminaGuardError as error:
-            cause = error.__cause__
-            while isinstance(cause, LuminaGuardError):
-                cause = cause.__cause__
-            if session is not None and isinstance(cause, MCPError) and session.explain(cause) is None:
-                raise MCPError(cause.error.code, cause.error.message, cause.error.data) from error
+            if session is not None and (said := said_by(session, error)) is not None:
+                raise said from error
             raise
         finally:
             line.leave(context)

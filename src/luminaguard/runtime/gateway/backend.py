@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
+import anyio.abc
 import anyio.to_thread
 import mcp_types as types
 
@@ -27,35 +28,51 @@ from luminaguard.errors import (
 )
 from luminaguard.mcp.definitions import Definition
 from luminaguard.mcp.gateway import Client
+from luminaguard.mcp.gateway.changes import Changes, List
+from luminaguard.mcp.gateway.further import addressed
 from luminaguard.mcp.gateway.server import Asks
 from luminaguard.mcp.metrics import Calls, exposition
 from luminaguard.mcp.names import Names, Visibility
 from luminaguard.runtime.decisions import Answer
 from luminaguard.runtime.gateway.folder import FolderTools, Waiting, settle
+from luminaguard.runtime.gateway.further import Further, ListeningServers
 from luminaguard.runtime.gateway.kept import KeptServers
 from luminaguard.runtime.mcp import McpServers, Opened
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from luminaguard.runtime.core import Runtime
 
-__all__ = ["END_S", "Gateway", "tell_ended", "waits"]
+__all__ = ["END_S", "Gateway", "Silent", "tell_ended", "waits"]
 
 T = TypeVar("T")
 
 _LEFT = "the program that asked for it has left"
-_LOOK_S = 0.25
+_LOOK_S, _WATCH_S = 0.25, 2.0
 END_S = 10.0
 """What calls that are under way get when a gateway ends."""
 _MOST_SHOWN = 4000
 _UP_TO = {"never": None, "low": Severity.LOW, "medium": Severity.MEDIUM}
 
 
+class Silent:
+    """A program whose person is not asked about approvals."""
+
+    async def ask(self, _asks: Asks) -> bool | None:
+        """Nobody answers."""
+        return None
+
+
 class Gateway:
     """One gateway; made by :meth:`open`."""
 
-    def __init__(self, runtime: Runtime, servers: KeptServers, folder: FolderTools | None) -> None:
-        self._runtime, self._kept, self._folder = runtime, servers, folder
+    def __init__(self, runtime: Runtime, tasks: anyio.abc.TaskGroup, folder: FolderTools | None) -> None:
+        self._runtime, self._folder = runtime, folder
         self._mcp = McpServers(runtime)
+        self._kept = KeptServers(
+            ListeningServers(self._mcp, self._changed), tasks, runtime.settings.gateway.idle_s, tell_ended
+        )
         self._names = Names()
         gateway = runtime.settings.gateway
         self._visibility = Visibility(gateway.show, gateway.hide)
@@ -63,6 +80,8 @@ class Gateway:
         self._labels = set[str]()
         self._calls = Calls()
         self.task = f"gateway-{secrets.token_hex(5)}"
+        self._further = Further(tuple(runtime.settings.mcp_servers), self._mcp, self._kept, self.task)
+        self.changes = Changes()
 
     @classmethod
     @asynccontextmanager
@@ -72,12 +91,12 @@ class Gateway:
             log.event("gateway.changes_wait", request=request)
         folder = FolderTools(runtime, workspace) if workspace else None
         async with anyio.create_task_group() as tasks:
-            kept = KeptServers(McpServers(runtime), tasks, runtime.settings.gateway.idle_s, tell_ended)
-            gateway = cls(runtime, kept, folder)
+            gateway = cls(runtime, tasks, folder)
+            tasks.start_soon(gateway._watch)
             try:
                 yield gateway
             finally:
-                kept.retire()
+                gateway._kept.retire()
                 tasks.cancel_scope.deadline = anyio.current_time() + END_S
                 if folder is not None:
                     with anyio.CancelScope(shield=True):
@@ -126,6 +145,45 @@ class Gateway:
             now = await kept.tools(time.monotonic())
         found = await anyio.to_thread.run_sync(self._mcp.check, name, now)
         return {tool: now[tool] for tool in found.same}
+
+    async def _changed(self, server: str, what: List) -> None:
+        """A server says that a list of it is another one."""
+        if what == "tools":  # what it offers now is offered here once a person has accepted it
+            if (kept := self._kept.open.get(server)) is not None:
+                kept.forget_tools()
+            return
+        self._further.forget(server)
+        await self.changes.tell(what)
+
+    async def _watch(self) -> None:
+        """Tell those who have listed the tools once a person has accepted other ones, wherever they did."""
+        known = await anyio.to_thread.run_sync(self._mcp.last_accepted)
+        while True:
+            await anyio.sleep(_WATCH_S)
+            try:
+                now = await anyio.to_thread.run_sync(self._mcp.last_accepted)
+            except LuminaGuardError as error:
+                log.event("gateway.not_watched", why=error.message)
+                continue
+            if now != known:
+                known = now
+                await self.changes.tell("tools")
+
+    async def listed(self, method: str) -> Mapping[str, Sequence[Any]]:
+        """What each server has beside tools; see :class:`luminaguard.mcp.gateway.further.FurtherBackend`."""
+        return await self._further.listed(method)
+
+    def shows(self, name: str) -> bool:
+        """Whether something of a server is shown here."""
+        return self._visibility.shows(name)
+
+    async def read(self, server: str, method: str, params: dict[str, Any]) -> BaseModel:
+        """Make a request of a server through the rules and the cliff."""
+        answer = await self.when_let(lambda: self._further.read(server, method, params), Silent())
+        if isinstance(answer, str):
+            raise McpServerFailed(f"This waits for the approval of a person: {answer}.", hint="Ask again after it.")
+        await self.follow(server, method, {})
+        return answer
 
     def schema(self, name: str) -> Mapping[str, Any] | None:
         """The schema of a tool's arguments."""
@@ -183,7 +241,7 @@ class Gateway:
             now = await kept.tools(time.monotonic())
             answer = await self._mcp.call(kept.opened, tool, arguments, task=self.task, now=now)
         await self.follow(server, tool, now[tool])
-        return answer
+        return answer.model_copy(update={"content": [addressed(server, one) for one in answer.content]})
 
     async def follow(self, server: str, tool: str, definition: Definition) -> None:
         """Remember that whoever uses this gateway has read what a server gave."""

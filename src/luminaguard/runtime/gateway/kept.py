@@ -45,6 +45,10 @@ class Kept:
     _listed: Mapping[str, Definition] | None = None
     _listed_at: float = 0.0
 
+    def forget_tools(self) -> None:
+        """What it said of its tools is not what it says now."""
+        self._listed = None
+
     async def tools(self, now: float) -> Mapping[str, Definition]:
         """What it says of its tools, a moment ago at most; raises McpServerFailed."""
         if self._listed is None or now - self._listed_at > _LISTED_S:

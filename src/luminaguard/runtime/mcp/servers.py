@@ -34,6 +34,7 @@ from luminaguard.settings import HttpServer, McpServer, StdioServer
 if TYPE_CHECKING:
     import httpx2
     from mcp_types import CallToolResult, InputRequiredResult
+    from sqlalchemy import Connection
 
     from luminaguard.effects.outside import RemoteCall
     from luminaguard.mcp.http import BalancedTransport, Trust
@@ -84,6 +85,7 @@ class McpServers:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        self._known: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {}
 
     def settings(self, name: str) -> McpServer:
         """How a server was set up; raises SettingsError if there is none of this name."""
@@ -109,6 +111,7 @@ class McpServers:
             ended = Ended()
             run = open_on_host if server.isolation == "none" else open_in_machine
             async with run(self._runtime, name, server, ended, peer) as session:
+                await anyio.to_thread.run_sync(self._note_what_it_has, name, session)
                 yield Opened(session, _ended=ended)
             return
         from luminaguard.mcp.http.session import open_http
@@ -118,6 +121,7 @@ class McpServers:
         trust, auth = self._trust(name, server, pinned or {}), self._auth(name, server)
         async with open_http(name, server, _headers(name, server), trust=trust, pinned=pinned, auth=auth,
                              peer=peer or NOBODY) as http:  # fmt: skip
+            await anyio.to_thread.run_sync(self._note_what_it_has, name, http.session)
             yield Opened(http.session, http.transport)
 
     async def status(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -229,13 +233,35 @@ class McpServers:
         pinned, of = self._accepted(name)
         return pinned if layer and of == layer else None
 
+    def has(self, name: str) -> frozenset[str] | None:
+        """What a server said last that it has beside tools, such as ``prompts``; None if it was never asked."""
+        with self._runtime.approvals.reading() as connection:
+            said = self._last(connection, "mcp.capabilities").get(name)
+        return frozenset(said["has"]) if said is not None else None
+
+    def _note_what_it_has(self, name: str, session: Session) -> None:
+        said = session.client.server_capabilities.model_dump(exclude_none=True)
+        if self.has(name) != frozenset(said):
+            self._runtime.ledger.append("mcp.capabilities", server=name, has=sorted(said))
+
+    def last_accepted(self) -> int:
+        """A number that is another one once something was accepted of any server."""
+        with self._runtime.approvals.reading() as connection:
+            return self._runtime.approvals.last_recorded(connection, "mcp.accepted")
+
     def _accepted(self, name: str) -> tuple[dict[str, Definition] | None, str]:
         """The definitions that were accepted last, and of which layer."""
-        found: tuple[dict[str, Definition] | None, str] = (None, "")
         with self._runtime.approvals.reading() as connection:
-            for body in self._runtime.approvals.recorded(connection, "mcp.accepted"):
-                if body["server"] == name:
-                    found = (body["tools"], body.get("layer", ""))
+            said = self._last(connection, "mcp.accepted").get(name)
+        return (said["tools"], said.get("layer", "")) if said is not None else (None, "")
+
+    def _last(self, connection: Connection, kind: str) -> dict[str, dict[str, Any]]:
+        """What the ledger has last of a kind, for each server; read again once there is more of it."""
+        last = self._runtime.approvals.last_recorded(connection, kind)
+        at, found = self._known.get(kind, (0, {}))
+        if last != at:
+            found = {body["server"]: body for body in self._runtime.approvals.recorded(connection, kind)}
+            self._known[kind] = (last, found)
         return found
 
     def check(self, name: str, now: Mapping[str, Definition]) -> Comparison:

@@ -1,0 +1,80 @@
+"""Tells programs that a list has changed: on the streams that listen (the new era), and in sessions (the older)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+import anyio
+import mcp_types as types
+from mcp.server.context import ServerRequestContext
+from mcp.server.lowlevel import NotificationOptions, Server
+from mcp.server.models import InitializationOptions
+from mcp.server.session import ServerSession
+from mcp.server.subscriptions import (
+    InMemorySubscriptionBus,
+    ListenHandler,
+    PromptsListChanged,
+    ResourcesListChanged,
+    ServerEvent,
+    ToolsListChanged,
+)
+from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+
+from luminaguard import log
+from mcp import MCPError
+
+__all__ = ["Changes", "List", "TellingServer"]
+
+List = Literal["tools", "prompts", "resources"]
+_MOST_SESSIONS, _MOST_STREAMS, _MOST_EVENTS = 1024, 256, 64
+_TELL_S = 5.0
+_EVENTS: dict[List, ServerEvent] = {
+    "tools": ToolsListChanged(), "prompts": PromptsListChanged(), "resources": ResourcesListChanged(),
+}  # fmt: skip
+_NOTICES: dict[List, types.ServerNotification] = {
+    "tools": types.ToolListChangedNotification(), "prompts": types.PromptListChangedNotification(),
+    "resources": types.ResourceListChangedNotification(),
+}  # fmt: skip
+
+
+class TellingServer(Server[Any]):
+    """A server that says of itself that it tells when a list has changed."""
+
+    def create_initialization_options(
+        self, notification_options: NotificationOptions | None = None, *args: Any, **kwargs: Any
+    ) -> InitializationOptions:
+        """See the SDK."""
+        options = notification_options or NotificationOptions(True, True, True)
+        return super().create_initialization_options(options, *args, **kwargs)
+
+
+class Changes:
+    """Who is told."""
+
+    def __init__(self) -> None:
+        self._bus = InMemorySubscriptionBus()
+        self.listen = ListenHandler(self._bus, max_subscriptions=_MOST_STREAMS, max_buffered_events=_MOST_EVENTS)
+        """Serves ``subscriptions/listen``."""
+        self._sessions: OrderedDict[str, ServerSession] = OrderedDict()
+
+    def meet(self, context: ServerRequestContext[Any]) -> None:
+        """Remember who has listed something, and is to be told when that is another list."""
+        if context.protocol_version in MODERN_PROTOCOL_VERSIONS:
+            return  # these listen
+        key = getattr(context.request, "headers", {}).get("mcp-session-id", "")
+        self._sessions[key] = context.session
+        self._sessions.move_to_end(key)
+        while len(self._sessions) > _MOST_SESSIONS:
+            self._sessions.popitem(last=False)
+
+    async def tell(self, changed: List) -> None:
+        """Tell all that a list has changed."""
+        await self._bus.publish(_EVENTS[changed])
+        for key, session in list(self._sessions.items()):
+            try:
+                with anyio.fail_after(_TELL_S):
+                    await session.send_notification(_NOTICES[changed])
+            except (MCPError, TimeoutError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+                self._sessions.pop(key, None)  # it has left
+                log.event("gateway.not_told", why=type(error).__name__)

@@ -1,0 +1,149 @@
+"""Prompts and resources of many servers behind one address, under names that say whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import mcp_types as types
+from mcp.server.context import ServerRequestContext
+from mcp.server.lowlevel import Server
+from pydantic import BaseModel
+
+from luminaguard.errors import LuminaGuardError
+from luminaguard.mcp.gateway.changes import Changes
+from luminaguard.mcp.names import Names, address_of, resource_at
+from mcp import MCPError
+
+__all__ = ["FurtherBackend", "add_further", "addressed"]
+
+T = TypeVar("T")
+Context = ServerRequestContext[Any]
+Content = TypeVar("Content", bound=BaseModel)
+
+
+class FurtherBackend(Protocol):
+    """Decides and does."""
+
+    changes: Changes
+
+    async def listed(self, method: str) -> Mapping[str, Sequence[Any]]:
+        """What each server lists: ``prompts/list``, ``resources/list`` or ``resources/templates/list``."""
+
+    def shows(self, name: str) -> bool:
+        """Whether something is shown: ``SERVER__NAME``, or ``SERVER__ADDRESS``."""
+
+    async def read(self, server: str, method: str, params: dict[str, Any]) -> BaseModel:
+        """Make a request of a server; raises LuminaGuardError, or MCPError for what the server said."""
+
+
+def add_further(server: Server[Any], backend: FurtherBackend) -> None:
+    """Let a server offer the prompts and resources of all."""
+    offers = _Offers(backend)
+    page = types.PaginatedRequestParams
+    server.add_request_handler("prompts/list", page, offers.prompts)
+    server.add_request_handler("prompts/get", types.GetPromptRequestParams, offers.prompt)
+    server.add_request_handler("resources/list", page, offers.resources)
+    server.add_request_handler("resources/templates/list", page, offers.templates)
+    server.add_request_handler("resources/read", types.ReadResourceRequestParams, offers.resource)
+    server.add_request_handler("completion/complete", types.CompleteRequestParams, offers.completion)
+
+
+def addressed(server: str, content: Content) -> Content:
+    """A part of what a server said, with addresses of its resources as they are here."""
+    if isinstance(content, types.ResourceLink):
+        return content.model_copy(update={"uri": address_of(server, content.uri)})
+    if isinstance(content, types.EmbeddedResource):
+        inner = content.resource.model_copy(update={"uri": address_of(server, content.resource.uri)})
+        return content.model_copy(update={"resource": inner})
+    return content
+
+
+class _Offers:
+    def __init__(self, backend: FurtherBackend) -> None:
+        self._backend = backend
+        self._names = Names()
+
+    # -- what there is --------------------------------------------------------------------------------------
+
+    async def prompts(self, context: Context, _params: Any) -> types.ListPromptsResult:
+        self._backend.changes.meet(context)
+        return types.ListPromptsResult(prompts=await _plainly(self._prompts()))
+
+    async def _prompts(self) -> list[types.Prompt]:
+        found = await self._backend.listed("prompts/list")
+        named = [(self._names.add(server, prompt.name), prompt) for server, all_ in found.items() for prompt in all_]
+        return [prompt.model_copy(update={"name": name}) for name, prompt in named if self._backend.shows(name)]
+
+    async def resources(self, context: Context, _params: Any) -> types.ListResourcesResult:
+        self._backend.changes.meet(context)
+        found = await _plainly(self._backend.listed("resources/list"))
+        return types.ListResourcesResult(resources=[
+            one.model_copy(update={"uri": address_of(server, one.uri)})
+            for server, all_ in found.items() for one in all_ if self._shows(server, one.uri)
+        ])  # fmt: skip
+
+    async def templates(self, context: Context, _params: Any) -> types.ListResourceTemplatesResult:
+        self._backend.changes.meet(context)
+        found = await _plainly(self._backend.listed("resources/templates/list"))
+        return types.ListResourceTemplatesResult(resource_templates=[
+            one.model_copy(update={"uri_template": address_of(server, one.uri_template)})
+            for server, all_ in found.items() for one in all_ if self._shows(server, one.uri_template)
+        ])  # fmt: skip
+
+    def _shows(self, server: str, uri: str) -> bool:
+        return self._backend.shows(f"{server}__{uri}")
+
+    # -- what is read ---------------------------------------------------------------------------------------
+
+    async def prompt(self, _context: Context, params: types.GetPromptRequestParams) -> types.GetPromptResult:
+        server, name = await self._prompt_of(params.name)
+        given = {"name": name} | ({"arguments": params.arguments} if params.arguments is not None else {})
+        found = await self._read(server, "prompts/get", given, types.GetPromptResult)
+        messages = [one.model_copy(update={"content": addressed(server, one.content)}) for one in found.messages]
+        return found.model_copy(update={"messages": messages})
+
+    async def resource(
+        self, _context: Context, params: types.ReadResourceRequestParams
+    ) -> types.ReadResourceResult:  # fmt: skip
+        server, uri = self._resource_of(params.uri)
+        found = await self._read(server, "resources/read", {"uri": uri}, types.ReadResourceResult)
+        contents = [one.model_copy(update={"uri": address_of(server, one.uri)}) for one in found.contents]
+        return found.model_copy(update={"contents": contents})
+
+    async def completion(self, _context: Context, params: types.CompleteRequestParams) -> types.CompleteResult:
+        given = params.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"meta"})
+        if isinstance(params.ref, types.PromptReference):
+            server, given["ref"]["name"] = await self._prompt_of(params.ref.name)
+        else:
+            server, given["ref"]["uri"] = self._resource_of(params.ref.uri)
+        return await self._read(server, "completion/complete", given, types.CompleteResult)
+
+    async def _prompt_of(self, name: str) -> tuple[str, str]:
+        if self._names.find(name) is None:
+            await _plainly(self._prompts())
+        found = self._names.find(name)
+        if found is None or not self._backend.shows(name):
+            raise MCPError(types.INVALID_PARAMS, f"There is no prompt {name[:64]!a}.")
+        return found
+
+    def _resource_of(self, address: str) -> tuple[str, str]:
+        found = resource_at(address)
+        if found is None or not self._shows(*found):
+            raise MCPError(types.INVALID_PARAMS, f"There is no resource {address[:200]!a}.")
+        return found
+
+    async def _read(self, server: str, method: str, params: dict[str, Any], kind: type[T]) -> T:
+        found = await _plainly(self._backend.read(server, method, params))
+        if not isinstance(found, kind):
+            why = "It wants to ask something first, which 'luminaguard gateway --server' passes on."
+            raise MCPError(types.INVALID_REQUEST, why)
+        return found
+
+
+async def _plainly(doing: Awaitable[T]) -> T:
+    """Where there is no result that could say so, a refusal of ours is an error of the protocol."""
+    try:
+        return await doing
+    except LuminaGuardError as error:
+        raise MCPError(types.INVALID_REQUEST, f"{error.message} {error.hint}") from error
