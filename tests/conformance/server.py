@@ -238,8 +238,11 @@ async def call(fixtures: dict[str, Fixture], context: Context, params: Any) -> J
 
 
 def listed(kind: str, fixtures: dict[str, Fixture], more: Callable[[Json], Json], *_: Any) -> Json:
+    """What there is; who changes a list is another one afterwards, and a gateway holds no other tool back for it."""
+    changed = (name for name in fixtures if kind == "prompts" or "trigger" in name)
+    versions = dict.fromkeys(fixtures, "") | dict.fromkeys(changed, f", version {CHANGES[kind]}")
     return {kind: [
-        {"name": name, "title": f"{name}, version {CHANGES[kind]}", "description": about, **more(takes)}
+        {"name": name, "title": f"{name}{versions[name]}", "description": about, **more(takes)}
         for name, (about, _, takes) in fixtures.items()
     ]}  # fmt: skip
 

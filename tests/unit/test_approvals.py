@@ -4,19 +4,22 @@ import dataclasses
 import json
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from luminaguard.approvals import Decision, Request, State, Verdict, key_id, sign, verify
 from luminaguard.effects import Change, Changeset, FileEntry
 from luminaguard.errors import ApprovalError, LedgerError, RequestNotFound, StorageError
+from luminaguard.ledger.chain import Checkpoint
 from luminaguard.storage.approvals import Approvals
 from luminaguard.storage.database import Database
+from luminaguard.storage.head import Head
 from luminaguard.storage.keys import load_key
 from luminaguard.storage.ledger import Ledger
 
@@ -218,7 +221,7 @@ def test_an_older_copy_of_the_database_does_not_verify(tmp_path):
     desk.database.close()
 
 
-@pytest.mark.parametrize("how", ["rolled back", "deleted", "another end", "no head", "garbage head"])
+@pytest.mark.parametrize("how", ["rolled back", "rolled far back", "deleted", "another end", "no head", "garbage head"])
 def test_after_a_break_nothing_is_appended_until_a_person_resumes(desk, tmp_path, how):
     """Appending to a chain that was cut off would sign the cut."""
     if how == "no head" and desk.database.shared:
@@ -227,6 +230,9 @@ def test_after_a_break_nothing_is_appended_until_a_person_resumes(desk, tmp_path
         desk.ledger.append("one", number=number)
     head = tmp_path / "head.json"
     match how:
+        case "rolled far back":
+            desk.sql("DELETE FROM ledger WHERE seq > 1")
+            desk.sql("DELETE FROM checkpoints WHERE seq > 1")
         case "rolled back":
             desk.sql("DELETE FROM ledger WHERE seq > 2")
             desk.sql("DELETE FROM checkpoints WHERE seq > 2")
@@ -250,6 +256,8 @@ def test_after_a_break_nothing_is_appended_until_a_person_resumes(desk, tmp_path
     desk.ledger.append("goes on")
     if how != "another end":  # what was edited stays edited
         assert desk.ledger.verify() >= 2
+        desk.open()
+        desk.ledger.append("and on")
 
 
 def test_a_chain_without_a_break_cannot_be_resumed(desk):
@@ -265,6 +273,46 @@ def test_a_head_that_is_behind_after_a_crash_is_no_break(desk, tmp_path):
     (tmp_path / "head.json").write_bytes(old)
     desk.ledger.append("three")
     assert desk.ledger.verify() == 3
+
+
+def test_a_head_of_an_older_version_is_read_and_replaced(desk, tmp_path):
+    entry = desk.ledger.append("one")
+    head = tmp_path / "head.json"
+    (line,) = (one.strip(b"\0 ") for one in head.read_bytes().splitlines() if one.strip(b"\0 "))
+    head.write_bytes(line)  # one checkpoint, without places
+    assert Head(head).read().seq == entry.seq
+    desk.open()
+    for number in range(2, 5):
+        desk.ledger.append("more")
+        assert Head(head).read().seq == number
+    assert desk.ledger.verify() == 4 and head.stat().st_size == 1024
+
+
+@given(cut=st.integers(0, 511), seq=st.integers(2, 9))
+def test_a_head_that_was_half_written_leaves_the_one_before_it(tmp_path_factory, cut, seq):
+    path = tmp_path_factory.mktemp("head") / "head.json"
+    head = Head(path)
+    for number in range(1, seq + 1):
+        head.write(Checkpoint(number, "a" * 64, b"s" * 64))
+    whole = path.read_bytes()
+    at = seq % 2 * 512
+    path.write_bytes(whole[: at + cut] + bytes(512 - cut) + whole[at + 512 :])
+    assert head.read().seq in {seq, seq - 1}
+    head.write(Checkpoint(seq + 1, "a" * 64, b"s" * 64))
+    assert head.read().seq == seq + 1 and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_many_threads_append_at_once_and_what_one_cannot_is_its_own(desk):
+    with ThreadPoolExecutor(12) as pool:
+        works = [
+            pool.submit(desk.ledger.append, "one", number=number if number % 7 else {1, 2}) for number in range(90)
+        ]
+        failures = [work.exception(30) for work in works]
+    assert [bool(failure) for failure in failures] == [number % 7 == 0 for number in range(90)]
+    assert all(isinstance(failure, TypeError) for failure in failures if failure)
+    assert desk.ledger.verify() == 77
+    written = [json.loads(entry.body)["number"] for entry in desk.ledger.entries()]
+    assert sorted(written) == [number for number in range(90) if number % 7]
 
 
 def test_the_ledgers_clock_does_not_go_back(desk):

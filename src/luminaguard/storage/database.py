@@ -97,8 +97,22 @@ class Database:
         Raises:
             StorageError: the database is locked for long, full, damaged, or cannot be reached.
         """
+        with self._transaction(alone=alone, reads=False) as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """:meth:`write` for whoever only looks: it sees one state of all, and waits for no writer."""
+        with self._transaction(alone=False, reads=True) as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self, *, alone: bool, reads: bool) -> Iterator[Connection]:
         try:
-            with self._engine.connect().execution_options(alone=alone) as connection, connection.begin():
+            with (
+                self._engine.connect().execution_options(alone=alone, reads=reads) as connection,
+                connection.begin(),
+            ):  # fmt: skip
                 yield connection
         except (LuminaGuardError, IntegrityError):
             raise
@@ -106,12 +120,6 @@ class Database:
             raise self._explain(error) from error
         except UnicodeEncodeError as error:  # half a surrogate pair
             raise StorageError("This text cannot be stored: it is no Unicode.", hint="Change it.") from error
-
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """:meth:`write` for whoever only looks: it waits for no writer where the database allows that."""
-        with self.write(alone=False) as connection:
-            yield connection
 
     @cached_property
     def id(self) -> str:

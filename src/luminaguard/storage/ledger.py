@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, bindparam, func, insert, select
 
 from luminaguard.effects.text import visible
-from luminaguard.errors import LedgerError, SettingsError, StorageError
+from luminaguard.errors import LedgerError, SettingsError
 from luminaguard.ledger.chain import (
     Checkpoint,
     Entry,
@@ -28,13 +28,32 @@ from luminaguard.ledger.chain import (
 )
 from luminaguard.storage import schema as tables
 from luminaguard.storage.database import Database
+from luminaguard.storage.head import Head
 
 __all__ = ["Ledger"]
 
 Clock = Callable[[], int]
 _PAGE = 1000
 _CHECKPOINTS = 16
-_MAX_HEAD = 4096
+# Made once: making a statement takes longer than most of them take.
+_LAST = select(tables.ledger).order_by(tables.ledger.c.seq.desc()).limit(1)
+_HASH_OF = select(tables.ledger.c.hash).where(tables.ledger.c.seq == bindparam("number"))
+_LAST_OF = select(func.max(tables.ledger.c.seq)).where(tables.ledger.c.kind == bindparam("of"))
+_INSERT_ENTRY, _INSERT_CHECKPOINT = insert(tables.ledger), insert(tables.checkpoints)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """An entry that is about to be written, and what became of it."""
+
+    kind: str
+    body: dict[str, Any]
+    entry: Entry | None = None
+    failure: Exception | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.entry is not None or self.failure is not None
 
 
 class Ledger:
@@ -47,16 +66,52 @@ class Ledger:
         self._host, self._guard = host, guard
         self.database = database
         self._key = key
-        self._head = head
+        self._head = Head(head)
         self._clock = clock
+        self._waiting: deque[_Waiting] = deque()
+        self._turn = threading.Lock()
+        self._signed: Checkpoint | None = None
+        self._verified: Checkpoint | None = None
 
     def append(self, kind: str, **body: Any) -> Entry:
-        """Write one entry in a transaction of its own."""
+        """Write one entry, in one transaction with those that other threads wait to write."""
+        mine = _Waiting(kind, body)
+        self._waiting.append(mine)
+        with self._turn:  # who comes first writes for all: a disk takes many as fast as one
+            if not mine.over:
+                self._write_waiting(mine)
+        if mine.failure is not None:
+            raise mine.failure
+        assert mine.entry is not None
+        return mine.entry
+
+    def _write_waiting(self, mine: _Waiting) -> None:
+        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        try:
+            self._write(batch)
+        except Exception as failure:  # noqa: BLE001  # raised where it is waited for
+            if len(batch) == 1:
+                batch[0].failure = failure
+                return
+            for one in batch:  # what one of them cannot do is none of the others' business
+                try:
+                    self._write([one])
+                except Exception as error:  # noqa: BLE001  # as above
+                    one.failure = error
+        except BaseException:  # such as a Ctrl-C, which concerns this thread's own entry
+            self._waiting.extendleft(one for one in reversed(batch) if one is not mine and not one.over)
+            raise
+
+    def _write(self, batch: Sequence[_Waiting]) -> None:
         with self.database.write() as connection:
             self._guard(connection)
-            entry = self.append_in(connection, kind, body)
-        self.publish_head(entry)
-        return entry
+            last, entries = self._checked(connection, self.last(connection)), []
+            for one in batch:
+                last = self._extend(connection, last, one.kind, one.body, signed=one is batch[-1])
+                entries.append(last)
+        for one, entry in zip(batch, entries, strict=True):
+            one.entry = entry
+        self.publish_head(entries[-1])
 
     def append_in(self, connection: Connection, kind: str, body: dict[str, Any], last: Entry | None = None) -> Entry:
         """Write one entry inside the caller's transaction; the caller publishes the head after it.
@@ -70,12 +125,14 @@ class Ledger:
         Raises:
             LedgerError: the end that was published last is not in the chain any more: going on would hide it.
         """
-        last = last or self.last(connection)
+        return self._extend(connection, self._checked(connection, last or self.last(connection)), kind, body)
+
+    def _checked(self, connection: Connection, last: Entry | None) -> Entry | None:
+        """The end of the chain, which is the one that was published last or follows it; raises LedgerError."""
         if last is not None and self.database.shared and not self._head.exists():
-            last = self._join(connection, last)
-        else:
-            self._check_head(connection, last)
-        return self._extend(connection, last, kind, body)
+            return self._join(connection, last)
+        self._check_head(connection, last)
+        return last
 
     def bodies_in(self, connection: Connection, kind: str) -> Iterator[tuple[Entry, dict[str, Any]]]:
         """All entries of a kind, oldest first, each as it was written.
@@ -91,8 +148,7 @@ class Ledger:
 
     def last_of(self, connection: Connection, kind: str) -> int:
         """The number of the last entry of a kind; 0 if there is none."""
-        query = select(func.max(tables.ledger.c.seq)).where(tables.ledger.c.kind == kind)
-        return connection.execute(query).scalar() or 0
+        return connection.execute(_LAST_OF, {"of": kind}).scalar() or 0
 
     def resume(self, reason: str) -> Entry:
         """Go on after a break that a person has looked at; the chain says so for ever.
@@ -109,7 +165,7 @@ class Ledger:
             else:
                 raise LedgerError("The ledger has no break.", hint="There is nothing to resume.")
             entry = self._extend(connection, last, "ledger.resumed", {"found": visible(why), "reason": visible(reason)})
-        self.publish_head(entry)
+        self.publish_head(entry, anew=True)
         return entry
 
     def refuse_other_key(self, keys: Path) -> None:
@@ -158,16 +214,22 @@ class Ledger:
         if last is not None and last.seq == head.seq:
             found: str | None = last.hash
         else:
-            found = connection.execute(select(tables.ledger.c.hash).where(tables.ledger.c.seq == head.seq)).scalar()
+            found = connection.execute(_HASH_OF, {"number": head.seq}).scalar()
         if found != head.hash:
             raise _cut_off(f"entry {head.seq} is another one than when it was the end")
-        verify_checkpoint(head, self.public_key)
+        if head != self._verified:
+            verify_checkpoint(head, self.public_key)
+            self._verified = head
 
-    def _extend(self, connection: Connection, last: Entry | None, kind: str, body: dict[str, Any]) -> Entry:
+    def _extend(
+        self, connection: Connection, last: Entry | None, kind: str, body: dict[str, Any], *, signed: bool = True
+    ) -> Entry:
         entry = next_entry(last, self.now(last), kind, body)
-        connection.execute(insert(tables.ledger).values(**dataclasses.asdict(entry)))
-        checkpoint = sign_checkpoint(entry, self._key)
-        connection.execute(insert(tables.checkpoints).values(**dataclasses.asdict(checkpoint)))
+        connection.execute(_INSERT_ENTRY, dataclasses.asdict(entry))
+        if not signed:
+            return entry
+        self._signed = sign_checkpoint(entry, self._key)
+        connection.execute(_INSERT_CHECKPOINT, dataclasses.asdict(self._signed))
         if entry.seq % _CHECKPOINTS == 0:  # some are kept, and looking for older ones takes its time
             connection.execute(tables.checkpoints.delete().where(tables.checkpoints.c.seq < entry.seq - _CHECKPOINTS))
         return entry
@@ -185,23 +247,13 @@ class Ledger:
         with self.database.read() as connection:
             return self.time(connection)
 
-    def publish_head(self, entry: Entry) -> None:
+    def publish_head(self, entry: Entry, *, anew: bool = False) -> None:
         """Keep the newest checkpoint outside of the database, so that a cut-off end is noticed."""
-        checkpoint = sign_checkpoint(entry, self._key)
-        text = json.dumps({"seq": checkpoint.seq, "hash": checkpoint.hash,
-                           "signature": base64.b64encode(checkpoint.signature).decode()})  # fmt: skip
-        temporary = self._head.with_name(f".{self._head.name}-{os.getpid()}-{threading.get_ident()}")
-        try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "w", encoding="ascii") as file:
-                file.write(text)
-            temporary.replace(self._head)
-        except OSError as error:
-            raise StorageError(
-                f"The ledger's head {self._head} cannot be written: {error.strerror}.",
-                hint="Check that the state folder has free space and is yours.",
-                kept="The entry itself is in the ledger.",
-            ) from error
+        checkpoint = self._signed
+        if checkpoint is None or (checkpoint.seq, checkpoint.hash) != (entry.seq, entry.hash):
+            checkpoint = sign_checkpoint(entry, self._key)
+        self._head.write(checkpoint, anew=anew)
+        self._verified = checkpoint
 
     def entries(self) -> Iterator[Entry]:
         """All entries in order, read in pages."""
@@ -238,17 +290,15 @@ class Ledger:
 
     def _read_head(self, connection: Connection) -> Checkpoint | None:
         try:
-            with self._head.open(encoding="ascii") as file:
-                raw = json.loads(file.read(_MAX_HEAD))
-            return Checkpoint(int(raw["seq"]), str(raw["hash"]), base64.b64decode(raw["signature"], validate=True))
+            return self._head.read()
         except FileNotFoundError:
             if self.database.shared or self.last(connection) is None:
                 return None
             why = "is missing"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             why = f"cannot be read ({error})"
         raise LedgerError(
-            f"The ledger does not verify: its head file {self._head} {why}.",
+            f"The ledger does not verify: its head file {self._head.path} {why}.",
             hint="Without it nobody can tell whether the end of the ledger was cut off. Find out who removed it; "
             "then 'luminaguard ledger resume' goes on, and records that.",
             kept="Nothing was deleted.",
@@ -257,7 +307,7 @@ class Ledger:
     @staticmethod
     def last(connection: Connection) -> Entry | None:
         """The end of the chain."""
-        row = connection.execute(select(tables.ledger).order_by(tables.ledger.c.seq.desc()).limit(1)).first()
+        row = connection.execute(_LAST).first()
         return Entry(**row._mapping) if row else None  # noqa: SLF001  # as above
 
 

@@ -82,5 +82,7 @@ def _configure(connection: Any, _record: Any) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    # IMMEDIATE: two processes that both mean to write must not both have read first.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    # IMMEDIATE: two processes that both mean to write must not both have read first. Whoever only reads sees the state
+    # at its first look, and waits for nobody (WAL).
+    reads = connection.get_execution_options().get("reads", False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
