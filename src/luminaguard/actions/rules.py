@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import shlex
 from collections.abc import Callable
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -144,6 +145,12 @@ class When(BaseModel):
             raise ValueError(f"there is no mark {min(unknown)!r}; they are {', '.join(sorted(known))}")
         return value
 
+    @cached_property
+    def stated(self) -> tuple[tuple[str, Any], ...]:
+        """The conditions that there are, in their order."""
+        found = ((name, getattr(self, name)) for name in When.model_fields)
+        return tuple((name, wanted) for name, wanted in found if wanted is not None)
+
 
 class Rule(BaseModel):
     """What becomes of the actions that it matches, and why."""
@@ -172,10 +179,11 @@ class Rule(BaseModel):
         """
         if self.when.effect is None and action.effect == "run":
             return "it names no effect: it speaks of what leaves the machine"
+        if self.when.effect is not None and action.effect not in self.when.effect:
+            return f"the effect is {action.effect}"
         matcher = _Matcher(action, wide=self.risk is not Risk.GREEN, trusted=trusted, now=now, ports=self.when.port)
-        for name in When.model_fields:
-            wanted = getattr(self.when, name)
-            if wanted is not None and (why := _CHECKS[name](matcher, wanted)):
+        for name, wanted in self.when.stated:
+            if why := _CHECKS[name](matcher, wanted):
                 return why
         return ""
 

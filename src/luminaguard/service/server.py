@@ -53,7 +53,8 @@ class Server(uvicorn.Server):
                 raise SettingsError(f"There is no file {path}.", hint="It is a certificate, or a key, in PEM.")
         config = uvicorn.Config(
             app, host=str(address), port=number, log_config=None, access_log=False, server_header=False,
-            proxy_headers=False, limit_concurrency=most, timeout_keep_alive=5, h11_max_incomplete_event_size=64 << 10,
+            proxy_headers=False, limit_concurrency=most, timeout_keep_alive=5, http="h11",
+            h11_max_incomplete_event_size=64 << 10,  # which the other parser has no limit for
             ssl_certfile=certificate, ssl_keyfile=key, lifespan=lifespan, ws="none", timeout_graceful_shutdown=5,
         )  # fmt: skip
         try:

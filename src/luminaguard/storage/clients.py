@@ -28,6 +28,7 @@ class Clients:
 
     def __init__(self, state: Path) -> None:
         self._path = state / "gateway-clients.json"
+        self._known: tuple[tuple[int, ...], dict[str, str]] = ((), {})
 
     def renew(self, name: str) -> str:
         """A new token for a client, which is kept nowhere; an older one of it ends.
@@ -77,8 +78,12 @@ class Clients:
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             with os.fdopen(fd, encoding="ascii") as file:
-                found = json.loads(file.read(_MOST_FILE))
-            return {str(name): str(digest) for name, digest in found.items()}
+                info = os.fstat(fd)
+                version = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+                if version != self._known[0]:  # it is looked at for each request, and understood once
+                    found = json.loads(file.read(_MOST_FILE))
+                    self._known = (version, {str(name): str(digest) for name, digest in found.items()})
+            return dict(self._known[1])
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, AttributeError) as error:

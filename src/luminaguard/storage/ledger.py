@@ -38,6 +38,7 @@ _CHECKPOINTS = 16
 # Made once: making a statement takes longer than most of them take.
 _LAST = select(tables.ledger).order_by(tables.ledger.c.seq.desc()).limit(1)
 _HASH_OF = select(tables.ledger.c.hash).where(tables.ledger.c.seq == bindparam("number"))
+_ALL_OF = select(tables.ledger).where(tables.ledger.c.kind == bindparam("of")).order_by(tables.ledger.c.seq)
 _LAST_OF = select(func.max(tables.ledger.c.seq)).where(tables.ledger.c.kind == bindparam("of"))
 _INSERT_ENTRY, _INSERT_CHECKPOINT = insert(tables.ledger), insert(tables.checkpoints)
 
@@ -140,8 +141,7 @@ class Ledger:
         Raises:
             LedgerError: one was changed since.
         """
-        query = select(tables.ledger).where(tables.ledger.c.kind == kind).order_by(tables.ledger.c.seq)
-        for row in connection.execute(query).all():
+        for row in connection.execute(_ALL_OF, {"of": kind}).all():
             entry = Entry(**row._mapping)  # noqa: SLF001  # SQLAlchemy's documented name
             verify_entry(entry)
             yield entry, json.loads(entry.body)

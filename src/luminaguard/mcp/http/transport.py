@@ -23,6 +23,7 @@ from luminaguard import log
 from luminaguard.mcp.balancing import Attempt, Balancer, Call, Chosen, Fate, Health, Nobody, Verdict, Waits, verdict
 from luminaguard.mcp.http.authorized import Authorized
 from luminaguard.mcp.http.exchange import SESSION, Exchange, Outcome, Post, Target, Times
+from luminaguard.mcp.http.sending import Sending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +33,7 @@ __all__ = ["BalancedTransport", "Failure", "Trust"]
 _FAILED_CODE = -32099
 """Of the errors that are made here (JSON-RPC 2.0 leaves -32000 to -32099 to implementations)."""
 _MOST_CONNECTIONS = 1024
+_KEEP_S = 3.0
 _DISCOVERIES = 2
 _BACK_OFF_S = 0.05
 _LISTEN_S = 1.0
@@ -116,9 +118,7 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
         self._times = times
         self._trust = trust
         self._stateless, self._hedge, self._busy_is_not_done = stateless, hedge, busy_is_not_done
-        limits = httpx2.Limits(max_connections=_MOST_CONNECTIONS, max_keepalive_connections=64, keepalive_expiry=3.0)
-        inner = inner or httpx2.AsyncHTTPTransport(limits=limits, trust_env=False)
-        self._inner = Authorized(inner, auth, times.call_s)
+        self._inner = Authorized(inner or Sending(_MOST_CONNECTIONS, _KEEP_S), auth, times.call_s)
         self._exchange = Exchange(self._inner, times, clock, self._failed)
         self._clock, self._sleep = clock, sleep
         self._mark = secrets.token_hex(16)

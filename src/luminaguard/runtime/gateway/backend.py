@@ -246,10 +246,12 @@ class Gateway:
     async def follow(self, server: str, tool: str, definition: Definition) -> None:
         """Remember that whoever uses this gateway has read what a server gave."""
         label = f"mcp:{server}"
+        if label in self._labels:
+            return
         said = definition.get("annotations") or {}
         # A server that is trusted is, as far as what it says is its own.
         trusted = server in self._runtime.policy(None).trusted_servers and said.get("openWorldHint") is not True
-        if label not in self._labels and not trusted:
+        if not trusted:
             self._labels.add(label)
             await anyio.to_thread.run_sync(self._runtime.tasks.add_labels, self.task, [(label, tool)])
 
