@@ -14,6 +14,7 @@ from luminaguard.cli import signals
 from luminaguard.cli.common import Json, open_runtime
 
 if TYPE_CHECKING:
+    from luminaguard.cli.questions import Questions
     from luminaguard.images.layers.store import Source
     from luminaguard.mcp.definitions import Comparison, Definition
     from luminaguard.runtime.core import Runtime
@@ -359,18 +360,24 @@ def mcp_call(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Call a tool; what the server changes in its folder waits for your approval."""
+    from luminaguard.cli.questions import Questions, at_a_terminal
     from luminaguard.effects.text import visible_text
 
     given = _arguments(arguments)
     told: dict[str, Any] = {}
+    asks = Questions(server) if at_a_terminal() and not as_json else None
 
     async def work(servers: McpServers, opened: Opened) -> None:
-        result = opened.session.in_words(await servers.call(opened, tool, given))
+        if asks is None:
+            answer = await servers.call(opened, tool, given)
+        else:
+            answer = await asks.call(servers, opened, tool, given)
+        result = opened.session.in_words(answer)
         told.update({"text": result.text, "structured": result.structured, "failed": result.failed})
         if not as_json:
             print(visible_text(result.text))
 
-    _with(server, work, as_json=as_json, told=told)
+    _with(server, work, as_json=as_json, told=told, asks=asks)
 
 
 @mcp_app.command("accept")
@@ -420,7 +427,7 @@ def _arguments(text: str) -> dict[str, Any]:
 
 def _with(
     server: str, work: Callable[[McpServers, Opened], Awaitable[None]], *, as_json: bool,
-    told: dict[str, Any] | None = None, quiet: bool = False,
+    told: dict[str, Any] | None = None, quiet: bool = False, asks: Questions | None = None,
 ) -> None:  # fmt: skip
     """Do something with a server; then tell what it changed in a machine, which waits."""
     from luminaguard.errors import EXIT_PENDING
@@ -430,7 +437,8 @@ def _with(
         runtime = open_runtime(as_json=as_json)
 
         async def run() -> list[str]:
-            async with (servers := McpServers(runtime)).open(server) as opened:
+            peer = asks.peer() if asks is not None else None
+            async with (servers := McpServers(runtime)).open(server, peer) as opened:
                 await work(servers, opened)
             return [request.id for request in opened.requests]
 
