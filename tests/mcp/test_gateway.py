@@ -106,6 +106,32 @@ def test_the_same_call_many_times_at_once_is_made_once_for_each_approval(setup):
         run(work)
 
 
+def test_what_was_asked_for_through_a_gateway_that_was_killed_is_withdrawn_by_the_next(setup):
+    lab = LabServer()
+    with running_lab(lab):
+        home = setup({"lab": lab.url})
+        token = home.run("gateway", "token", "suite").out.strip()
+
+        async def ask(url):
+            async with over_http(url, token) as client:
+                return text(await client.call_tool("lab__add", {"key": "a"}))
+
+        async def work():
+            with serving_gateway(home) as living:
+                assert "req-" in await ask(living)
+                with serving_gateway(home) as url:
+                    assert "req-" in await ask(url)
+                    assert len(waiting(home)) == 2
+                    port = url.split(":")[2].split("/")[0]
+                    await anyio.run_process(["pkill", "-KILL", "-f", f"gateway --http 127.0.0.1:{port}"])
+                async with over_stdio(home) as client:
+                    await client.list_tools()
+                    (left,) = waiting(home)  # of the one that lives
+                    assert left["state"] == "pending"
+
+        run(work)
+
+
 @pytest.mark.parametrize("era", ERAS)
 def test_a_call_is_held_until_a_person_has_answered(setup, era):
     lab = LabServer()

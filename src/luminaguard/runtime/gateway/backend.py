@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from luminaguard.errors import (
     LuminaGuardError,
     MaybeExecuted,
     McpServerFailed,
+    PublishError,
 )
 from luminaguard.mcp.definitions import Definition
 from luminaguard.mcp.gateway import Client
@@ -49,6 +51,7 @@ __all__ = ["END_S", "Gateway", "Silent", "tell_ended", "waits"]
 T = TypeVar("T")
 
 _LEFT = "the program that asked for it has left"
+_GATEWAY = re.compile(r"gateway-[0-9a-f]{10}")
 _LOOK_S, _WATCH_S = 0.25, 2.0
 END_S = 10.0
 """What calls that are under way get when a gateway ends."""
@@ -92,27 +95,43 @@ class Gateway:
         folder = FolderTools(runtime, workspace) if workspace else None
         async with anyio.create_task_group() as tasks:
             gateway = cls(runtime, tasks, folder)
-            tasks.start_soon(gateway._watch)
-            try:
-                yield gateway
-            finally:
-                gateway._kept.retire()
-                tasks.cancel_scope.deadline = anyio.current_time() + END_S
-                if folder is not None:
+            with runtime.publisher.lock(gateway.task):  # for as long as it lives, however it ends
+                await anyio.to_thread.run_sync(gateway.withdraw_of_the_dead)
+                tasks.start_soon(gateway._watch)
+                try:
+                    yield gateway
+                finally:
+                    gateway._kept.retire()
+                    tasks.cancel_scope.deadline = anyio.current_time() + END_S
+                    if folder is not None:
+                        with anyio.CancelScope(shield=True):
+                            await _close(folder)
                     with anyio.CancelScope(shield=True):
-                        await _close(folder)
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(gateway.withdraw)
+                        await anyio.to_thread.run_sync(gateway.withdraw, gateway.task)
 
-    def withdraw(self) -> None:
-        """Nobody comes for what this gateway's client asked for and left."""
+    def withdraw(self, task: str) -> None:
+        """Nobody comes for what a gateway's client asked for and left."""
         try:
-            for request in self._runtime.approvals.list(task=self.task):
+            for request in self._runtime.approvals.list(task=task):
                 if request.state in {State.PENDING, State.APPROVED}:
                     with suppress(ApprovalError):
                         self._runtime.decisions.deny(request, Answer(Verdict.DENY, "gateway", _LEFT))
         except LuminaGuardError as error:  # they end by themselves in time
             log.event("gateway.not_withdrawn", why=error.message)
+
+    def withdraw_of_the_dead(self) -> None:
+        """Likewise of gateways that were killed; of those of another host nobody here knows whether they live."""
+        if self._runtime.host:
+            return
+        try:
+            waiting = {request.task for request in self._runtime.approvals.list(readable=True)}
+        except LuminaGuardError as error:
+            log.event("gateway.not_withdrawn", why=error.message)
+            return
+        for task in waiting - {self.task}:
+            if _GATEWAY.fullmatch(task):
+                with suppress(PublishError), self._runtime.publisher.lock(task):  # else it lives
+                    self.withdraw(task)
 
     # -- what is offered ------------------------------------------------------------------------------------
 
