@@ -180,6 +180,43 @@ def test_programs_are_told_of_a_changed_list_in_the_new_era(setup, fixtures):
     run(work)
 
 
+class WithPrompts(LabServer):
+    """Has prompts, and lists them in the way that it is told to."""
+
+    mode, pages = "good", 0
+
+    def result(self, message):
+        method = message["method"]
+        found = super().result(message)
+        if method == "server/discover":
+            found["result"]["capabilities"] |= {"prompts": {}}
+        elif method == "prompts/list":
+            self.pages += 1
+            more = {"nextCursor": f"c{self.pages}"} if self.mode == "endless" else {}
+            rows = [{"name": "hello"}] if self.mode == "good" else []
+            about = {"prompts": rows, "resultType": "complete", "ttlMs": 0, "cacheScope": "private"}
+            found = {"jsonrpc": "2.0", "id": message["id"], "result": about | more}
+        return found
+
+
+def test_a_list_without_an_end_is_nobody_elses(setup):
+    good, bad = WithPrompts(), WithPrompts()
+    bad.mode = "endless"
+    with running_lab(good, bad):
+        home = setup(good.url)
+        config = home.folder / "config" / "luminaguard.toml"
+        config.write_text(config.read_text().replace("http://127.0.0.1:9/mcp", bad.url))
+
+        async def work():
+            async with over_stdio(home) as client:
+                for _ in range(2):
+                    found = [one.name for one in (await client.list_prompts()).prompts]
+                    assert found == ["one__hello", "two__hello"]
+                assert 1 < bad.pages <= 100
+
+        run(work)
+
+
 def listening(told):
     async def hear(message):
         told.append(type(message).__name__)

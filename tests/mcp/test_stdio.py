@@ -117,9 +117,26 @@ MCPServer("slow").run()
 """
 
 
-@pytest.mark.parametrize(("program", "era"), [(SILENT, "2025-11-25"), (SLOW, "2026-07-28")])
-def test_a_silent_server_costs_no_ten_seconds_and_a_slow_one_is_not_taken_for_one(tmp_path, program, era):
-    server = StdioServer(command=(sys.executable, "-c", program), folder=tmp_path, timeout_s=15)
+SLOW_AND_NEW = """
+import json, sys, time
+time.sleep(3)
+for line in sys.stdin:
+    said = json.loads(line)
+    about = {"name": "s", "version": "1"}
+    answer = {"resultType": "complete", "supportedVersions": ["2026-07-28"], "capabilities": {}, "serverInfo": about}
+    if said["method"] == "server/discover":
+        print(json.dumps({"jsonrpc": "2.0", "id": said["id"], "result": answer}), flush=True)
+    elif "id" in said and sys.argv[-1] != "mute":
+        print(json.dumps({"jsonrpc": "2.0", "id": said["id"], "error": {"code": -32601, "message": "no"}}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("program", "word", "era"), [
+    (SILENT, "", "2025-11-25"), (SLOW, "", "2026-07-28"), (SLOW_AND_NEW, "", "2026-07-28"),
+    (SLOW_AND_NEW, "mute", "2026-07-28"),
+], ids=["silent", "slow", "slow and new alone", "slow, new alone and mute"])  # fmt: skip
+def test_a_silent_server_costs_no_ten_seconds_and_a_slow_one_is_not_taken_for_one(tmp_path, program, word, era):
+    server = StdioServer(command=(sys.executable, "-c", program, word), folder=tmp_path, timeout_s=15)
 
     async def within():
         began = time.monotonic()

@@ -11,6 +11,7 @@ import anyio
 from mcp.shared.message import SessionMessage
 from mcp_types import (
     METHOD_NOT_FOUND,
+    UNSUPPORTED_PROTOCOL_VERSION,
     ErrorData,
     JSONRPCError,
     JSONRPCRequest,
@@ -40,6 +41,7 @@ class Pipe:
         self.failure: LuminaGuardError | None = None
         self._is_over = False
         self._discover: RequestId | None = None
+        self._initialize: RequestId | None = None
         self._given_up = set[RequestId]()
 
     @asynccontextmanager
@@ -71,9 +73,12 @@ class Pipe:
                 continue
             if isinstance(message.message, JSONRPCResponse | JSONRPCError) and message.message.id is not None:
                 if message.message.id in self._given_up:
-                    continue  # it was slow and not silent, which the SDK finds out by the next answer
+                    await self._was_slow(message.message)
+                    continue
                 if message.message.id == self._discover:
                     self._discover = None
+                if message.message.id == self._initialize:
+                    self._initialize = None
             if not await self._tell(message):
                 return
 
@@ -83,6 +88,8 @@ class Pipe:
             while (message := await self._next()) is not None:
                 if isinstance(message.message, JSONRPCRequest) and message.message.method == "server/discover":
                     self._discover = message.message.id
+                elif isinstance(message.message, JSONRPCRequest) and message.message.method == "initialize":
+                    self._initialize = message.message.id
                 text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
                 yield text.encode() + b"\n"
 
@@ -103,6 +110,17 @@ class Pipe:
         self._given_up.add(discover)
         unknown = ErrorData(code=METHOD_NOT_FOUND, message="the server says nothing to this")
         await self._tell(SessionMessage(JSONRPCError(jsonrpc="2.0", id=discover, error=unknown)))
+
+    async def _was_slow(self, answer: JSONRPCResponse | JSONRPCError) -> None:
+        """It did say something to the first question: if that it is of the new era, the SDK begins anew with it."""
+        versions = answer.result.get("supportedVersions") if isinstance(answer, JSONRPCResponse) else None
+        if self._initialize is None or not isinstance(versions, list):
+            return
+        initialize, self._initialize = self._initialize, None
+        self._given_up.add(initialize)
+        of_the_new = ErrorData(code=UNSUPPORTED_PROTOCOL_VERSION, message="the server is of the new era",
+                               data={"supported": versions, "requested": ""})  # fmt: skip
+        await self._tell(SessionMessage(JSONRPCError(jsonrpc="2.0", id=initialize, error=of_the_new)))
 
     async def _tell(self, message: SessionMessage) -> bool:
         """Whether the SDK is still there to be told."""

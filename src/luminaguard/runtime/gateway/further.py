@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Further", "ListeningServers"]
 
 _FIELDS = {"prompts/list": "prompts", "resources/list": "resources", "resources/templates/list": "resource_templates"}
-_LISTED_S = 5.0
-_MOST, _MOST_SIZE = 1000, 256 << 10
+_LISTED_S, _MOST_LISTING_S = 5.0, 15.0
+_MOST, _MOST_PAGES, _MOST_SIZE = 1000, 100, 256 << 10
 _GONE = (anyio.BrokenResourceError, anyio.ClosedResourceError)
 _LISTS: dict[type, List] = {
     types.ToolListChangedNotification: "tools", types.PromptListChangedNotification: "prompts",
@@ -112,8 +112,9 @@ class Further:
 
         async def look(name: str) -> None:
             try:
-                found[name] = await self._list(name, method)
-            except (LuminaGuardError, MCPError) as error:  # its own are missing, and nobody else's
+                with anyio.fail_after(_MOST_LISTING_S):  # the others wait for it
+                    found[name] = await self._list(name, method)
+            except (LuminaGuardError, MCPError, TimeoutError) as error:  # its own are missing, and nobody else's
                 log.event("gateway.server_missing", server=name, why=str(error)[:200])
 
         async with anyio.create_task_group() as tasks:
@@ -125,15 +126,22 @@ class Further:
         at, known = self._known.get((name, method), (-_LISTED_S, []))
         if time.monotonic() - at < _LISTED_S:
             return known
-        has = await anyio.to_thread.run_sync(self._servers.has, name)
         kind = method.partition("/")[0]
-        if has is not None and kind not in has:
+        if not await self._may_have(name, kind):
             return []  # it is not begun for that
-        async with self._kept.use(name) as kept:
-            has = await anyio.to_thread.run_sync(self._servers.has, name)
-            rows = await _all_pages(kept.opened.session, method) if has is None or kind in has else []
-        self._known[name, method] = (time.monotonic(), rows)
+        rows: list[Any] = []
+        try:
+            async with self._kept.use(name) as kept:
+                if await self._may_have(name, kind):
+                    rows = await _all_pages(kept.opened.session, method)
+        finally:  # one that failed is not asked again at once either
+            self._known[name, method] = (time.monotonic(), rows)
         return rows
+
+    async def _may_have(self, name: str, kind: str) -> bool:
+        """Whether a server has said that it has something, or was never asked."""
+        has = await anyio.to_thread.run_sync(self._servers.has, name)
+        return has is None or kind in has
 
     async def read(self, server: str, method: str, params: dict[str, Any]) -> BaseModel:
         """Make a request of a server, if the rules and people let it.
@@ -162,14 +170,15 @@ async def _all_pages(session: Session, method: str) -> list[Any]:
     """All that a server lists; raises McpServerFailed for too much."""
     found: list[Any] = []
     params: dict[str, Any] = {}
-    with anyio.fail_after(session.timeout_s):
-        while True:
+    with session.failures(), anyio.fail_after(session.timeout_s):
+        for _ in range(_MOST_PAGES):
             page = await send(session, method, params)
             rows = getattr(page, _FIELDS[method])
             found += rows
             if len(found) > _MOST or any(len(row.model_dump_json()) > _MOST_SIZE for row in rows):
-                raise session.failed(f"what it lists ({method}) is too many or too large")
+                break
             cursor = getattr(page, "next_cursor", None)
             if not cursor:
                 return found
             params = {"cursor": cursor}
+    raise session.failed(f"what it lists ({method}) is too many, too large, or without an end")
