@@ -149,7 +149,8 @@ class StdioServer(BaseModel):
     @field_validator("folders")
     @classmethod
     def _named(cls, folders: dict[str, Path]) -> dict[str, Path]:
-        if any(not _FOLDER.fullmatch(name) or not folder.is_absolute() for name, folder in folders.items()):
+        if not all(_FOLDER.fullmatch(name) and name.isprintable() and folder.is_absolute()
+                   for name, folder in folders.items()):  # fmt: skip
             raise ValueError("the folders have plain names and absolute paths")
         return folders
 

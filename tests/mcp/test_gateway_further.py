@@ -1,8 +1,10 @@
 """Prompts and resources of many servers behind one address, and what programs are told when a list changes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import mcp_types as types
@@ -11,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp.shared.subscriptions import PromptsListChanged, ToolsListChanged
 
-from luminaguard.mcp.names import address_of, resource_at
+from luminaguard.mcp.gateway.changes import Changes
+from luminaguard.mcp.names import Visibility, address_of, resource_at
 from luminaguard.testing.gateways import over_http, over_stdio, serving_gateway
 from luminaguard.testing.mcp_lab import TOOLS, LabServer, running_lab
 from mcp import MCPError
@@ -199,6 +202,21 @@ class WithPrompts(LabServer):
         return found
 
 
+def test_whoever_has_listed_what_nobody_accepted_follows_it(setup):
+    server = WithPrompts()
+    with running_lab(server):
+        home = setup(server.url, more='[policy]\ntrusted_servers = ["two"]\n')
+
+        async def work():
+            async with over_stdio(home) as client:
+                await client.list_prompts()
+
+        run(work)
+        entries = [json.loads(line) for line in home.run("ledger", "export").out.splitlines()[1:]]
+        labels = [one["body"]["label"] for one in entries if one["kind"] == "task.tainted"]
+        assert labels == ["mcp:one"]  # and not of the one that is trusted
+
+
 def test_a_list_without_an_end_is_nobody_elses(setup):
     good, bad = WithPrompts(), WithPrompts()
     bad.mode = "endless"
@@ -215,6 +233,47 @@ def test_a_list_without_an_end_is_nobody_elses(setup):
                 assert 1 < bad.pages <= 100
 
         run(work)
+
+
+WAYS = ["file:///home/me/./secret/a", "file:///home/x/../me/secret/a", "file:///home/me/%73ecret/a",
+        "FILE:///home/me/secret/a", "file://localhost/home/me/secret/a", "file:////home/me/secret/a",
+        "file:///home/me/%2573ecret/a", "file:///home//me/secret/a?x", "file:///home/me\\secret\\a",
+        "file:///home/me/secret/a#f"]  # fmt: skip
+
+
+@pytest.mark.parametrize("uri", WAYS)
+def test_what_is_hidden_is_however_its_address_is_written(uri):
+    visibility = Visibility(("*",), ("files__file:///home/me/secret/*",))
+    assert not visibility.shows_address("files", uri) and visibility.shows_address("other", uri)
+    assert visibility.shows_address("files", "file:///home/me/open/a")
+
+
+def test_a_flood_of_notices_is_told_once_in_a_while_and_a_client_that_does_not_read_holds_up_nobody():
+    class Client:
+        def __init__(self, *, reads):
+            self.reads, self.told = reads, 0
+
+        async def send_notification(self, _notice):
+            self.told += 1
+            if not self.reads:
+                await anyio.sleep_forever()
+
+    async def work():
+        changes = Changes()
+        stuck, well = Client(reads=False), Client(reads=True)
+        for name, client in (("a", stuck), ("b", well)):
+            request = SimpleNamespace(headers={"mcp-session-id": name})
+            changes.meet(SimpleNamespace(protocol_version="2025-11-25", request=request, session=client))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(changes.tell)
+            for _ in range(20_000):
+                changes.note("prompts")
+            while not well.told:
+                await anyio.sleep(0.01)
+            assert (stuck.told, well.told) == (1, 1)
+            tasks.cancel_scope.cancel()
+
+    run(work)
 
 
 def listening(told):

@@ -2,21 +2,24 @@
 
 import dataclasses
 import json
+import os
 import sqlite3
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlalchemy import text
 
 from luminaguard.approvals import Decision, Request, State, Verdict, key_id, sign, verify
 from luminaguard.effects import Change, Changeset, FileEntry
 from luminaguard.errors import ApprovalError, LedgerError, RequestNotFound, StorageError
-from luminaguard.ledger.chain import Checkpoint
 from luminaguard.storage.approvals import Approvals
 from luminaguard.storage.database import Database
 from luminaguard.storage.head import Head
@@ -275,44 +278,69 @@ def test_a_head_that_is_behind_after_a_crash_is_no_break(desk, tmp_path):
     assert desk.ledger.verify() == 3
 
 
-def test_a_head_of_an_older_version_is_read_and_replaced(desk, tmp_path):
-    entry = desk.ledger.append("one")
-    head = tmp_path / "head.json"
-    (line,) = (one.strip(b"\0 ") for one in head.read_bytes().splitlines() if one.strip(b"\0 "))
-    head.write_bytes(line)  # one checkpoint, without places
-    assert Head(head).read().seq == entry.seq
-    desk.open()
-    for number in range(2, 5):
-        desk.ledger.append("more")
-        assert Head(head).read().seq == number
-    assert desk.ledger.verify() == 4 and head.stat().st_size == 1024
-
-
-@given(cut=st.integers(0, 511), seq=st.integers(2, 9))
-def test_a_head_that_was_half_written_leaves_the_one_before_it(tmp_path_factory, cut, seq):
-    path = tmp_path_factory.mktemp("head") / "head.json"
-    head = Head(path)
-    for number in range(1, seq + 1):
-        head.write(Checkpoint(number, "a" * 64, b"s" * 64))
-    whole = path.read_bytes()
-    at = seq % 2 * 512
-    path.write_bytes(whole[: at + cut] + bytes(512 - cut) + whole[at + 512 :])
-    assert head.read().seq in {seq, seq - 1}
-    head.write(Checkpoint(seq + 1, "a" * 64, b"s" * 64))
-    assert head.read().seq == seq + 1 and path.stat().st_mode & 0o777 == 0o600
-
-
 def test_many_threads_append_at_once_and_what_one_cannot_is_its_own(desk):
     with ThreadPoolExecutor(12) as pool:
-        works = [
-            pool.submit(desk.ledger.append, "one", number=number if number % 7 else {1, 2}) for number in range(90)
-        ]
+        given_ = [number if number % 7 else {1, 2} for number in range(90)]
+        works = [pool.submit(desk.ledger.append, "one", number=number) for number in given_]
         failures = [work.exception(30) for work in works]
     assert [bool(failure) for failure in failures] == [number % 7 == 0 for number in range(90)]
     assert all(isinstance(failure, TypeError) for failure in failures if failure)
     assert desk.ledger.verify() == 77
     written = [json.loads(entry.body)["number"] for entry in desk.ledger.entries()]
     assert sorted(written) == [number for number in range(90) if number % 7]
+    with desk.ledger.database.read() as connection:
+        kept = connection.execute(text("SELECT count(*) FROM checkpoints")).scalar()
+    assert kept <= 40
+
+
+def at_once(desk, threads):
+    """Appends that wait for each other, all written by one of them; what became of each."""
+    with ThreadPoolExecutor(threads) as pool:
+        with desk.ledger._turn:
+            works = [pool.submit(desk.ledger.append, "one", number=number) for number in range(threads)]
+            while len(desk.ledger._waiting) < threads:
+                time.sleep(0.01)
+        return [work.exception(30) for work in works]
+
+
+def test_when_the_head_cannot_be_written_each_entry_is_there_once_and_each_is_told(desk):
+    desk.ledger.append("one", number=-1)
+    with patch.object(Head, "write", side_effect=StorageError("no space", hint="", kept="The entry is there.")):
+        failures = at_once(desk, 5)
+    assert all(isinstance(failure, StorageError) for failure in failures)
+    written = [json.loads(entry.body).get("number") for entry in desk.ledger.entries() if entry.kind == "one"]
+    assert sorted(written) == [-1, 0, 1, 2, 3, 4]
+    assert desk.ledger.verify() == 6
+
+
+def test_a_database_that_is_not_there_for_long_is_waited_for_once(desk):
+    with patch.object(Database, "write", side_effect=StorageError("locked", hint="")) as write:
+        failures = at_once(desk, 8)
+    assert all(isinstance(failure, StorageError) for failure in failures) and write.call_count == 1
+
+
+def test_a_signal_in_the_main_thread_is_nobody_elses(desk):
+    with patch.object(Database, "write", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        desk.ledger.append("one", number=0)
+    assert not desk.ledger._waiting
+    assert at_once(desk, 3) == [None] * 3 and desk.ledger.verify() == 3
+
+
+NO_HEADS = [b"{}", b"[]", b"null", b"\xff", b"x" * 9000, b'{"seq": 1e999, "hash": "", "signature": ""}',
+            b'{"seq": 1, "hash": "", "signature": "?"}', b'{"seq": Infinity, "hash": "", "signature": ""}',
+            b'{"seq": -99999999999999999999, "hash": "", "signature": ""}']  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", NO_HEADS)
+def test_a_head_that_is_none_is_refused_in_words(desk, tmp_path, raw):
+    desk.ledger.append("one")
+    (tmp_path / "head.json").write_bytes(raw)
+    with pytest.raises(LedgerError, match="head file"):
+        desk.ledger.append("two")
+    (tmp_path / "head.json").unlink()
+    os.mkfifo(tmp_path / "head.json")
+    with pytest.raises(LedgerError, match="head file"):
+        desk.ledger.append("two")
 
 
 def test_the_ledgers_clock_does_not_go_back(desk):

@@ -57,6 +57,15 @@ def test_a_name_that_is_taken_is_refused(states):
         join(top, {"sub": docs})
 
 
+def test_a_folder_that_is_given_twice_is_refused_however_it_is_called(states, tmp_path):
+    top, docs, _ = states
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(WorkspaceError, match="twice"):
+        join(top, {"docs": docs, "other": read_state(tmp_path / "link" / "docs", LIMITS)})
+    with pytest.raises(WorkspaceError, match="lies in another"):
+        join(top, {"docs": docs, "in": read_state(tmp_path / "link" / "docs" / "sub", LIMITS)})
+
+
 def test_what_becomes_of_a_folder_itself_is_not_published():
     names = {"docs": None}
     mode = Change("docs", DirEntry(0o700), DirEntry(0o755))

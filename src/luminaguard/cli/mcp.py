@@ -430,6 +430,7 @@ def _with(
     told: dict[str, Any] | None = None, quiet: bool = False, asks: Questions | None = None,
 ) -> None:  # fmt: skip
     """Do something with a server; then tell what it changed in a machine, which waits."""
+    from luminaguard.effects.text import visible
     from luminaguard.errors import EXIT_PENDING
     from luminaguard.runtime.mcp import McpServers
 
@@ -440,6 +441,8 @@ def _with(
             peer = asks.peer() if asks is not None else None
             async with (servers := McpServers(runtime)).open(server, peer) as opened:
                 await work(servers, opened)
+            if opened.execution is not None and opened.execution.refusal is not None:
+                sys.stderr.write(f"note: not kept: {visible(opened.execution.detail)}\n")
             return [request.id for request in opened.requests]
 
         waiting = signals.interruptible(held, run)

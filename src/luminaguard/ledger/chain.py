@@ -24,6 +24,7 @@ __all__ = [
     "GENESIS",
     "Checkpoint",
     "Entry",
+    "body_text",
     "next_entry",
     "sign_checkpoint",
     "verify_chain",
@@ -57,9 +58,13 @@ class Checkpoint:
     signature: bytes
 
 
-def next_entry(last: Entry | None, time_ns: int, kind: str, body: dict[str, Any]) -> Entry:
+def body_text(body: dict[str, Any]) -> str:
+    """What an entry keeps of a body; raises TypeError or ValueError if that is no JSON."""
+    return json.dumps(body, sort_keys=True, separators=(",", ":"))
+
+
+def next_entry(last: Entry | None, time_ns: int, kind: str, text: str) -> Entry:
     """The entry that follows ``last`` (None: the first one, number 1)."""
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     seq, previous = (last.seq + 1, last.hash) if last else (1, GENESIS)
     return Entry(seq, time_ns, kind, text, previous, _hash(seq, time_ns, kind, text, previous))
 

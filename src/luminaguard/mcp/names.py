@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import posixpath
 import re
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 __all__ = ["Names", "Visibility", "address_of", "resource_at"]
 
 _LONGEST = 64
 """What all known hosts take, of letters, digits, ``_`` and ``-``."""
 _ADDRESS = "luminaguard:"
+_DECODINGS = 10
 _STRANGE = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -24,9 +27,32 @@ class Visibility:
 
     def shows(self, name: str) -> bool:
         """Whether a tool is shown."""
-        return any(fnmatch.fnmatchcase(name, one) for one in self.show) and not any(
-            fnmatch.fnmatchcase(name, one) for one in self.hide
-        )
+        return any(fnmatch.fnmatchcase(name, one) for one in self.show) and not self._hides(name)
+
+    def shows_address(self, server: str, uri: str) -> bool:
+        """Whether a resource is shown, by ``SERVER__ADDRESS``: a hidden one is, however its address is written."""
+        shown = self.shows(f"{server}__{uri}")
+        return shown and not (self.hide and any(self._hides(f"{server}__{form}") for form in _forms(uri)))
+
+    def _hides(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name.casefold(), one.casefold()) for one in self.hide)
+
+
+def _forms(uri: str) -> set[str]:
+    """Other ways to write an address, which may lead to the same place."""
+    decoded = [uri]
+    while len(decoded) < _DECODINGS and (again := unquote(decoded[-1])) != decoded[-1]:
+        decoded.append(again)
+    found = set(decoded)
+    for one in decoded:
+        scheme, colon, rest = one.replace("\\", "/").partition(":")
+        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+        slashes = "//" if rest.startswith("//") else ""
+        host, slash, path = rest[len(slashes) :].partition("/")
+        plain = posixpath.normpath(f"/{path}").lstrip("/")
+        for name in {host, "", "localhost"} if host.casefold() in {"", "localhost"} else {host}:
+            found.add(f"{scheme}{colon}{slashes}{name}{slash}{plain}")
+    return found
 
 
 @dataclass(slots=True)

@@ -260,10 +260,13 @@ def _request(
         try:
             execution.requests.append(runtime.decisions.ask(request, changeset))
             execution.status = "pending"
-        except Forbidden as error:
+        except LuminaGuardError as error:  # of one folder; the others' changes are asked for all the same
             runtime.blobs.forget(request.id)
-            execution.detail, execution.refusal = error.message, error
-            execution.status = "pending" if execution.requests else "refused"
+            if not isinstance(error, Forbidden) and len(asked) == 1:
+                raise
+            execution.detail, execution.refusal = f"{request.workspace}: {error.message}", error
+    if asked and not execution.requests:
+        execution.status = "refused"
 
 
 def _text(argv: Sequence[str]) -> list[str]:

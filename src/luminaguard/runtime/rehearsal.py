@@ -110,6 +110,7 @@ class Rehearsal:
             ChangesetRefused, GuestProtocolError: what the guest reported cannot be.
             LuminaGuardError: the machine failed; all is recorded.
         """
+        from luminaguard.workspaces.joined import split
         from luminaguard.workspaces.own import refuse_changes
 
         runtime, vm_id, argv = self.runtime, "", shown(self.command.argv)
@@ -132,6 +133,7 @@ class Rehearsal:
                 changeset, mode = await self._take_out(vm, writer, timed_out=outcome.timed_out)
                 marks.lap("changes")
             refuse_changes(changeset, self._own_paths())
+            split(changeset, self.beside)  # raises for a folder that is none any more
         except BaseException as error:
             if writer is not None:
                 writer.discard()

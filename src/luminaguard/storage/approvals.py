@@ -118,8 +118,8 @@ class Approvals:
         """What the ledger has of a kind, oldest first."""
         return (body for _, body in self._ledger.bodies_in(connection, kind))
 
-    def last_recorded(self, connection: Connection, kind: str) -> int:
-        """The number of the ledger's last entry of a kind; 0 if there is none."""
+    def last_recorded(self, connection: Connection, kind: str) -> str:
+        """The hash of the ledger's last entry of a kind; empty if there is none."""
         return self._ledger.last_of(connection, kind)
 
     def refused(self, request_id: str, error: LuminaGuardError) -> None:

@@ -80,10 +80,11 @@ class Clients:
             with os.fdopen(fd, encoding="ascii") as file:
                 info = os.fstat(fd)
                 version = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-                if version != self._known[0]:  # it is looked at for each request, and understood once
-                    found = json.loads(file.read(_MOST_FILE))
-                    self._known = (version, {str(name): str(digest) for name, digest in found.items()})
-            return dict(self._known[1])
+                known, found = self._known
+                if version != known:  # it is looked at for each request, and understood once
+                    found = {str(name): str(one) for name, one in json.loads(file.read(_MOST_FILE)).items()}
+                    self._known = (version, found)
+            return dict(found)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, AttributeError) as error:

@@ -1,14 +1,12 @@
-"""The newest checkpoints of a ledger, in a file outside of its database, so that a cut-off end is noticed.
-
-The file has two places of one sector each, which checkpoints take in turn: one that was half written when the power
-went leaves the one before it. Nothing is created or renamed for it, so a disk has next to nothing to do.
-"""
+"""The newest checkpoint of a ledger, in a file outside of its database, so that a cut-off end is noticed."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import stat
+import threading
 from pathlib import Path
 
 from luminaguard.errors import StorageError
@@ -16,12 +14,11 @@ from luminaguard.ledger.chain import Checkpoint
 
 __all__ = ["Head"]
 
-_SECTOR = 512
 _MOST = 4096
 
 
 class Head:
-    """One such file."""
+    """One such file; it is replaced as a whole, so there is always one that is whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,55 +28,40 @@ class Head:
         return self.path.exists()
 
     def read(self) -> Checkpoint:
-        """The newest checkpoint; what it says is not verified.
+        """The checkpoint; what it says is not verified.
 
         Raises:
             OSError: the file cannot be read, or is not there.
-            ValueError: it has none.
+            ValueError: it is no checkpoint.
         """
-        fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            data = file.read(_MOST)
-        places = [data[:_SECTOR], data[_SECTOR:]] if len(data) % _SECTOR == 0 else [data]
-        found = [one for one in map(_parsed, places) if one is not None]
-        if not found:
-            raise ValueError("it has no checkpoint")
-        return max(found, key=lambda one: one.seq)
-
-    def write(self, checkpoint: Checkpoint, *, anew: bool = False) -> None:
-        """Keep a checkpoint.
-
-        Args:
-            checkpoint: it.
-            anew: forget all others: a chain that was cut off goes on at an earlier place.
-
-        Raises:
-            StorageError: the file cannot be written.
-        """
-        said = {"seq": checkpoint.seq, "hash": checkpoint.hash,
-                "signature": base64.b64encode(checkpoint.signature).decode()}  # fmt: skip
-        place = json.dumps(said).encode().ljust(_SECTOR - 1) + b"\n"
-        assert len(place) == _SECTOR
+        fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-            try:
-                if anew or os.fstat(fd).st_size % _SECTOR:  # by an older version, which had one checkpoint
-                    os.ftruncate(fd, 0)
-                os.pwrite(fd, place, checkpoint.seq % 2 * _SECTOR)
-            finally:
-                os.close(fd)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ValueError("it is no file")
+            raw = json.loads(os.read(fd, _MOST))
+        finally:
+            os.close(fd)
+        try:
+            seq = int(raw["seq"])
+            if not 0 < seq < 1 << 63:
+                raise ValueError("it is no checkpoint: there is no such entry")
+            return Checkpoint(seq, str(raw["hash"]), base64.b64decode(raw["signature"], validate=True))
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"it is no checkpoint: {error!r}") from error
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint instead of the one before; raises StorageError."""
+        text = json.dumps({"seq": checkpoint.seq, "hash": checkpoint.hash,
+                           "signature": base64.b64encode(checkpoint.signature).decode()})  # fmt: skip
+        temporary = self.path.with_name(f".{self.path.name}-{os.getpid()}-{threading.get_ident()}")
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                file.write(text)
+            temporary.replace(self.path)
         except OSError as error:
             raise StorageError(
                 f"The ledger's head {self.path} cannot be written: {error.strerror}.",
                 hint="Check that the state folder has free space and is yours.",
                 kept="The entry itself is in the ledger.",
             ) from error
-
-
-def _parsed(place: bytes) -> Checkpoint | None:
-    """A checkpoint; None for what is none, such as one that was half written."""
-    try:
-        raw = json.loads(place.strip(b"\0 \n"))
-        return Checkpoint(int(raw["seq"]), str(raw["hash"]), base64.b64decode(raw["signature"], validate=True))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from sqlalchemy import Connection, bindparam, func, insert, select
+from sqlalchemy import Connection, bindparam, insert, select
 
 from luminaguard.effects.text import visible
 from luminaguard.errors import LedgerError, SettingsError
 from luminaguard.ledger.chain import (
     Checkpoint,
     Entry,
+    body_text,
     next_entry,
     sign_checkpoint,
     verify_chain,
@@ -39,18 +40,21 @@ _CHECKPOINTS = 16
 _LAST = select(tables.ledger).order_by(tables.ledger.c.seq.desc()).limit(1)
 _HASH_OF = select(tables.ledger.c.hash).where(tables.ledger.c.seq == bindparam("number"))
 _ALL_OF = select(tables.ledger).where(tables.ledger.c.kind == bindparam("of")).order_by(tables.ledger.c.seq)
-_LAST_OF = select(func.max(tables.ledger.c.seq)).where(tables.ledger.c.kind == bindparam("of"))
+_LAST_OF = (
+    select(tables.ledger.c.hash).where(tables.ledger.c.kind == bindparam("of")).order_by(tables.ledger.c.seq.desc())
+    .limit(1)
+)  # fmt: skip
 _INSERT_ENTRY, _INSERT_CHECKPOINT = insert(tables.ledger), insert(tables.checkpoints)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
     """An entry that is about to be written, and what became of it."""
 
     kind: str
-    body: dict[str, Any]
+    body: str
     entry: Entry | None = None
-    failure: Exception | None = None
+    failure: BaseException | None = None
 
     @property
     def over(self) -> bool:
@@ -71,48 +75,51 @@ class Ledger:
         self._clock = clock
         self._waiting: deque[_Waiting] = deque()
         self._turn = threading.Lock()
+        self._since_forgotten = _CHECKPOINTS
         self._signed: Checkpoint | None = None
         self._verified: Checkpoint | None = None
 
     def append(self, kind: str, **body: Any) -> Entry:
-        """Write one entry, in one transaction with those that other threads wait to write."""
-        mine = _Waiting(kind, body)
-        self._waiting.append(mine)
-        with self._turn:  # who comes first writes for all: a disk takes many as fast as one
-            if not mine.over:
-                self._write_waiting(mine)
+        """Write one entry, in one transaction with those that other threads wait to write.
+
+        Raises:
+            StorageError: it could not be written, or the head could not; that says which.
+            LedgerError: the chain has a break; nothing was written.
+            TypeError, ValueError: the body is no JSON.
+        """
+        mine = _Waiting(kind, body_text(body))
+        if threading.current_thread() is threading.main_thread():
+            # Here signals interrupt what is being done, which must be nobody else's.
+            with self._turn:
+                self._write([mine])
+        else:
+            self._waiting.append(mine)
+            with self._turn:  # who comes first writes for all: a disk takes many as fast as one
+                if not mine.over:
+                    self._write([self._waiting.popleft() for _ in range(len(self._waiting))])
         if mine.failure is not None:
             raise mine.failure
         assert mine.entry is not None
         return mine.entry
 
-    def _write_waiting(self, mine: _Waiting) -> None:
-        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        try:
-            self._write(batch)
-        except Exception as failure:  # noqa: BLE001  # raised where it is waited for
-            if len(batch) == 1:
-                batch[0].failure = failure
-                return
-            for one in batch:  # what one of them cannot do is none of the others' business
-                try:
-                    self._write([one])
-                except Exception as error:  # noqa: BLE001  # as above
-                    one.failure = error
-        except BaseException:  # such as a Ctrl-C, which concerns this thread's own entry
-            self._waiting.extendleft(one for one in reversed(batch) if one is not mine and not one.over)
-            raise
-
     def _write(self, batch: Sequence[_Waiting]) -> None:
-        with self.database.write() as connection:
-            self._guard(connection)
-            last, entries = self._checked(connection, self.last(connection)), []
+        """Write all of them or none; how it ended is told to each. What fails is not tried again: it may be there."""
+        try:
+            with self.database.write() as connection:
+                self._guard(connection)
+                last, entries = self._checked(connection, self.last(connection)), []
+                for one in batch:
+                    last = self._extend(connection, last, one.kind, one.body, signed=one is batch[-1])
+                    entries.append(last)
+            self.publish_head(entries[-1])
+        except BaseException as failure:
             for one in batch:
-                last = self._extend(connection, last, one.kind, one.body, signed=one is batch[-1])
-                entries.append(last)
+                one.failure = failure
+            if not isinstance(failure, Exception):
+                raise
+            return
         for one, entry in zip(batch, entries, strict=True):
             one.entry = entry
-        self.publish_head(entries[-1])
 
     def append_in(self, connection: Connection, kind: str, body: dict[str, Any], last: Entry | None = None) -> Entry:
         """Write one entry inside the caller's transaction; the caller publishes the head after it.
@@ -126,7 +133,8 @@ class Ledger:
         Raises:
             LedgerError: the end that was published last is not in the chain any more: going on would hide it.
         """
-        return self._extend(connection, self._checked(connection, last or self.last(connection)), kind, body)
+        end = self._checked(connection, last or self.last(connection))
+        return self._extend(connection, end, kind, body_text(body))
 
     def _checked(self, connection: Connection, last: Entry | None) -> Entry | None:
         """The end of the chain, which is the one that was published last or follows it; raises LedgerError."""
@@ -146,9 +154,9 @@ class Ledger:
             verify_entry(entry)
             yield entry, json.loads(entry.body)
 
-    def last_of(self, connection: Connection, kind: str) -> int:
-        """The number of the last entry of a kind; 0 if there is none."""
-        return connection.execute(_LAST_OF, {"of": kind}).scalar() or 0
+    def last_of(self, connection: Connection, kind: str) -> str:
+        """The hash of the last entry of a kind, and so of all before it; empty if there is none."""
+        return connection.execute(_LAST_OF, {"of": kind}).scalar() or ""
 
     def resume(self, reason: str) -> Entry:
         """Go on after a break that a person has looked at; the chain says so for ever.
@@ -164,8 +172,9 @@ class Ledger:
                 why = error.message
             else:
                 raise LedgerError("The ledger has no break.", hint="There is nothing to resume.")
-            entry = self._extend(connection, last, "ledger.resumed", {"found": visible(why), "reason": visible(reason)})
-        self.publish_head(entry, anew=True)
+            body = body_text({"found": visible(why), "reason": visible(reason)})
+            entry = self._extend(connection, last, "ledger.resumed", body)
+        self.publish_head(entry)
         return entry
 
     def refuse_other_key(self, keys: Path) -> None:
@@ -200,7 +209,7 @@ class Ledger:
         if row is None or row.hash != last.hash:
             raise _cut_off(f"there is no signature of its end, entry {last.seq}")
         verify_checkpoint(Checkpoint(**row._mapping), self.public_key)  # noqa: SLF001  # SQLAlchemy's documented name
-        return self._extend(connection, last, "ledger.joined", {"host": self._host})
+        return self._extend(connection, last, "ledger.joined", body_text({"host": self._host}))
 
     def _check_head(self, connection: Connection, last: Entry | None) -> None:
         """The head may be behind the chain, after a crash; never ahead of it, beside it, or gone."""
@@ -222,15 +231,17 @@ class Ledger:
             self._verified = head
 
     def _extend(
-        self, connection: Connection, last: Entry | None, kind: str, body: dict[str, Any], *, signed: bool = True
+        self, connection: Connection, last: Entry | None, kind: str, body: str, *, signed: bool = True
     ) -> Entry:
         entry = next_entry(last, self.now(last), kind, body)
         connection.execute(_INSERT_ENTRY, dataclasses.asdict(entry))
+        self._since_forgotten += 1
         if not signed:
             return entry
         self._signed = sign_checkpoint(entry, self._key)
         connection.execute(_INSERT_CHECKPOINT, dataclasses.asdict(self._signed))
-        if entry.seq % _CHECKPOINTS == 0:  # some are kept, and looking for older ones takes its time
+        if self._since_forgotten >= _CHECKPOINTS:  # some are kept, and looking for older ones takes its time
+            self._since_forgotten = 0
             connection.execute(tables.checkpoints.delete().where(tables.checkpoints.c.seq < entry.seq - _CHECKPOINTS))
         return entry
 
@@ -247,12 +258,12 @@ class Ledger:
         with self.database.read() as connection:
             return self.time(connection)
 
-    def publish_head(self, entry: Entry, *, anew: bool = False) -> None:
+    def publish_head(self, entry: Entry) -> None:
         """Keep the newest checkpoint outside of the database, so that a cut-off end is noticed."""
         checkpoint = self._signed
         if checkpoint is None or (checkpoint.seq, checkpoint.hash) != (entry.seq, entry.hash):
             checkpoint = sign_checkpoint(entry, self._key)
-        self._head.write(checkpoint, anew=anew)
+        self._head.write(checkpoint)
         self._verified = checkpoint
 
     def entries(self) -> Iterator[Entry]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from luminaguard.effects.changes import Change, Changeset, DirEntry, FileEntry
 from luminaguard.errors import ChangesetRefused, WorkspaceError
@@ -21,10 +24,17 @@ def join(top: WorkspaceState, beside: Mapping[str, WorkspaceState]) -> Workspace
         beside: of the others, by the name that each has in it.
 
     Raises:
-        WorkspaceError: the working folder has something of such a name.
+        WorkspaceError: the working folder has something of such a name, or a folder lies in another one.
     """
     if not beside:
         return top
+    real = sorted((Path(os.path.realpath(state.path)) for state in (top, *beside.values())), key=lambda one: one.parts)
+    for one, later in itertools.pairwise(real):
+        if later.is_relative_to(one):
+            raise WorkspaceError(
+                f"{ascii(str(later))[1:-1]} is given twice, or lies in another one of the folders.",
+                hint="What changes there would be asked for twice: give it once.",
+            )
     whole = replace(top, entries=dict(top.entries), times=dict(top.times), links=dict(top.links), parts=dict(beside))
     for name, state in beside.items():
         if name in top.entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import anyio
@@ -28,7 +29,7 @@ __all__ = ["Changes", "List", "TellingServer"]
 
 List = Literal["tools", "prompts", "resources"]
 _MOST_SESSIONS, _MOST_STREAMS, _MOST_EVENTS = 1024, 256, 64
-_TELL_S = 5.0
+_TELL_S, _PAUSE_S = 5.0, 1.0
 _EVENTS: dict[List, ServerEvent] = {
     "tools": ToolsListChanged(), "prompts": PromptsListChanged(), "resources": ResourcesListChanged(),
 }  # fmt: skip
@@ -57,6 +58,8 @@ class Changes:
         self.listen = ListenHandler(self._bus, max_subscriptions=_MOST_STREAMS, max_buffered_events=_MOST_EVENTS)
         """Serves ``subscriptions/listen``."""
         self._sessions: OrderedDict[str, ServerSession] = OrderedDict()
+        self._changed = set[List]()
+        self._noted = anyio.Event()
 
     def meet(self, context: ServerRequestContext[Any]) -> None:
         """Remember who has listed something, and is to be told when that is another list."""
@@ -68,13 +71,29 @@ class Changes:
         while len(self._sessions) > _MOST_SESSIONS:
             self._sessions.popitem(last=False)
 
-    async def tell(self, changed: List) -> None:
-        """Tell all that a list has changed."""
-        await self._bus.publish(_EVENTS[changed])
-        for key, session in list(self._sessions.items()):
-            try:
-                with anyio.fail_after(_TELL_S):
-                    await session.send_notification(_NOTICES[changed])
-            except (MCPError, TimeoutError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-                self._sessions.pop(key, None)  # it has left
-                log.event("gateway.not_told", why=type(error).__name__)
+    def note(self, changed: List) -> None:
+        """A list has changed; :meth:`tell` says so."""
+        self._changed.add(changed)
+        self._noted.set()
+
+    async def tell(self) -> None:
+        """Tell all what has changed, for ever: once a second at most, however often it does."""
+        while True:
+            await self._noted.wait()
+            self._noted, changed = anyio.Event(), sorted(self._changed)
+            self._changed.clear()
+            for one in changed:
+                await self._bus.publish(_EVENTS[one])
+            async with anyio.create_task_group() as tasks:
+                for key, session in self._sessions.items():
+                    tasks.start_soon(self._tell_one, key, session, changed)
+            await anyio.sleep(_PAUSE_S)
+
+    async def _tell_one(self, key: str, session: ServerSession, changed: Sequence[List]) -> None:
+        try:
+            with anyio.fail_after(_TELL_S):
+                for one in changed:
+                    await session.send_notification(_NOTICES[one])
+        except (MCPError, TimeoutError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            self._sessions.pop(key, None)  # it has left, or does not read
+            log.event("gateway.not_told", why=type(error).__name__)

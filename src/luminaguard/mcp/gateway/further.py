@@ -31,7 +31,10 @@ class FurtherBackend(Protocol):
         """What each server lists: ``prompts/list``, ``resources/list`` or ``resources/templates/list``."""
 
     def shows(self, name: str) -> bool:
-        """Whether something is shown: ``SERVER__NAME``, or ``SERVER__ADDRESS``."""
+        """Whether something is shown: ``SERVER__NAME``."""
+
+    def shows_address(self, server: str, uri: str) -> bool:
+        """Whether a resource of a server is shown."""
 
     async def read(self, server: str, method: str, params: dict[str, Any]) -> BaseModel:
         """Make a request of a server; raises LuminaGuardError, or MCPError for what the server said."""
@@ -72,6 +75,7 @@ class _Offers:
 
     async def _prompts(self) -> list[types.Prompt]:
         found = await self._backend.listed("prompts/list")
+        self._names = Names()  # of those that there are
         named = [(self._names.add(server, prompt.name), prompt) for server, all_ in found.items() for prompt in all_]
         return [prompt.model_copy(update={"name": name}) for name, prompt in named if self._backend.shows(name)]
 
@@ -80,7 +84,7 @@ class _Offers:
         found = await _plainly(self._backend.listed("resources/list"))
         return types.ListResourcesResult(resources=[
             one.model_copy(update={"uri": address_of(server, one.uri)})
-            for server, all_ in found.items() for one in all_ if self._shows(server, one.uri)
+            for server, all_ in found.items() for one in all_ if self._backend.shows_address(server, one.uri)
         ])  # fmt: skip
 
     async def templates(self, context: Context, _params: Any) -> types.ListResourceTemplatesResult:
@@ -88,11 +92,8 @@ class _Offers:
         found = await _plainly(self._backend.listed("resources/templates/list"))
         return types.ListResourceTemplatesResult(resource_templates=[
             one.model_copy(update={"uri_template": address_of(server, one.uri_template)})
-            for server, all_ in found.items() for one in all_ if self._shows(server, one.uri_template)
+            for server, all_ in found.items() for one in all_ if self._backend.shows_address(server, one.uri_template)
         ])  # fmt: skip
-
-    def _shows(self, server: str, uri: str) -> bool:
-        return self._backend.shows(f"{server}__{uri}")
 
     # -- what is read ---------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class _Offers:
 
     def _resource_of(self, address: str) -> tuple[str, str]:
         found = resource_at(address)
-        if found is None or not self._shows(*found):
+        if found is None or not self._backend.shows_address(*found):
             raise MCPError(types.INVALID_PARAMS, f"There is no resource {address[:200]!a}.")
         return found
 

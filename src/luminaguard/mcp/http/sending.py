@@ -1,7 +1,8 @@
 """Sends one request to one address and gives its answer as it comes: aiohttp below the SDK's httpx2.
 
 Written in C where it matters, it takes less than half of the processor time of httpx2's own transport, which is most of
-what a call costs on this side. Nothing is followed, repeated, decoded or remembered here.
+what a call costs on this side. Nothing is followed, decoded or remembered here. A GET or DELETE whose kept connection
+had ended is sent once more; a POST is not.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ class Sending(httpx2.AsyncBaseTransport):
                 request.method, URL(str(request.url), encoded=True),
                 headers=[(key.decode("ascii"), value.decode("latin-1")) for key, value in request.headers.raw],
                 data=await request.aread() or None, allow_redirects=False, skip_auto_headers=_AUTOMATIC,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
+                timeout=aiohttp.ClientTimeout(total=None, connect=connect_s),
                 server_hostname=request.extensions.get("sni_hostname"),
                 trace_request_ctx=request.extensions.get("trace"),
             )  # fmt: skip
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (aiohttp.ClientError, TimeoutError, RuntimeError) as error:  # the last one when it is closed already
             raise _as_httpx2(error, request) from error
         return httpx2.Response(answer.status, headers=list(answer.raw_headers), stream=_Body(answer, request))
 

@@ -130,6 +130,7 @@ class Alone:
         """Serve one server for as long as this context lasts; raises SettingsError if there is none of this name."""
         async with anyio.create_task_group() as tasks:
             alone = cls(gateway, runtime, name, tasks)
+            tasks.start_soon(alone.changes.tell)
             try:
                 yield alone
             finally:
@@ -143,7 +144,7 @@ class Alone:
     async def _changed(self, _server: str, what: List) -> None:
         for kept in self._kept.open.values():
             kept.forget_tools()
-        await self.changes.tell(what)
+        self.changes.note(what)
 
     def _ended(self, key: str, opened: Opened) -> None:
         line = self._lines.get(key)

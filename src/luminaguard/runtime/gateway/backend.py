@@ -98,6 +98,7 @@ class Gateway:
             with runtime.publisher.lock(gateway.task):  # for as long as it lives, however it ends
                 await anyio.to_thread.run_sync(gateway.withdraw_of_the_dead)
                 tasks.start_soon(gateway._watch)
+                tasks.start_soon(gateway.changes.tell)
                 try:
                     yield gateway
                 finally:
@@ -172,7 +173,7 @@ class Gateway:
                 kept.forget_tools()
             return
         self._further.forget(server)
-        await self.changes.tell(what)
+        self.changes.note(what)
 
     async def _watch(self) -> None:
         """Tell those who have listed the tools once a person has accepted other ones, wherever they did."""
@@ -186,15 +187,23 @@ class Gateway:
                 continue
             if now != known:
                 known = now
-                await self.changes.tell("tools")
+                self.changes.note("tools")
 
     async def listed(self, method: str) -> Mapping[str, Sequence[Any]]:
         """What each server has beside tools; see :class:`luminaguard.mcp.gateway.further.FurtherBackend`."""
-        return await self._further.listed(method)
+        found = await self._further.listed(method)
+        for server, rows in found.items():
+            if rows:  # nobody has accepted what it says of them
+                await self.follow(server, method, {})
+        return found
 
     def shows(self, name: str) -> bool:
         """Whether something of a server is shown here."""
         return self._visibility.shows(name)
+
+    def shows_address(self, server: str, uri: str) -> bool:
+        """Whether a resource of a server is shown here."""
+        return self._visibility.shows_address(server, uri)
 
     async def read(self, server: str, method: str, params: dict[str, Any]) -> BaseModel:
         """Make a request of a server through the rules and the cliff."""

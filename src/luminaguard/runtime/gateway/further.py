@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -33,7 +34,7 @@ __all__ = ["Further", "ListeningServers"]
 
 _FIELDS = {"prompts/list": "prompts", "resources/list": "resources", "resources/templates/list": "resource_templates"}
 _LISTED_S, _MOST_LISTING_S = 5.0, 15.0
-_MOST, _MOST_PAGES, _MOST_SIZE = 1000, 100, 256 << 10
+_MOST, _MOST_PAGES, _MOST_SIZE = 1000, 100, 4 << 20
 _GONE = (anyio.BrokenResourceError, anyio.ClosedResourceError)
 _LISTS: dict[type, List] = {
     types.ToolListChangedNotification: "tools", types.PromptListChangedNotification: "prompts",
@@ -100,9 +101,11 @@ class Further:
     def __init__(self, names: Sequence[str], servers: McpServers, kept: KeptServers, task: str) -> None:
         self._names, self._servers, self._kept, self._task = tuple(names), servers, kept, task
         self._known: dict[tuple[str, str], tuple[float, list[Any]]] = {}
+        self._versions: Counter[str] = Counter()
 
     def forget(self, server: str) -> None:
-        """What was listed of a server is another list now."""
+        """What was listed of a server is another list now, and what is being listed may be."""
+        self._versions[server] += 1
         for key in [key for key in self._known if key[0] == server]:
             del self._known[key]
 
@@ -129,13 +132,14 @@ class Further:
         kind = method.partition("/")[0]
         if not await self._may_have(name, kind):
             return []  # it is not begun for that
-        rows: list[Any] = []
+        rows, version = list[Any](), self._versions[name]
         try:
             async with self._kept.use(name) as kept:
                 if await self._may_have(name, kind):
                     rows = await _all_pages(kept.opened.session, method)
         finally:  # one that failed is not asked again at once either
-            self._known[name, method] = (time.monotonic(), rows)
+            if version == self._versions[name]:
+                self._known[name, method] = (time.monotonic(), rows)
         return rows
 
     async def _may_have(self, name: str, kind: str) -> bool:
@@ -168,14 +172,15 @@ class Further:
 
 async def _all_pages(session: Session, method: str) -> list[Any]:
     """All that a server lists; raises McpServerFailed for too much."""
-    found: list[Any] = []
+    found, size = list[Any](), 0
     params: dict[str, Any] = {}
     with session.failures(), anyio.fail_after(session.timeout_s):
         for _ in range(_MOST_PAGES):
             page = await send(session, method, params)
             rows = getattr(page, _FIELDS[method])
             found += rows
-            if len(found) > _MOST or any(len(row.model_dump_json()) > _MOST_SIZE for row in rows):
+            size += sum(len(row.model_dump_json()) for row in rows)
+            if len(found) > _MOST or size > _MOST_SIZE:
                 break
             cursor = getattr(page, "next_cursor", None)
             if not cursor:

@@ -85,7 +85,7 @@ class McpServers:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._known: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {}
+        self._known: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {}
 
     def settings(self, name: str) -> McpServer:
         """How a server was set up; raises SettingsError if there is none of this name."""
@@ -244,8 +244,8 @@ class McpServers:
         if self.has(name) != frozenset(said):
             self._runtime.ledger.append("mcp.capabilities", server=name, has=sorted(said))
 
-    def last_accepted(self) -> int:
-        """A number that is another one once something was accepted of any server."""
+    def last_accepted(self) -> str:
+        """What is something else once anything was accepted of any server."""
         with self._runtime.approvals.reading() as connection:
             return self._runtime.approvals.last_recorded(connection, "mcp.accepted")
 
@@ -258,7 +258,7 @@ class McpServers:
     def _last(self, connection: Connection, kind: str) -> dict[str, dict[str, Any]]:
         """What the ledger has last of a kind, for each server; read again once there is more of it."""
         last = self._runtime.approvals.last_recorded(connection, kind)
-        at, found = self._known.get(kind, (0, {}))
+        at, found = self._known.get(kind, ("", {}))
         if last != at:
             found = {body["server"]: body for body in self._runtime.approvals.recorded(connection, kind)}
             self._known[kind] = (last, found)
@@ -441,7 +441,8 @@ class McpServers:
         server = self._runtime.settings.mcp_servers[effect.server]
         assert isinstance(server, StdioServer)
         for folder in folders_of(self._runtime, effect.server, server):
-            judgement, judged = judge(self._runtime.policy(folder), action_of(self._request(effect), effect))
+            request = replace(self._request(effect), workspace=str(folder))
+            judgement, judged = judge(self._runtime.policy(folder), action_of(request, effect))
             if judged.risk is not Risk.FORBIDDEN:
                 continue
             self._runtime.ledger.append("effect.forbidden", effect="call", server=effect.server, tool=effect.tool,
