@@ -1,10 +1,7 @@
 """One server alone behind the gateway: its resources, prompts and questions, as the official client meets them."""
 
 import json
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import anyio
 import mcp_types as types
@@ -15,7 +12,6 @@ from luminaguard.testing.gateways import over_http, over_stdio, serving_gateway
 from luminaguard.testing.mcp_lab import TOOLS, LabServer, running_lab
 from mcp import MCPError
 
-SERVER = Path(__file__).parent.parent / "conformance" / "server.py"
 ERAS = ["2026-07-28", "legacy"]
 LET = """
 [policy]
@@ -35,15 +31,6 @@ def run(work):
             await work()
 
     anyio.run(within)
-
-
-@pytest.fixture(scope="module")
-def fixtures():
-    """The address of a server with everything."""
-    command = [sys.executable, "-W", "ignore", SERVER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield process.stdout.readline().strip()
-        process.terminate()
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """Prompts and resources of many servers behind one address, and what programs are told when a list changes."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import anyio
@@ -19,7 +16,6 @@ from luminaguard.testing.gateways import over_http, over_stdio, serving_gateway
 from luminaguard.testing.mcp_lab import TOOLS, LabServer, running_lab
 from mcp import MCPError
 
-SERVER = Path(__file__).parent.parent / "conformance" / "server.py"
 ERAS = ["2026-07-28", "legacy"]
 TWO = ("one", "two")
 LET = """
@@ -40,15 +36,6 @@ def run(work):
             await work()
 
     anyio.run(within)
-
-
-@pytest.fixture(scope="module")
-def fixtures():
-    """The address of a server with everything."""
-    command = [sys.executable, "-W", "ignore", SERVER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield process.stdout.readline().strip()
-        process.terminate()
 
 
 @pytest.fixture

@@ -1,16 +1,11 @@
 """What a server asks the person at the terminal, on a real one."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from luminaguard.cli.questions import understood
 
-SERVER = Path(__file__).parent.parent / "conformance" / "server.py"
 LET = """
 [[policy.rules]]
 name = "fixtures"
@@ -21,15 +16,6 @@ when = { effect = "call", server = "fixtures" }
 [policy]
 trusted_servers = ["fixtures"]
 """
-
-
-@pytest.fixture(scope="module")
-def fixtures():
-    """The address of a server with everything."""
-    command = [sys.executable, "-W", "ignore", SERVER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield process.stdout.readline().strip()
-        process.terminate()
 
 
 @pytest.fixture
