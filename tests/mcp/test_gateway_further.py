@@ -40,15 +40,16 @@ def run(work):
 
 @pytest.fixture
 def setup(bare_home):
-    """Writes the settings of a home with two servers, beside one that does not answer; and more."""
+    """Writes the settings of a home with two servers, and a third one; and more."""
 
-    def write(url, more=LET, gateway=""):
+    def write(url, more=LET, gateway="", third=""):
         config = bare_home.folder / "config"
         config.mkdir(mode=0o700, exist_ok=True)
         tables = "".join(f'[mcp_servers.{name}]\nurl = "{url}"\ntimeout_s = 10\n' for name in TWO)
         (config / "luminaguard.toml").write_text(
-            f'{more}\n{tables}[mcp_servers.dead]\nurl = "http://127.0.0.1:9/mcp"\ntimeout_s = 1\n'
-            f"[gateway]\nwait_s = 0.3\n{gateway}"
+            f"{more}\n{tables}"
+            + (f'[mcp_servers.third]\nurl = "{third}"\ntimeout_s = 1\n' if third else "")
+            + f"[gateway]\nwait_s = 0.3\n{gateway}"
         )
         return bare_home
 
@@ -57,7 +58,7 @@ def setup(bare_home):
 
 @pytest.mark.parametrize("era", ERAS)
 def test_what_servers_have_is_there_under_names_that_say_whose_it_is(setup, fixtures, era):
-    home = setup(fixtures)
+    home = setup(fixtures, third="http://127.0.0.1:9/mcp")  # nobody is there
 
     async def work():
         async with over_stdio(home, era=era) as client:
@@ -208,9 +209,7 @@ def test_a_list_without_an_end_is_nobody_elses(setup):
     good, bad = WithPrompts(), WithPrompts()
     bad.mode = "endless"
     with running_lab(good, bad):
-        home = setup(good.url)
-        config = home.folder / "config" / "luminaguard.toml"
-        config.write_text(config.read_text().replace("http://127.0.0.1:9/mcp", bad.url))
+        home = setup(good.url, third=bad.url)
 
         async def work():
             async with over_stdio(home) as client:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import mcp_types as types
@@ -29,6 +29,9 @@ class FurtherBackend(Protocol):
 
     async def listed(self, method: str) -> Mapping[str, Sequence[Any]]:
         """What each server lists: ``prompts/list``, ``resources/list`` or ``resources/templates/list``."""
+
+    async def shown(self, method: str, servers: Iterable[str]) -> None:
+        """Take note that a program sees what these servers list."""
 
     def shows(self, name: str) -> bool:
         """Whether something is shown: ``SERVER__NAME``."""
@@ -70,30 +73,41 @@ class _Offers:
     # -- what there is --------------------------------------------------------------------------------------
 
     async def prompts(self, context: Context, _params: Any) -> types.ListPromptsResult:
-        self._backend.changes.meet(context)
-        return types.ListPromptsResult(prompts=await _plainly(self._prompts()))
-
-    async def _prompts(self) -> list[types.Prompt]:
-        found = await self._backend.listed("prompts/list")
-        self._names = Names()  # of those that there are
-        named = [(self._names.add(server, prompt.name), prompt) for server, all_ in found.items() for prompt in all_]
-        return [prompt.model_copy(update={"name": name}) for name, prompt in named if self._backend.shows(name)]
+        return types.ListPromptsResult(prompts=await self._listed(context, "prompts/list", self._prompts))
 
     async def resources(self, context: Context, _params: Any) -> types.ListResourcesResult:
-        self._backend.changes.meet(context)
-        found = await _plainly(self._backend.listed("resources/list"))
-        return types.ListResourcesResult(resources=[
-            one.model_copy(update={"uri": address_of(server, one.uri)})
-            for server, all_ in found.items() for one in all_ if self._backend.shows_address(server, one.uri)
-        ])  # fmt: skip
+        return types.ListResourcesResult(resources=await self._listed(context, "resources/list", self._addresses))
 
     async def templates(self, context: Context, _params: Any) -> types.ListResourceTemplatesResult:
+        found = await self._listed(context, "resources/templates/list", self._templates)
+        return types.ListResourceTemplatesResult(resource_templates=found)
+
+    async def _listed(
+        self, context: Context, method: str, shown: Callable[[Mapping[str, Sequence[T]]], list[tuple[str, T]]]
+    ) -> list[T]:
+        """What there is, as it is called here, and note that it was seen."""
         self._backend.changes.meet(context)
-        found = await _plainly(self._backend.listed("resources/templates/list"))
-        return types.ListResourceTemplatesResult(resource_templates=[
-            one.model_copy(update={"uri_template": address_of(server, one.uri_template)})
-            for server, all_ in found.items() for one in all_ if self._backend.shows_address(server, one.uri_template)
-        ])  # fmt: skip
+        rows = shown(await _plainly(self._backend.listed(method)))
+        await self._backend.shown(method, {server for server, _ in rows})
+        return [row for _, row in rows]
+
+    def _prompts(self, found: Mapping[str, Sequence[types.Prompt]]) -> list[tuple[str, types.Prompt]]:
+        self._names = Names()  # of those that there are
+        named = [(server, self._names.add(server, one.name), one) for server, rows in found.items() for one in rows]
+        return [(server, one.model_copy(update={"name": name})) for server, name, one in named
+                if self._backend.shows(name)]  # fmt: skip
+
+    def _addresses(self, found: Mapping[str, Sequence[types.Resource]]) -> list[tuple[str, types.Resource]]:
+        return [(server, one.model_copy(update={"uri": address_of(server, one.uri)}))
+                for server, rows in found.items() for one in rows
+                if self._backend.shows_address(server, one.uri)]  # fmt: skip
+
+    def _templates(
+        self, found: Mapping[str, Sequence[types.ResourceTemplate]]
+    ) -> list[tuple[str, types.ResourceTemplate]]:  # fmt: skip
+        return [(server, one.model_copy(update={"uri_template": address_of(server, one.uri_template)}))
+                for server, rows in found.items() for one in rows
+                if self._backend.shows_address(server, one.uri_template)]  # fmt: skip
 
     # -- what is read ---------------------------------------------------------------------------------------
 
@@ -122,7 +136,7 @@ class _Offers:
 
     async def _prompt_of(self, name: str) -> tuple[str, str]:
         if self._names.find(name) is None:
-            await _plainly(self._prompts())
+            self._prompts(await _plainly(self._backend.listed("prompts/list")))
         found = self._names.find(name)
         if found is None or not self._backend.shows(name):
             raise MCPError(types.INVALID_PARAMS, f"There is no prompt {name[:64]!a}.")

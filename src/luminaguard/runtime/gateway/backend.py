@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -191,11 +191,12 @@ class Gateway:
 
     async def listed(self, method: str) -> Mapping[str, Sequence[Any]]:
         """What each server has beside tools; see :class:`luminaguard.mcp.gateway.further.FurtherBackend`."""
-        found = await self._further.listed(method)
-        for server, rows in found.items():
-            if rows:  # nobody has accepted what it says of them
-                await self.follow(server, method, {})
-        return found
+        return await self._further.listed(method)
+
+    async def shown(self, method: str, servers: Iterable[str]) -> None:
+        """A program sees what servers list, which nobody has accepted: what it does then follows that."""
+        for server in servers:
+            await self.follow(server, method, {})
 
     def shows(self, name: str) -> bool:
         """Whether something of a server is shown here."""
