@@ -85,6 +85,7 @@ class McpServers:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        self._compared: dict[str, tuple[Mapping[str, Definition], Mapping[str, Definition], Comparison]] = {}
         self._known: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {}
 
     def settings(self, name: str) -> McpServer:
@@ -267,11 +268,16 @@ class McpServers:
     def check(self, name: str, now: Mapping[str, Definition]) -> Comparison:
         """Compare a server's tools with what was accepted; on first use they are accepted as they are."""
         pinned, of = self._accepted(name)
+        before = self._compared.get(name)
+        if before is not None and before[0] is pinned and before[1] is now:  # all of both is hashed for it
+            return before[2]
         found = compare(dict(now) if pinned is None else pinned, now)
         same_again = of != getattr(self._runtime.settings.mcp_servers.get(name), "layer", "") and not (
             found.quarantined or found.gone)  # fmt: skip
         if pinned is None or same_again:  # of another layer, and the same tools
             self.accept(name, now)
+        elif pinned is not None:
+            self._compared[name] = (pinned, now, found)
         return found
 
     def accept(self, name: str, now: Mapping[str, Definition]) -> None:
