@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import anyio
 import httpx2
@@ -15,6 +16,11 @@ from hypothesis import strategies as st
 
 from luminaguard.mcp.gateway.state import Seal
 from luminaguard.mcp.names import Names, Visibility
+from luminaguard.runtime import Runtime
+from luminaguard.runtime.gateway import Gateway
+from luminaguard.runtime.gateway.alone import Alone
+from luminaguard.runtime.gateway.backend import END_S
+from luminaguard.settings import Folders, load_settings
 from luminaguard.storage.clients import Clients
 from luminaguard.testing.gateways import over_http, over_stdio, serving_gateway
 from luminaguard.testing.mcp_lab import TOOLS, Fault, LabServer, running_lab
@@ -102,6 +108,24 @@ def test_the_same_call_many_times_at_once_is_made_once_for_each_approval(setup):
                         tasks.start_soon(call)
                 assert not any("said no" in one for one in said), said
                 assert lab.executed["a"] == len(approved), said
+
+        run(work)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_gateway_that_nobody_uses_ends_at_once(setup, monkeypatch, alone):
+    lab = LabServer()
+    with running_lab(lab):
+        home = setup({"lab": lab.url})
+        monkeypatch.setenv("LUMINAGUARD_HOME", str(home.folder))
+        folders = Folders.from_environment().ensure()
+
+        async def work():
+            with closing(Runtime(load_settings(folders), folders)) as runtime, anyio.fail_after(END_S / 2):
+                async with Gateway.open(runtime, None) as gateway:
+                    if alone:
+                        async with Alone.serving(gateway, runtime, "lab"):
+                            pass
 
         run(work)
 

@@ -26,7 +26,7 @@ from luminaguard.errors import LuminaGuardError, McpServerFailed
 from luminaguard.mcp.gateway.changes import Changes, List
 from luminaguard.mcp.gateway.methods import LISTED, said_by, send
 from luminaguard.mcp.session import More, Peer, Session
-from luminaguard.runtime.gateway.backend import END_S, Gateway, Silent, tell_ended, waits
+from luminaguard.runtime.gateway.backend import END_S, Gateway, Silent, beside, tell_ended, waits
 from luminaguard.runtime.gateway.further import ListeningServers
 from luminaguard.runtime.gateway.kept import Kept, KeptServers
 from luminaguard.runtime.mcp import McpServers, Opened
@@ -130,9 +130,9 @@ class Alone:
         """Serve one server for as long as this context lasts; raises SettingsError if there is none of this name."""
         async with anyio.create_task_group() as tasks:
             alone = cls(gateway, runtime, name, tasks)
-            tasks.start_soon(alone.changes.tell)
             try:
-                yield alone
+                async with beside(alone.changes.tell):
+                    yield alone
             finally:
                 alone._kept.retire()
                 tasks.cancel_scope.deadline = anyio.current_time() + END_S

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from luminaguard.runtime.core import Runtime
 
-__all__ = ["END_S", "Gateway", "Silent", "tell_ended", "waits"]
+__all__ = ["END_S", "Gateway", "Silent", "beside", "tell_ended", "waits"]
 
 T = TypeVar("T")
 
@@ -97,10 +97,9 @@ class Gateway:
             gateway = cls(runtime, tasks, folder)
             with runtime.publisher.lock(gateway.task):  # for as long as it lives, however it ends
                 await anyio.to_thread.run_sync(gateway.withdraw_of_the_dead)
-                tasks.start_soon(gateway._watch)
-                tasks.start_soon(gateway.changes.tell)
                 try:
-                    yield gateway
+                    async with beside(gateway._watch, gateway.changes.tell):
+                        yield gateway
                 finally:
                     gateway._kept.retire()
                     tasks.cancel_scope.deadline = anyio.current_time() + END_S
@@ -331,6 +330,18 @@ class Gateway:
         effect = self._runtime.approvals.effect(request_id)
         arguments = json.dumps(getattr(effect, "arguments", {}), ensure_ascii=True, indent=1)
         return f"{first}\n{arguments}" if len(arguments) <= _MOST_SHOWN else ""
+
+
+@asynccontextmanager
+async def beside(*works: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Do what has no end of its own, for as long as this context lasts: nobody waits for it then."""
+    async with anyio.create_task_group() as tasks:
+        for work in works:
+            tasks.start_soon(work)
+        try:
+            yield
+        finally:
+            tasks.cancel_scope.cancel()
 
 
 def tell_ended(name: str, opened: Opened) -> None:
