@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -333,7 +333,7 @@ class Gateway:
 
 
 @asynccontextmanager
-async def beside(*works: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+async def beside(*works: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
     """Do what has no end of its own, for as long as this context lasts: nobody waits for it then."""
     async with anyio.create_task_group() as tasks:
         for work in works:
