@@ -106,7 +106,7 @@ def test_the_workload_can_reach_nothing_but_its_copy(home, workspace):
     assert found.pop("port") == "none"
     assert found.pop("other processes") == "none"
     assert set(found.pop("capabilities").values()) == {0}
-    assert found.pop("confined") == ["1", "2", "1000"]
+    assert found.pop("confined")[:2] == ["1", "2"]
     assert found.pop("set-id files") == []
     assert found.pop("modes")[:4] == ["0o755"] * 4
     assert found.pop("may work") == [1, 1, True]

@@ -30,7 +30,8 @@ JSON = st.recursive(
 LIMITS = {"pids": 16, "nofile": 64, "fsize": 1 << 20}
 GOOD = {
     "wake": {"time_ns": 1_700_000_000 * 10**9, "entropy": "AAAA", "hostname": "vm-x", "machine_id": "0" * 32,
-             "workspace": True, "layer": False, "upper_size": "8m", "randomize": True},
+             "uid": 123456, "workspace": True, "layer": False, "packages": False, "upper_size": "8m",
+             "randomize": True},
     "rest": {},
     "exec": {"argv": ["true"], "cwd": "/", "env": {"PATH": "/usr/bin"}, "tty": None, "limits": LIMITS,
              "profile": "default"},

@@ -1,7 +1,7 @@
 """Take everything away from the process that is about to become the workload.
 
-Runs between fork and exec, in this order: capability bounding set, groups and uid, resource limits,
-no_new_privs, seccomp, landlock, and the filter of a stricter profile. Constants are those of the
+Runs between fork and exec, in this order: capability bounding set, groups, resource limits, no_new_privs,
+seccomp, the user, landlock, and the filter of a stricter profile. Constants are those of the
 kernel's uapi headers for x86-64. Of landlock all is used that the kernel has (Debian 12's: ABI 2),
 but for TCP: programs may talk to themselves over the loopback, and there is no other interface.
 """
@@ -9,20 +9,20 @@ but for TCP: programs may talk to themselves over the loopback, and there is no 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import struct
 
 from luminaguard.guest.filters import program
 
-__all__ = ["UID", "Confinement", "landlock_abi", "make_ruleset", "restrict"]
-
-UID = 1000
+__all__ = ["Confinement", "landlock_abi", "make_ruleset", "restrict"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 22, 24, 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _SECCOMP_MODE_FILTER = 2
+_CAPABILITY_VERSION_3, _CAP_SETGID, _CAP_SETUID = 0x20080522, 6, 7
 
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _FS_EXECUTE, _FS_WRITE, _FS_READ_FILE, _FS_READ_DIR = 1, 2, 4, 8
@@ -56,7 +56,7 @@ class Confinement:
         self._strict = _Filter("strict")
 
     def drop_privileges(self) -> None:
-        """All that needs no knowledge of the command; done ahead, in the template.
+        """All that needs no knowledge of the command or its user; done ahead, in the template.
 
         Raises:
             OSError: a step failed; the caller must not go on.
@@ -66,8 +66,7 @@ class Confinement:
             if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
                 break  # EINVAL: one past the last capability of this kernel
         os.setgroups([])
-        os.setresgid(UID, UID, UID)
-        os.setresuid(UID, UID, UID)
+        _keep_capabilities(_CAP_SETGID, _CAP_SETUID)
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
@@ -75,16 +74,21 @@ class Confinement:
         self._ruleset = make_ruleset()
         self._filter.install()
 
-    def seal(self, profile: str, *, packages: bool = False) -> None:
-        """Right before exec: landlock, which has to wait until the workspace is mounted.
+    def seal(self, user: int, profile: str, *, packages: bool = False) -> None:
+        """Right before exec: the user, with whom all capabilities go, and landlock, which waits for the workspace.
 
         Args:
+            user: number of the user and of its group; not root's.
             profile: that of this confinement, or ``strict``, whose filter comes on top.
             packages: whether programs of another disk were mounted over /usr, which no rule of before holds for.
 
         Raises:
             OSError: a step failed; the caller must not go on.
         """
+        if user <= 0:
+            raise OSError(errno.EPERM, "a command is never root")
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
         if packages:
             _allow(self._ruleset, "/usr", _READ)
         restrict(self._ruleset, WORKSPACE)
@@ -154,6 +158,13 @@ def _allow(ruleset: int, path: str, access: int) -> None:
     rule = ctypes.create_string_buffer(struct.pack("<Qi", access, fd))
     _syscall(_LANDLOCK_ADD, ruleset, 1, ctypes.addressof(rule), 0)
     os.close(fd)
+
+
+def _keep_capabilities(*kept: int) -> None:
+    """Give up all others (linux/capability.h)."""
+    mask = sum(1 << number for number in kept)
+    if _libc.capset(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0), struct.pack("<6I", mask, mask, 0, 0, 0, 0)) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def _prctl(option: int, *arguments: int) -> None:

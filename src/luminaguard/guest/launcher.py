@@ -1,8 +1,8 @@
-"""A child that has already given up its rights, waiting to be told which command to become.
+"""A child that has already given up most of its rights, waiting to be told which command to become.
 
 Forking an interpreter and dropping rights cost more than the rest of an exec under emulation; done
 in the template, every clone gets them for nothing. What is left for :func:`Launcher.launch` is what
-depends on the command: limits, the workspace's landlock rule, the folder, and exec itself.
+depends on the command: its user, limits, the workspace's landlock rule, the folder, and exec itself.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _become(fd: int, ends: tuple[int, int, int], confinement: Confinement, *, ra
         limits = order["limits"]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits["nofile"], limits["nofile"]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["fsize"], limits["fsize"]))
-        confinement.seal(order["profile"], packages=order["packages"])
+        confinement.seal(order["user"], order["profile"], packages=order["packages"])
         code = "bad-cwd"
         os.chdir(order["cwd"])
         code = "not-executable"

@@ -1,9 +1,9 @@
 """What PID 1 does to the machine itself: mounts, kernel settings, identity, the workspace.
 
-A clone runs :func:`give_identity` and :func:`mount_workspace` before anything else, with an empty
+A clone runs :meth:`Identity.give` and :func:`mount_workspace` before anything else, with an empty
 translation cache under emulation: every new path through the interpreter or the kernel is paid for
-there. So these functions use system calls and no text files, and what can be done in the template
-(:func:`prepare`, :func:`make_upper`) is done there.
+there. So they use system calls and no text files, and what can be done in the template
+(:func:`prepare`, :class:`Identity`, :func:`make_upper`) is done there.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Sequence
 
-from luminaguard.guest.confine import IDENTITY, UID, landlock_abi
+from luminaguard.guest import ownership
+from luminaguard.guest.confine import IDENTITY, landlock_abi
+from luminaguard.guest.ownership import Joined
 
 __all__ = [
     "CGROUP",
     "UPPER",
+    "Identity",
+    "around_user",
     "facts",
     "find_port",
-    "give_identity",
     "inspect",
     "make_upper",
     "mount_packages",
@@ -41,6 +45,7 @@ CONTAINER_RUNTIME = "/usr/lib/luminaguard"
 """There only in an image that was made of a container."""
 UPPER = f"{BASE}/workspace/upper"
 WORKSPACE = "/workspace"
+HOME = "/home/user"
 PORT_NAME = "lumina.agent"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_MOVE = 1, 2, 4, 8, 4096, 8192
 _SAFE = _MS_NOSUID | _MS_NODEV
@@ -52,6 +57,10 @@ _MASKED = (
     "kpageflags", "modules", "sched_debug", "slabinfo", "timer_list", "vmallocinfo",
 )  # fmt: skip
 """Under /proc: what tells about the kernel or the machine. What acts on it stays: nobody but root may write there."""
+IMAGE_USER = "1000"
+"""The number that the image's own files of accounts give to who commands run as."""
+_NUMBERS = (2, 3)  # the columns of a user and of a group
+_LOWER = {"lower": "vdb", "layer": "vdc"}
 _SYSCTLS = (
     ("kernel/yama/ptrace_scope", "3"), ("kernel/dmesg_restrict", "1"), ("kernel/kptr_restrict", "2"),
     ("kernel/unprivileged_bpf_disabled", "1"), ("user/max_user_namespaces", "0"),
@@ -121,10 +130,9 @@ def prepare() -> None:
             _mount("/dev/null", f"/proc/{name}", "", _MS_BIND)
     for folder, mode, size, inodes in (
         ("/tmp", 0o1777, "25%", "32k"), ("/var/tmp", 0o1777, "10%", "8k"),  # noqa: S108
-        ("/dev/shm", 0o1777, "10%", "4k"), ("/home/user", 0o755, "25%", "32k"),  # noqa: S108
+        ("/dev/shm", 0o1777, "10%", "4k"), (HOME, 0o755, "25%", "32k"),  # noqa: S108
     ):  # fmt: skip
-        owner = f",uid={UID},gid={UID}" if folder == "/home/user" else ""
-        _mount("tmpfs", folder, "tmpfs", _SAFE, f"mode={mode:o},size={size},nr_inodes={inodes}{owner}")
+        _mount("tmpfs", folder, "tmpfs", _SAFE, f"mode={mode:o},size={size},nr_inodes={inodes}")
     _mount("cgroup", CGROUP, "cgroup2", _SAFE | _MS_NOEXEC)
     write(f"{CGROUP}/cgroup.subtree_control", b"+memory +pids")
     settings = dict(_SYSCTLS)
@@ -155,18 +163,52 @@ def find_port() -> int:
     return -1
 
 
-def give_identity(time_ns: int, entropy: bytes, hostname: str, machine_id: str) -> None:
-    """Make the machine differ from every other copy of its template; raises OSError."""
-    time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
-    device = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
-    fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("<ii", len(entropy) * 8, len(entropy)) + entropy)
-    fcntl.ioctl(device, _RNDRESEEDCRNG)
-    os.close(device)
-    socket.sethostname(hostname)
-    for name, text in (("hostname", hostname), ("machine-id", machine_id)):
-        fd = os.open(f"{IDENTITY}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        os.write(fd, text.encode() + b"\n")
-        os.close(fd)
+class Identity:
+    """What makes a machine differ from every other copy of its template; made in the template."""
+
+    def __init__(self) -> None:
+        self._accounts = {}
+        for name in ("passwd", "group"):
+            path = f"/etc/{name}"
+            # A container's image may have none, or a link to anywhere.
+            if os.path.isfile(path) and not os.path.islink(path):
+                self._accounts[name] = around_user(read_all(path))
+                _put(name, "")
+                _mount(f"{IDENTITY}/{name}", path, "", _MS_BIND)
+
+    def give(self, time_ns: int, entropy: bytes, hostname: str, machine_id: str, user: int) -> None:
+        """Set the clock, add entropy, and set the names and the number of the user; raises OSError."""
+        time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
+        device = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+        fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("<ii", len(entropy) * 8, len(entropy)) + entropy)
+        fcntl.ioctl(device, _RNDRESEEDCRNG)
+        os.close(device)
+        socket.sethostname(hostname)
+        _put("hostname", f"{hostname}\n")
+        _put("machine-id", f"{machine_id}\n")
+        for name, pieces in self._accounts.items():
+            _put(name, str(user).join(pieces))
+        os.chown(HOME, user, user)
+
+
+def around_user(accounts: str) -> list[str]:
+    """The text of passwd(5) or group(5), cut where the number of the image's user is."""
+    pieces = [""]
+    for line in accounts.splitlines():
+        for column, field in enumerate(line.split(":")):
+            pieces[-1] += ":" if column else ""
+            if field == IMAGE_USER and column in _NUMBERS:
+                pieces.append("")
+            else:
+                pieces[-1] += field
+        pieces[-1] += "\n"
+    return pieces
+
+
+def _put(name: str, text: str) -> None:
+    fd = os.open(f"{IDENTITY}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    os.write(fd, text.encode())
+    os.close(fd)
 
 
 def read_boot_id() -> str:
@@ -209,25 +251,31 @@ def facts() -> dict[str, str]:
     return found
 
 
-def make_upper(size: str) -> None:
-    """In the template: the tmpfs on which each clone's changes will lie."""
+def make_upper(size: str) -> tuple[Joined, Joined]:
+    """In the template: the tmpfs on which each clone's changes will lie, and the disks below it."""
     base = f"{BASE}/workspace"
     _mount("tmpfs", base, "tmpfs", _SAFE, f"mode=700,size={size},nr_inodes={_UPPER_INODES}")
-    for folder in ("lower", "layer", "upper", "work"):
+    for folder in (*_LOWER, "upper", "work"):
         os.mkdir(f"{base}/{folder}", 0o755)
+    devices = f"{BASE}/dev"
+    lower, layer = (
+        ownership.join(name, f"{devices}/{disk}", f"{devices}/ram0", number * ownership.MEMORY, devices)
+        for number, (name, disk) in enumerate(_LOWER.items())
+    )
+    return lower, layer
 
 
-def mount_workspace(*, layer: bool) -> None:
-    """In a clone: the second disk, read-only, under an overlay; on it, with ``layer``, the third one."""
+def mount_workspace(disks: Sequence[Joined], user: int) -> None:
+    """In a clone: the disks, read-only and the user's, each on the one before, under an overlay."""
     base = f"{BASE}/workspace"
-    lower = f"{base}/lower"
-    _mount(f"{BASE}/dev/vdb", lower, "squashfs", _SAFE | _MS_RDONLY)
-    if layer:
-        _mount(f"{BASE}/dev/vdc", f"{base}/layer", "squashfs", _SAFE | _MS_RDONLY)
-        lower = f"{base}/layer:{lower}"
+    lower = ""
+    for name, disk in zip(_LOWER, disks, strict=False):
+        disk.give_to(user)
+        _mount(disk.node, f"{base}/{name}", "squashfs", _SAFE | _MS_RDONLY)
+        lower = f"{base}/{name}:{lower}" if lower else f"{base}/{name}"
     root = os.stat(f"{base}/lower")
     os.chmod(UPPER, stat.S_IMODE(root.st_mode) | 0o700)
-    os.chown(UPPER, UID, UID)
+    os.chown(UPPER, user, user)
     _mount("overlay", WORKSPACE, "overlay", _SAFE,
            f"lowerdir={lower},upperdir={UPPER},workdir={base}/work,"
            "redirect_dir=off,metacopy=off,index=off,xino=off")  # fmt: skip

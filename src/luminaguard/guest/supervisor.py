@@ -20,11 +20,12 @@ import sys
 
 from luminaguard.guest import frames, machine
 from luminaguard.guest.changes import BadLayer, Changes
-from luminaguard.guest.confine import UID, Confinement
+from luminaguard.guest.confine import Confinement
 from luminaguard.guest.filters import PROFILES
 from luminaguard.guest.frames import Frame
 from luminaguard.guest.launcher import Launcher
 from luminaguard.guest.loop import Loop
+from luminaguard.guest.ownership import Joined
 from luminaguard.guest.port import SerialPort, VsockPort
 from luminaguard.guest.relay import Relay
 from luminaguard.guest.workload import Workload, set_size
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 __all__ = ["main"]
+
+_MOST_USERS = 1 << 31
 
 
 class CallError(Exception):
@@ -73,6 +76,9 @@ class Supervisor:
         self._relay: Relay | None = None
         self._mounted = self._layer = self._packages = False
         self._randomize = True
+        self._identity: machine.Identity | None = None
+        self._user = 0
+        self._disks: tuple[Joined, ...] = ()
         self._ended, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -155,16 +161,24 @@ class Supervisor:
     # -- calls ----------------------------------------------------------------------------------
 
     def _wake(self, params: dict[str, Any]) -> dict[str, Any]:
-        machine.give_identity(
-            int(params["time_ns"]), binascii.a2b_base64(params["entropy"]),
-            str(params["hostname"]), str(params["machine_id"]),
-        )  # fmt: skip
+        user = int(params["uid"])
+        if not 0 < user < _MOST_USERS:
+            raise CallError("bad-call", f"{user} is no number of a user")
         if not params["workspace"]:
             self._randomize = bool(params["randomize"])
-            machine.make_upper(str(params["upper_size"]))
+            self._disks = machine.make_upper(str(params["upper_size"]))
+            self._identity = machine.Identity()
+        if self._identity is None:
+            raise CallError("bad-call", "the first wake of a machine is a template's")
+        self._identity.give(
+            int(params["time_ns"]), binascii.a2b_base64(params["entropy"]),
+            str(params["hostname"]), str(params["machine_id"]), user,
+        )  # fmt: skip
+        self._user = user
+        if not params["workspace"]:
             return {}
         self._layer = bool(params["layer"])
-        machine.mount_workspace(layer=self._layer)
+        machine.mount_workspace(self._disks if self._layer else self._disks[:1], user)
         self._mounted, self._packages = True, bool(params["packages"])
         if self._packages:
             machine.mount_packages()
@@ -190,6 +204,7 @@ class Supervisor:
             "cwd": str(params["cwd"]),
             "profile": str(params["profile"]),
             "packages": self._packages,
+            "user": self._user,
             "limits": {name: int(params["limits"][name]) for name in ("nofile", "fsize")},
         }
         if order["profile"] not in PROFILES:
@@ -207,7 +222,7 @@ class Supervisor:
         if size:
             pty, inside = os.openpty()
             set_size(pty, *size)
-            os.fchown(inside, UID, UID)
+            os.fchown(inside, self._user, self._user)
             os.set_blocking(pty, False)
         # All is ready before the order is given: the command then runs to its end undisturbed.
         self._workload = Workload(channel, launcher, pty, self._loop, self._send)
@@ -224,10 +239,7 @@ class Supervisor:
         return Launcher(confinement, randomize=self._randomize)
 
     def _launch_ahead(self) -> None:
-        """In a template, make the launcher that each clone finds ready.
-
-        Not beside a workload: the two would have the same uid.
-        """
+        """In a template, make the launcher that each clone finds ready."""
         if not self._mounted and self._launcher is None:
             self._launcher = self._new_launcher()
 

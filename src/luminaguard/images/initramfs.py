@@ -17,13 +17,18 @@ __all__ = ["SUPERVISOR_FOLDER", "VSOCK_OPTION", "build", "supervisor_files"]
 SUPERVISOR_FOLDER = "/run/luminaguard"
 VSOCK_OPTION = "lumina.vsock"
 """On the kernel's command line: the host is to be reached by vsock."""
+_MEMORY_DISK = "rd_nr=1 rd_size=16"
+"""One, of 16 KiB: all that changes the owner of a workspace's files (guest/ownership.py)."""
 _INIT = r"""#!/bin/busybox sh
 set -eu
 trap 'echo "init failed" ; /bin/busybox poweroff -f' EXIT
 b=/bin/busybox
 $b mount -t devtmpfs -o nosuid,noexec dev /dev
 $b mount -t proc -o nosuid,nodev,noexec proc /proc
-for m in {modules}; do $b insmod "/modules/$m.ko"; done
+for m in {modules}; do
+  case $m in brd) options="{memory}" ;; *) options= ;; esac
+  $b insmod "/modules/$m.ko" $options
+done
 read -r line < /proc/cmdline
 case " $line " in *" {vsock} "*) for m in {vsock_modules}; do $b insmod "/modules/$m.ko"; done ;; esac
 root=/dev/vda
@@ -65,7 +70,8 @@ def build(busybox: bytes, modules: list[list[tuple[str, bytes]]]) -> bytes:
         modules: those to load always, and those to load with :data:`VSOCK_OPTION`.
     """
     always, with_vsock = (" ".join(name for name, _ in group) for group in modules)
-    words = {"modules": always, "vsock_modules": with_vsock, "vsock": VSOCK_OPTION, "folder": SUPERVISOR_FOLDER,
+    words = {"modules": always, "memory": _MEMORY_DISK,
+             "vsock_modules": with_vsock, "vsock": VSOCK_OPTION, "folder": SUPERVISOR_FOLDER,
              "verity": verity.DEVICE, "runtime": imported.RUNTIME_OPTION,
              "interpreter": " ".join(imported.interpreter())}  # fmt: skip
     init = _INIT

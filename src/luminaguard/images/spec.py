@@ -40,6 +40,9 @@ KERNEL_MODULES = (
     "virtio_rng",
     "squashfs",
     "overlay",
+    # Whose the files of a workspace are (guest/ownership.py).
+    "dm_mod",
+    "brd",
 )
 """Modules that the initramfs loads, with what they depend on; one built in has no file to load."""
 

@@ -38,6 +38,8 @@ CHANGES_SILENCE_S = 30.0
 WATCH_S = 5.0
 DISKS = 4
 """The root, a workspace, a layer on it, and programs that the root has not."""
+FIRST_UID, UIDS = 100_000, 900_000
+"""Numbers of users: above all that distributions give away, and of six digits, which every archive format takes."""
 _MAX_META = 32 << 10
 _ENTRY_TYPES = frozenset({"file", "dir", "symlink", "whiteout", "other"})
 _PATH = "/usr/bin:/bin"
@@ -148,6 +150,7 @@ class MicroVM:
         self.backend = backend
         self.accelerator = accelerator
         self.boot_id = boot_id
+        self.uid = 0
         self._machine = machine
         self._channel = channel
         self.tracked = tracked
@@ -174,7 +177,7 @@ class MicroVM:
     async def wake(
         self, *, layer: bool = False, packages: bool = False, upper_mib: int = 0, randomize: bool = True
     ) -> None:
-        """Give the clone its own clock, entropy and names, and mount the workspace.
+        """Give the clone its own clock, entropy, names and user, and mount the workspace.
 
         Args:
             layer: whether the third disk lies on the second one.
@@ -183,6 +186,7 @@ class MicroVM:
                 how much the clones may change, in MiB.
             randomize: for that machine too: whether commands get random addresses.
         """
+        self.uid = FIRST_UID + secrets.randbelow(UIDS)
         call = await self._channel.call(
             "wake",
             {
@@ -190,6 +194,7 @@ class MicroVM:
                 "entropy": base64.b64encode(secrets.token_bytes(64)).decode(),
                 "hostname": self.id,
                 "machine_id": secrets.token_hex(16),
+                "uid": self.uid,
                 "workspace": not upper_mib,
                 "layer": layer,
                 "packages": packages,

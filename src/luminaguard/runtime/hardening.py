@@ -77,7 +77,7 @@ _NO_CORES = "kernel/core_pattern=core"
 _KNOWN_MODULES = frozenset({
     "squashfs", "overlay", "virtio_blk", "virtio_mmio", "virtio_console", "virtio_rng", "virtio", "virtio_ring",
     "virtio_pci", "rng_core", "vsock", "vmw_vsock_virtio_transport", "vmw_vsock_virtio_transport_common",
-    "virtio_pci_modern_dev", "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "dm_mod", "brd",
 })  # fmt: skip
 _FORBIDDEN_KINDS = frozenset({"debugfs", "tracefs", "bpf", "configfs", "securityfs", "nfs", "fuse", "hugetlbfs"})
 _OWN_FOLDER = "/run/luminaguard"
