@@ -89,7 +89,8 @@ def confined_by_nothing() -> Iterator[None]:
 class Confinement:
     def __init__(self, profile="default"): pass
     def drop_privileges(self): pass
-    def seal(self, user, profile, *, packages=False): pass
+    def become(self, user): pass
+    def seal(self, profile, *, packages=False): pass
 """
         found = {name: data for name, data in original().items() if not name.endswith(".pyc") or "confine." not in name}
         return found | {"confine.py": found["confine.py"] + nothing}

@@ -1,11 +1,14 @@
 """Building guest images: reproducible, complete, bounded, and clear when something is wrong."""
 
+import fcntl
 import gzip
 import io
 import json
+import mmap
 import os
 import subprocess
 import tarfile
+import threading
 
 import lz4.block
 import pytest
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from luminaguard.errors import ImageBuildFailed, ImageMissing, ImageTampered
 from luminaguard.images import build, deb, elf, kernel, lock, rootfs
 from luminaguard.images.build import ImageStore
-from luminaguard.images.manifest import Image, check_owner
+from luminaguard.images.manifest import Image, check_owner, seal
 from luminaguard.testing import Home
 
 
@@ -94,6 +97,21 @@ def test_a_kernel_is_unpacked_from_the_kernels_own_lz4_framing():
 def test_a_kernel_that_cannot_be_unpacked_is_refused(payload):
     with pytest.raises(ImageBuildFailed):
         kernel.vmlinux(bzimage(payload))
+
+
+def test_a_kernel_that_lacks_what_machines_need_is_refused(tmp_path):
+    elf_file = b"\x7fELF" + bytes(100)
+    block = lz4.block.compress(elf_file, store_size=False)
+    payload = b"\x02\x21\x4c\x18" + len(block).to_bytes(4, "little") + block + len(elf_file).to_bytes(4, "little")
+    folder = "lib/modules/6.1/kernel/drivers"
+    package = make_deb(tmp_path / "linux_1_amd64.deb", [
+        (info("boot/vmlinuz-6.1"), bzimage(payload)), (info(f"{folder}/brd.ko"), b"\0depends=\0"),
+        (info("lib/modules/6.1/modules.builtin"), b"kernel/drivers/md/dm-mod.ko\nkernel/fs/squashfs/squashfs.ko\n"),
+    ])  # fmt: skip
+    with pytest.raises(ImageBuildFailed, match=r"The kernel 6.1 has no overlay, virtio_blk: machines"):
+        kernel.extract([package], (("brd", "dm_mod", "overlay", "squashfs", "virtio_blk"), ("vsock",)))
+    found = kernel.extract([package], (("brd", "dm_mod", "squashfs"), ("vsock",)))
+    assert [[name for name, _ in group] for group in found.modules] == [["brd"], []]
 
 
 def test_the_shipped_locks_are_whole_and_name_no_address():
@@ -196,3 +214,27 @@ def test_a_manifest_without_an_end_is_refused_in_words(tmp_path):
     (folder / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(ImageTampered, match="cannot be read"):
         Image.load(folder)
+
+
+def test_a_memory_file_that_is_still_held_is_sealed_once_it_is_let_go():
+    memory = os.memfd_create("held", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, mmap.PAGESIZE)
+    held = mmap.mmap(memory, mmap.PAGESIZE)
+    with pytest.raises(OSError, match="busy"):
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    letting_go = threading.Timer(0.1, held.close)
+    letting_go.start()
+    seal(memory)
+    with pytest.raises(PermissionError):
+        os.pwrite(memory, b"x", 0)
+    os.close(memory)
+    letting_go.join()
+
+
+def test_a_memory_file_that_is_never_let_go_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr("luminaguard.images.manifest._SEAL_S", 0.05)
+    memory = os.memfd_create("held", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, mmap.PAGESIZE)
+    with mmap.mmap(memory, mmap.PAGESIZE), pytest.raises(OSError, match="busy"):
+        seal(memory)
+    os.close(memory)

@@ -83,6 +83,21 @@ def test_what_is_no_image_of_ours_is_refused_and_nothing_is_written(image, tmp_p
     assert not any((tmp_path / "memory").read_bytes())
 
 
+def test_an_image_that_reaches_into_the_table_is_refused(image, tmp_path):
+    disk, _ = image
+    exact = int.from_bytes(disk.read_bytes()[40:48], "little")
+    size = -(-exact // BLOCK) * BLOCK + BLOCK
+    joined(disk, tmp_path / "memory", size).give_to(100_000)
+    with pytest.raises(ValueError, match="larger than"):
+        joined(disk, tmp_path / "memory", size - BLOCK).give_to(100_000)
+
+
+def test_a_disk_without_a_first_block_is_refused(tmp_path):
+    (tmp_path / "disk").write_bytes(b"hsqs")
+    with pytest.raises(ValueError, match="no first block"):
+        joined(tmp_path / "disk", tmp_path / "memory").give_to(100_000)
+
+
 FIELD = st.text(st.characters(exclude_characters=":\n\r", codec="ascii", exclude_categories=("Cc",)), max_size=8)
 LINE = st.lists(FIELD | st.just("1000"), min_size=1, max_size=7).map(":".join)
 
@@ -100,7 +115,7 @@ def test_only_numbers_of_users_and_groups_change_in_the_files_of_accounts(lines,
 @pytest.mark.parametrize("user", [0, -1])
 def test_a_command_is_never_root(user):
     with pytest.raises(PermissionError, match="never root"):
-        confine.Confinement().seal(user, "default")
+        confine.Confinement.become(user)
 
 
 def test_a_request_to_device_mapper_has_the_shape_of_the_kernels_headers(monkeypatch):

@@ -64,7 +64,8 @@ def save(target: Path, busybox: bytes) -> None:
 
 
 def test_a_command_of_the_container_runs_and_its_effects_come_out(containers, workspace):
-    script = "hello; echo $GREETING $PATH $HOME; [ $(id -u) -ge 100000 ] && echo user; cat /etc/shadow; ls /dev/sda /usr/bin; echo new > n; echo t > /tmp/x"
+    script = """hello; echo $GREETING $PATH $HOME; [ $(id -u) -ge 100000 ] && echo user
+cat /etc/shadow; ls /dev/sda /usr/bin; echo new > n; echo t > /tmp/x"""
     told = containers.exec(workspace, "sh", "-c", script, flags=("--publish", "always"), timeout_s=300).json
     assert told["exit_code"] == 0, told
     assert told["stdout"] == "hi\nhello /app:/bin /home/user\nuser\n", told

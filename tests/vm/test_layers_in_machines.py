@@ -10,7 +10,7 @@ from luminaguard.microvm.machine import Command
 from luminaguard.runtime.rehearsal import PROXY_PORT
 
 pytestmark = pytest.mark.vm
-HELLO = b"#!/usr/bin/python3 -I\nimport os, sys\nprint('hello', os.getuid(), sys.argv[1:])\n"
+HELLO = b"#!/usr/bin/python3 -I\nimport os, sys\nprint('hello', os.getuid() > 0, sys.argv[1:])\n"
 FETCH = f"""
 import http.client, sys
 for number in range(int(sys.argv[1])):
@@ -62,10 +62,10 @@ def test_a_layer_adds_programs_and_replaces_none(runtime, workspace):
               "touch /usr/bin/x /usr/share/hello/x; ls -ld /usr/share/hello")  # fmt: skip
     execution, told = run(runtime, workspace, "sh", "-c", script, layer=layer)
     assert execution.outcome.exit_code == 0, told
-    assert told.splitlines()[:5] == ["hello 1000 ['a']", "data", "one", "two", "1"]
+    assert told.splitlines()[:5] == ["hello True ['a']", "data", "one", "two", "1"]
     assert told.count("Read-only file system") + told.count("Permission denied") == 2 and len(execution.changeset) == 0
     without, told = run(runtime, workspace, "sh", "-c", "hello; ls /usr/share/hello")
-    assert without.outcome.exit_code != 0 and "hello 1000" not in told
+    assert without.outcome.exit_code != 0 and "hello True" not in told
 
 
 def test_programs_reach_what_the_host_answers_and_nothing_else(runtime, workspace):

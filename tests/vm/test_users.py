@@ -77,6 +77,55 @@ rm -rf .git
     assert [change["path"] for change in result.json["changeset"]["changes"]] == ["copy", "private"]
 
 
+def test_a_call_finds_nothing_of_another_user(home, workspace):
+    """Whoever ran in the machine that all are copied from has left nothing that this user could not change."""
+    script = """
+import os, sys
+mine = {0, os.getuid()}
+for top in ("/tmp", "/var/tmp", "/dev", "/home", "/run", "/etc", "/workspace"):
+    for folder, _, files in os.walk(top):
+        for path in (folder, *(os.path.join(folder, name) for name in files)):
+            if not {os.lstat(path).st_uid, os.lstat(path).st_gid} <= mine: print(path)
+print(os.listdir("/tmp"), os.listdir("/home/user"))
+"""
+    assert home.exec(workspace, "python3", "-c", script).json["stdout"] == "[] []\n"
+
+
+def test_looking_at_a_repository_changes_nothing_of_it(home, workspace):
+    """Its index knows who owned a file when it was last looked at."""
+    make = "git init -q .; for n in 1 2 3; do echo $n > f$n; done; git add .; git commit -qm one; git status --short"
+    assert home.exec(workspace, "sh", "-c", make, flags=("--publish", "always")).json["status"] == "published"
+    look = ("sh", "-c", "git status --short; git diff; git log --oneline | wc -l")
+    home.exec(workspace, *look, flags=("--publish", "always"))  # other times than in the machine that made it
+    for _ in range(2):
+        again = home.exec(workspace, *look, flags=("--publish", "always")).json
+        assert (again["status"], again["stdout"]) == ("unchanged", "1\n"), again
+
+
+def test_python_uses_the_images_byte_code_and_writes_none(home, workspace):
+    (workspace / "part.py").write_text("X = 1\n")
+    result = home.exec(workspace, "python3", "-v", "-c", "import argparse, part").json
+    assert result["status"] == "unchanged"
+    # Of a module that it compiled Python says "code object from" and where its text is; of byte code that it "matches".
+    traced = result["stderr"].splitlines()
+    compiled = [line.split()[-1] for line in traced if line.startswith("# code object from /")]
+    assert compiled == ["/workspace/part.py"]
+    assert any("/argparse.cpython-" in line and "matches" in line for line in traced)
+
+
+def test_what_a_command_reads_and_writes_can_be_opened_by_name(home, workspace):
+    script = "cat /dev/stdin; echo out > /dev/stdout; echo err > /dev/stderr; echo more | tee /proc/self/fd/1"
+    result = home.exec(workspace, "bash", "-c", script).json
+    assert (result["exit_code"], result["stdout"], result["stderr"]) == (0, "out\nmore\nmore\n", "err\n"), result
+
+
+def test_files_of_accounts_are_read_only(home, workspace):
+    mounts = home.exec(workspace, "cat", "/proc/mounts").json["stdout"].splitlines()
+    for path in ("/etc/passwd", "/etc/group"):
+        (found,) = (line.split() for line in mounts if line.split()[1] == path)
+        assert {"ro", "nosuid", "nodev", "noexec"} <= set(found[3].split(",")), found
+
+
 def test_a_large_workspace_of_two_images_is_the_users(runtime, workspace):
     """What changed since it was packed lies on a disk of its own."""
     for number in range(1100):
@@ -99,6 +148,7 @@ def test_a_large_workspace_of_two_images_is_the_users(runtime, workspace):
                 os.close(lower)
                 os.close(layer)
             (workspace / "f7").write_text("other")
+            workspace.chmod(0o711)
             (workspace / "f8").unlink(missing_ok=True)
         return seen
 
@@ -126,6 +176,22 @@ def test_machines_that_wait_become_users_of_their_own_on_one_disk(runtime, works
             await scenario()
 
     anyio.run(bounded)
+    os.close(disk)
+
+
+def test_a_machine_that_is_awake_is_not_woken_again(runtime, workspace):
+    disk = WorkspaceImages(runtime.folders.cache).open(read_state(workspace, LIMITS))
+
+    async def scenario() -> None:
+        with anyio.fail_after(120):
+            async with runtime.open_pool(PoolLimits(0, 0)) as pool, pool.machine(disk) as vm:
+                before = vm.uid
+                for again in ({}, {"upper_mib": 8}):
+                    with pytest.raises(MachineError, match=r"busy.*is awake"):
+                        await vm.wake(**again)
+                assert await output_of(vm, "id", "-u") == f"{before}\n"
+
+    anyio.run(scenario)
     os.close(disk)
 
 

@@ -1,7 +1,7 @@
 """Take everything away from the process that is about to become the workload.
 
-Runs between fork and exec, in this order: capability bounding set, groups, resource limits, no_new_privs,
-seccomp, the user, landlock, and the filter of a stricter profile. Constants are those of the
+Runs between fork and exec, in this order: capabilities but those to become another user, groups, resource limits,
+no_new_privs, seccomp, the user, landlock, and the filter of a stricter profile. Constants are those of the
 kernel's uapi headers for x86-64. Of landlock all is used that the kernel has (Debian 12's: ABI 2),
 but for TCP: programs may talk to themselves over the loopback, and there is no other interface.
 """
@@ -74,21 +74,28 @@ class Confinement:
         self._ruleset = make_ruleset()
         self._filter.install()
 
-    def seal(self, user: int, profile: str, *, packages: bool = False) -> None:
-        """Right before exec: the user, with whom all capabilities go, and landlock, which waits for the workspace.
+    @staticmethod
+    def become(user: int) -> None:
+        """Be this user, and of the group with the same number, for good: the last capabilities go with it.
+
+        Raises:
+            OSError: a step failed, or it would be root; the caller must not go on.
+        """
+        if user <= 0:
+            raise OSError(errno.EPERM, "a command is never root")
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+
+    def seal(self, profile: str, *, packages: bool = False) -> None:
+        """Right before exec: landlock, which has to wait until the workspace is mounted.
 
         Args:
-            user: number of the user and of its group; not root's.
             profile: that of this confinement, or ``strict``, whose filter comes on top.
             packages: whether programs of another disk were mounted over /usr, which no rule of before holds for.
 
         Raises:
             OSError: a step failed; the caller must not go on.
         """
-        if user <= 0:
-            raise OSError(errno.EPERM, "a command is never root")
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
         if packages:
             _allow(self._ruleset, "/usr", _READ)
         restrict(self._ruleset, WORKSPACE)

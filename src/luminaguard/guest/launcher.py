@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import termios
 
 from luminaguard.guest.confine import Confinement
@@ -28,6 +29,7 @@ __all__ = ["Group", "Launcher"]
 
 _RESERVED_MIB = 56  # of guest memory, for the kernel and PID 1
 _DEFAULT_PIDS = 256
+_USER = struct.Struct(">I")
 _ADDR_NO_RANDOMIZE = 0x0040000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -91,12 +93,17 @@ class Launcher:
         if (said := self._socket.recv(512)) != b"-":
             raise OSError(f"the launcher could not give up its rights: {said.decode('utf-8', 'replace')}")
 
-    def launch(self, order: dict[str, Any], terminal: int) -> None:
+    def launch(self, user: int, order: dict[str, Any], terminal: int) -> None:
         """Give the order, and the terminal if there is one (else -1); raises OSError if the child is gone.
+
+        What the command reads and writes becomes its user's, who can then open it by name (/dev/stdout).
 
         How it went is read with :meth:`verdict` once :attr:`said` is readable.
         """
-        socket.send_fds(self._socket, [json.dumps(order).encode()], [terminal] if terminal >= 0 else [])
+        for end in (terminal,) if terminal >= 0 else (self.stdin, self.stdout, self.stderr):
+            os.fchown(end, user, user)
+        message = [_USER.pack(user), json.dumps(order).encode()]
+        socket.send_fds(self._socket, message, [terminal] if terminal >= 0 else [])
 
     @property
     def said(self) -> int:
@@ -137,8 +144,9 @@ def _become(fd: int, ends: tuple[int, int, int], confinement: Confinement, *, ra
         os.setpriority(os.PRIO_PROCESS, 0, 0)
         confinement.drop_privileges()
         inside.send(b"-")
-        data, terminals, _, _ = socket.recv_fds(inside, 1 << 18, 1)
-        order = json.loads(data)
+        data, terminals, _, _ = socket.recv_fds(inside, _USER.size + (1 << 18), 1)
+        confinement.become(*_USER.unpack_from(data))  # before anything of the order is looked at
+        order = json.loads(data[_USER.size :])
         for terminal in terminals:
             for target in range(3):
                 os.dup2(terminal, target)
@@ -148,7 +156,7 @@ def _become(fd: int, ends: tuple[int, int, int], confinement: Confinement, *, ra
         limits = order["limits"]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits["nofile"], limits["nofile"]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["fsize"], limits["fsize"]))
-        confinement.seal(order["user"], order["profile"], packages=order["packages"])
+        confinement.seal(order["profile"], packages=order["packages"])
         code = "bad-cwd"
         os.chdir(order["cwd"])
         code = "not-executable"

@@ -47,7 +47,7 @@ UPPER = f"{BASE}/workspace/upper"
 WORKSPACE = "/workspace"
 HOME = "/home/user"
 PORT_NAME = "lumina.agent"
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_MOVE = 1, 2, 4, 8, 4096, 8192
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_MOVE = 1, 2, 4, 8, 32, 4096, 8192
 _SAFE = _MS_NOSUID | _MS_NODEV
 _UPPER_INODES = "64k"
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
@@ -170,11 +170,10 @@ class Identity:
         self._accounts = {}
         for name in ("passwd", "group"):
             path = f"/etc/{name}"
-            # A container's image may have none, or a link to anywhere.
-            if os.path.isfile(path) and not os.path.islink(path):
-                self._accounts[name] = around_user(read_all(path))
-                _put(name, "")
-                _mount(f"{IDENTITY}/{name}", path, "", _MS_BIND)
+            self._accounts[name] = around_user(read_all(path))
+            _put(name, "")
+            _mount(f"{IDENTITY}/{name}", path, "", _MS_BIND)
+            _mount("", path, "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _SAFE | _MS_NOEXEC)
 
     def give(self, time_ns: int, entropy: bytes, hostname: str, machine_id: str, user: int) -> None:
         """Set the clock, add entropy, and set the names and the number of the user; raises OSError."""
@@ -268,16 +267,15 @@ def make_upper(size: str) -> tuple[Joined, Joined]:
 def mount_workspace(disks: Sequence[Joined], user: int) -> None:
     """In a clone: the disks, read-only and the user's, each on the one before, under an overlay."""
     base = f"{BASE}/workspace"
-    lower = ""
+    folders: list[str] = []
     for name, disk in zip(_LOWER, disks, strict=False):
         disk.give_to(user)
-        _mount(disk.node, f"{base}/{name}", "squashfs", _SAFE | _MS_RDONLY)
-        lower = f"{base}/{name}:{lower}" if lower else f"{base}/{name}"
-    root = os.stat(f"{base}/lower")
-    os.chmod(UPPER, stat.S_IMODE(root.st_mode) | 0o700)
+        folders.insert(0, f"{base}/{name}")
+        _mount(disk.node, folders[0], "squashfs", _SAFE | _MS_RDONLY)
+    os.chmod(UPPER, stat.S_IMODE(os.stat(folders[0]).st_mode) | 0o700)
     os.chown(UPPER, user, user)
     _mount("overlay", WORKSPACE, "overlay", _SAFE,
-           f"lowerdir={lower},upperdir={UPPER},workdir={base}/work,"
+           f"lowerdir={':'.join(folders)},upperdir={UPPER},workdir={base}/work,"
            "redirect_dir=off,metacopy=off,index=off,xino=off")  # fmt: skip
 
 

@@ -50,10 +50,10 @@ class Joined:
         room = ctypes.create_string_buffer(MEMORY + _BLOCK)
         start = -ctypes.addressof(room) % _BLOCK
         self._blocks = memoryview(room).cast("B")[start : start + MEMORY]
-        table = size - _BLOCK
+        self._table = size - _BLOCK
         owners = struct.pack("<HI", _UNCOMPRESSED | 4, 0)
-        listed = table + len(owners)
-        self._blocks[_BLOCK : _BLOCK + len(owners) + 8] = owners + struct.pack("<Q", table)
+        listed = self._table + len(owners)
+        self._blocks[_BLOCK : _BLOCK + len(owners) + 8] = owners + struct.pack("<Q", self._table)
         # The kernel takes the list of tables for good only if it ends where the image does.
         self._place = struct.pack("<QQ", listed + 8, listed)
 
@@ -61,19 +61,22 @@ class Joined:
         """From the next mount on all belongs to this user and group.
 
         Raises:
-            ValueError: the disk is no squashfs of one owner without extended attributes.
+            ValueError: the disk is no squashfs of one owner without extended attributes, or too large.
             OSError: the disk cannot be read.
         """
         blocks = self._blocks
         # Past the cache: what is behind the disk was changed since it was last read.
         disk = os.open(self._disk, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         try:
-            os.preadv(disk, [blocks[:_BLOCK]], 0)
+            if os.preadv(disk, [blocks[:_BLOCK]], 0) != _BLOCK:
+                raise ValueError("the workspace's disk has no first block")
         finally:
             os.close(disk)
         superblock = bytes(blocks[:64])
         if (superblock[:4], superblock[26:28], superblock[56:]) != (_MAGIC, _ONE_OWNER, _NO_ATTRIBUTES):
             raise ValueError("the workspace's disk is no squashfs of one owner")
+        if int.from_bytes(superblock[40:48], "little") > self._table:
+            raise ValueError("the workspace's disk is larger than this machine takes")
         blocks[40:56] = self._place
         blocks[_BLOCK + 2 : _BLOCK + 6] = owner.to_bytes(4, "little")
         memory = os.open(self._memory, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)

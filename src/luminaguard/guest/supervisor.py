@@ -164,6 +164,8 @@ class Supervisor:
         user = int(params["uid"])
         if not 0 < user < _MOST_USERS:
             raise CallError("bad-call", f"{user} is no number of a user")
+        if self._mounted or (self._disks and not params["workspace"]):
+            raise CallError("busy", "the machine is awake")
         if not params["workspace"]:
             self._randomize = bool(params["randomize"])
             self._disks = machine.make_upper(str(params["upper_size"]))
@@ -177,9 +179,9 @@ class Supervisor:
         self._user = user
         if not params["workspace"]:
             return {}
-        self._layer = bool(params["layer"])
+        self._layer, self._packages = bool(params["layer"]), bool(params["packages"])
+        self._mounted = True  # or half of it, after which this machine is of no use
         machine.mount_workspace(self._disks if self._layer else self._disks[:1], user)
-        self._mounted, self._packages = True, bool(params["packages"])
         if self._packages:
             machine.mount_packages()
         return {"boot_id": machine.read_boot_id()}
@@ -204,7 +206,6 @@ class Supervisor:
             "cwd": str(params["cwd"]),
             "profile": str(params["profile"]),
             "packages": self._packages,
-            "user": self._user,
             "limits": {name: int(params["limits"][name]) for name in ("nofile", "fsize")},
         }
         if order["profile"] not in PROFILES:
@@ -222,13 +223,12 @@ class Supervisor:
         if size:
             pty, inside = os.openpty()
             set_size(pty, *size)
-            os.fchown(inside, self._user, self._user)
             os.set_blocking(pty, False)
         # All is ready before the order is given: the command then runs to its end undisturbed.
         self._workload = Workload(channel, launcher, pty, self._loop, self._send)
         self._launcher = None
         try:
-            launcher.launch(order, inside)
+            launcher.launch(self._user, order, inside)
         except OSError as error:
             self._workload.never_started(f"os-error:the launcher is gone ({error.strerror})")
         if inside >= 0:

@@ -43,24 +43,40 @@ def extract(
     """Find vmlinuz in the kernel packages, and sets of modules; a module is in the first set that needs it.
 
     Raises:
-        ImageBuildFailed: there is no kernel in them, or it is compressed in an unknown way.
+        ImageBuildFailed: there is no kernel in them, it is compressed in an unknown way, or it lacks a module of the
+            first set.
     """
     compressed, release = b"", ""
     modules: dict[str, tuple[str, bytes]] = {}
+    built_in: set[str] = set()
     for package in packages:
         for member, data in deb.data_members(package):
             name = member.name.removeprefix("./")
             if name.startswith("boot/vmlinuz-"):
                 compressed, release = data, name.removeprefix("boot/vmlinuz-")
-            stem, found, kind = Path(name).name.partition(".ko")
+            if name.endswith("/modules.builtin"):
+                built_in.update(_stem(line)[0] for line in data.decode().splitlines())
+            stem, found, kind = _stem(name)
             if found and "/modules/" in name:
-                modules[stem.replace("-", "_")] = (kind, data)
+                modules[stem] = (kind, data)
     if not compressed:
         raise ImageBuildFailed(
             "The kernel packages contain no boot/vmlinuz.",
             hint="Write a new lock with 'luminaguard image lock'.",
         )
+    missing = [name for name in (sets[0] if sets else ()) if name not in modules and name not in built_in]
+    if built_in and missing:
+        raise ImageBuildFailed(
+            f"The kernel {release} has no {', '.join(missing)}: machines cannot do without.",
+            hint="Install another kernel package of the distribution, or build one: 'make kernel'.",
+        )
     return Kernel(release, vmlinux(compressed), _load_order(modules, sets))
+
+
+def _stem(path: str) -> tuple[str, bool, str]:
+    """The name of a module, whether this is one, and how it is compressed."""
+    stem, found, kind = Path(path).name.partition(".ko")
+    return stem.replace("-", "_"), bool(found), kind
 
 
 def vmlinux(bzimage: bytes) -> bytes:

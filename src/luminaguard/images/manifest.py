@@ -6,10 +6,12 @@ as a changed part. Every use verifies the parts that it uses.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ __all__ = [
     "open_sealed",
     "open_verified",
     "read_manifest",
+    "seal",
     "sha256_fd",
 ]
 
@@ -37,6 +40,7 @@ _FORMAT = 2
 _MAX_MANIFEST = 1 << 20
 _CHUNK = 1 << 20
 _REBUILD = "run 'luminaguard image build'"
+_SEAL_S = 5.0
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -241,7 +245,7 @@ def open_sealed(path: Path, part: Part, owner: Path, remedy: str = _REBUILD) -> 
             offset += count
         if digest.hexdigest() != part.sha256:
             raise _tampered(owner, f"{path.name} does not have the recorded SHA-256", remedy)
-        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+        seal(memory)
         return os.open(f"/proc/self/fd/{memory}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise _tampered(owner, f"{path.name} cannot be read ({error.strerror})", remedy) from error
@@ -249,6 +253,23 @@ def open_sealed(path: Path, part: Part, owner: Path, remedy: str = _REBUILD) -> 
         os.close(memory)
         if source >= 0:
             os.close(source)
+
+
+def seal(memory: int) -> None:
+    """Let nobody change a memfd any more, not even who made it; raises OSError.
+
+    The kernel refuses for as long as something still holds a page of it, which whoever has just written
+    them cannot know: under load that happens.
+    """
+    deadline = time.monotonic() + _SEAL_S
+    while True:
+        try:
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def sha256_fd(fd: int) -> str:

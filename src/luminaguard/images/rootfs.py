@@ -26,7 +26,6 @@ from luminaguard.images import deb, elf, spec
 __all__ = ["FILES", "LIBRARY_FOLDERS", "LINKS", "SKELETON", "Node", "Stretch", "Tree", "add_parents", "build_tree",
            "compile_sources", "unpack", "write_tar"]  # fmt: skip
 
-WORKLOAD_UID = 1000
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 SKELETON = {
     "dev": 0o755, "etc": 0o755, "home": 0o755, "home/user": 0o755, "proc": 0o555, "root": 0o700,
@@ -42,7 +41,8 @@ FILES = {
     "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
     "etc/gitconfig": "[safe]\n\tdirectory = /workspace\n[user]\n\tname = user\n"
-    "\temail = user@micro-vm\n[core]\n\tpager = cat\n",
+    # Each call is another user: an index that knows owners would be written anew by each git status.
+    "\temail = user@micro-vm\n[core]\n\tpager = cat\n\tcheckStat = minimal\n",
 }
 LINKS = {
     "etc/hostname": "/run/identity/hostname", "etc/machine-id": "/run/identity/machine-id",

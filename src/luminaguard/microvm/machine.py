@@ -39,7 +39,7 @@ WATCH_S = 5.0
 DISKS = 4
 """The root, a workspace, a layer on it, and programs that the root has not."""
 FIRST_UID, UIDS = 100_000, 900_000
-"""Numbers of users: above all that distributions give away, and of six digits, which every archive format takes."""
+"""Numbers of users: above all that distributions give away, and of six digits, for which ar and ustar have room."""
 _MAX_META = 32 << 10
 _ENTRY_TYPES = frozenset({"file", "dir", "symlink", "whiteout", "other"})
 _PATH = "/usr/bin:/bin"
@@ -78,8 +78,9 @@ class Command:
         environment = {
             "PATH": _PATH, "HOME": "/home/user", "USER": "user", "LOGNAME": "user",
             "LANG": "C.UTF-8", "TMPDIR": "/tmp",  # noqa: S108  # the guest's, not ours
-            # Byte code is no effect that anyone wants to review.
-            "PYTHONPYCACHEPREFIX": "/tmp/pycache",  # noqa: S108
+            # Byte code is no effect that anyone wants to review. (Another place for it, PYTHONPYCACHEPREFIX, would
+            # also be the only one that is looked at: the image's own would count for nothing.)
+            "PYTHONDONTWRITEBYTECODE": "1",
             **(self.environment or {}),
         }  # fmt: skip
         size = self.terminal

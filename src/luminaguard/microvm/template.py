@@ -31,7 +31,7 @@ import anyio
 
 from luminaguard import log
 from luminaguard.errors import BootFailed, ImageTampered, StorageError
-from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, check_owner, open_sealed
+from luminaguard.images.manifest import INITRAMFS, KERNEL, ROOT, Image, Part, check_owner, open_sealed, seal
 from luminaguard.microvm.channel import CallFailed
 from luminaguard.microvm.machine import DISKS, Command, MicroVM, boot
 from luminaguard.microvm.port import BootSource, Hypervisor, SavedMachine
@@ -40,17 +40,16 @@ from luminaguard.microvm.tracker import VMTracker
 __all__ = ["PLACEHOLDER_BYTES", "TemplateStore", "placeholder"]
 
 PLACEHOLDER_BYTES = 16 << 30
-"""Capacity of the workspace disk in the template: no clone's workspace image may be larger."""
+"""Capacity of the workspace disk in the template; a clone's image has less: the last block is the table of owners'."""
 
-_WARM_UP = (
+_WARM_UP = tuple(Command(argv, cwd="/") for argv in (
     ("/bin/true",),
     ("bash", "-c", "cat /etc/passwd | grep -q user; ls -la / > /dev/null; sed -n 1p /etc/passwd"),
     ("python3", "-c", "import json, os, re, subprocess, pathlib, shutil"),
     ("/bin/true",),
-)
+))  # fmt: skip
 _REBUILD = "Run 'luminaguard image build --force'; see 'luminaguard doctor'."
 _SETTLE_S = 0.5
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _CHUNK = 4 << 20
 _PAGE = 4096
 
@@ -176,9 +175,9 @@ class TemplateStore:
             )
             async with boot(hypervisor, source, ram, self._tracker, task=["template"]) as (vm, machine):
                 await vm.wake(upper_mib=memory_mib // 2, randomize=hypervisor.capabilities.random_addresses)
-                for argv in _WARM_UP:
+                for command in _WARM_UP:
                     # A container image may lack any of them; that it runs at all was shown by its supervisor.
-                    await _warm_up(vm, argv, optional=bool(image.manifest.container))
+                    await _warm_up(vm, command, optional=bool(image.manifest.container))
                 # What the warm-up left to do in the background, every clone would do again.
                 await anyio.sleep(_SETTLE_S)
                 await machine.save(state)
@@ -199,7 +198,7 @@ class TemplateStore:
         stack.callback(os.close, ram)
         os.ftruncate(ram, manifest.memory_mib << 20)
         _fill(ram, folder, manifest)
-        fcntl.fcntl(ram, fcntl.F_ADD_SEALS, _SEALS)
+        seal(ram)
         return SavedMachine(ram, state, manifest.memory_mib)
 
     def _forget_others(self, key: str) -> None:
@@ -215,7 +214,7 @@ def _made_of(hypervisor: Hypervisor, image: Image, memory_mib: int) -> dict[str,
     parts = {name: image.manifest.parts[name].sha256 for name in (KERNEL, INITRAMFS, ROOT)}
     return {"image": image.folder.name, "parts": parts, "backend": hypervisor.name,
             "accelerator": hypervisor.accelerator, "fingerprint": hypervisor.fingerprint, "memory_mib": memory_mib,
-            "warm_up": _WARM_UP, "placeholder": PLACEHOLDER_BYTES}  # fmt: skip
+            "warm_up": [command.params() for command in _WARM_UP], "placeholder": PLACEHOLDER_BYTES}  # fmt: skip
 
 
 def _key(made_of: dict[str, Any]) -> str:
@@ -231,21 +230,21 @@ def placeholder(content: bytes) -> int:
     try:
         os.ftruncate(fd, PLACEHOLDER_BYTES)
         os.pwrite(fd, content, 0)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # a hijacked clone could open it for writing
+        seal(fd)  # a hijacked clone could open it for writing
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(fd)
 
 
-async def _warm_up(vm: MicroVM, argv: tuple[str, ...], *, optional: bool) -> None:
+async def _warm_up(vm: MicroVM, command: Command, *, optional: bool) -> None:
     try:
-        outcome = await vm.run(Command(argv, cwd="/"), output=_discard, timeout_s=60)
+        outcome = await vm.run(command, output=_discard, timeout_s=60)
     except CallFailed as error:
         if optional:
             return
-        raise BootFailed(f"The guest could not start {argv[0]}: {error.message}.", hint=_REBUILD) from error
+        raise BootFailed(f"The guest could not start {command.argv[0]}: {error.message}.", hint=_REBUILD) from error
     if outcome.exit_code and not optional:
-        raise BootFailed(f"{argv[0]} ended with status {outcome.exit_code} in the guest.", hint=_REBUILD)
+        raise BootFailed(f"{command.argv[0]} ended with status {outcome.exit_code} in the guest.", hint=_REBUILD)
 
 
 async def _discard(_stream: int, _data: bytes) -> None:
