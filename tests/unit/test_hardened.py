@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from luminaguard.errors import ImageBuildFailed, Unavailable
-from luminaguard.images import hardened, verity
+from luminaguard.images import hardened, imported, initramfs, verity
 from luminaguard.images.kernel import vmlinux
 
 needs_veritysetup = pytest.mark.skipif(not shutil.which("veritysetup"), reason="veritysetup is not installed")
@@ -58,14 +58,60 @@ def test_a_package_without_sources_is_refused_and_leaves_nothing(tmp_path, monke
 def test_a_kernel_that_was_built_is_used_again_unless_it_was_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(hardened, "compiler", lambda: "gcc 1")
     source = package(tmp_path / "linux-source_1_all.deb", "./x", b"")
-    parts = (source.name.encode(), hardened.configuration(), b"gcc 1", Path(hardened.__file__).read_bytes())
+    code = Path(hardened.__file__).read_bytes()
+    parts = (source.name.encode(), hardened.configuration(), hardened.first_program(), b"gcc 1", code)
     kept = tmp_path / "kernels" / hashlib.sha256(b"\0".join(parts)).hexdigest()
     kept.parent.mkdir()
-    hardened._keep(kept, tmp_path / "kernels" / ".building-x", "6.9", b"\x7fELF kernel")
-    assert hardened.build_kernel(source, kept.parent, lambda _: None).elf == b"\x7fELF kernel"
-    (kept / "vmlinux").write_bytes(b"\x7fELF kernal")
-    with pytest.raises(ImageBuildFailed, match="no kernel sources"):  # it is built again
-        hardened.build_kernel(source, kept.parent, lambda _: None)
+    built = {"vmlinux": b"\x7fELF kernel", "init": b"\x7fELF init"}
+    for name, data in built.items():
+        hardened._keep(kept, tmp_path / "kernels" / ".building-x", "6.9", built)
+        found = hardened.build_kernel(source, kept.parent, lambda _: None)
+        assert {"vmlinux": found.elf, "init": found.init} == built
+        (kept / name).write_bytes(data.upper())
+        with pytest.raises(ImageBuildFailed, match="no kernel sources"):  # it is built again
+            hardened.build_kernel(source, kept.parent, lambda _: None)
+
+
+def entries(archive):
+    """The files of an archive as cpio(5) describes it, of the new ASCII format."""
+    found, at = {}, 0
+    while at < len(archive):
+        assert archive[at : at + 6] == b"070701"
+        fields = [int(archive[at + 6 + 8 * n : at + 14 + 8 * n], 16) for n in range(13)]
+        start = -(-(at + 110 + fields[11]) // 4) * 4
+        name = archive[at + 110 : at + 109 + fields[11]].decode()
+        if name == "TRAILER!!!":
+            break
+        found[name] = archive[start : start + fields[6]]
+        at = -(-(start + fields[6]) // 4) * 4
+    return found
+
+
+def test_an_initramfs_without_a_shell_has_the_supervisor_and_how_it_is_started():
+    found = entries(initramfs.build(b"busybox", [[("x", b"module")], []], b"\x7fELF init"))
+    assert found["init"] == b"\x7fELF init"
+    assert {"supervisor", "supervisor.container", "luminaguard/guest/supervisor.py", "root", "dev", "proc"} <= set(
+        found
+    )
+    assert not [path for path in found if path.startswith(("bin", "modules"))]
+    script = entries(initramfs.build(b"busybox", [[("x", b"module")], []]))
+    assert (script["bin/busybox"], script["modules/x.ko"]) == (b"busybox", b"module")
+    for name, python in (("supervisor", ("/usr/bin/python3",)), ("supervisor.container", imported.interpreter())):
+        words = found[name].decode().split("\0")
+        assert words[: len(python)] == list(python)
+        assert words[len(python) : -2] == ["-I", "-S", "-E", "-B", "-c"]
+        assert words[-1] == ""
+        assert words[-2].encode() in script["init"]
+
+
+def test_the_first_program_does_what_the_shell_does_for_other_kernels():
+    """Of both, the same mounts with the same options."""
+    program, script = hardened.first_program().decode(), initramfs._INIT
+    assert f'#define FOLDER "{initramfs.SUPERVISOR_FOLDER}"' in program
+    for options in ("mode=755,size=4m,nr_inodes=1024",):
+        assert options in program
+        assert options in script
+    assert f'given("{imported.RUNTIME_OPTION}")' in program
 
 
 @pytest.mark.parametrize("tail", [b"", struct.pack("<I", 12)])
@@ -88,7 +134,9 @@ def test_the_tree_is_part_of_the_file_and_the_same_for_the_same_root(tmp_path):
     assert options[0] == options[1]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     blocks = -(-len(content) // verity.BLOCK)
-    assert f'"root,,,ro,0 {blocks * 8} verity 1 /dev/vda /dev/vda 4096 4096 {blocks} {blocks} sha256 ' in options[0]
+    assert (
+        f'"root,,,ro,0 {blocks * 8} verity 1 /dev/vda /dev/vda 4096 4096 {blocks} {blocks} blake2b-512 ' in options[0]
+    )
     assert options[0].endswith(' - 1 panic_on_corruption"')
 
 
@@ -97,9 +145,9 @@ def test_a_block_that_was_changed_does_not_verify(tmp_path):
     root = tmp_path / "root"
     root.write_bytes(bytes(200_000))
     options = verity.add_tree(root)
-    digest = options.split(" sha256 ")[1].split()[0]
+    digest = options.split(" blake2b-512 ")[1].split()[0]
     blocks = -(-200_000 // verity.BLOCK)
-    command = ["veritysetup", "verify", "--no-superblock", "--salt", "-", "--hash", "sha256",
+    command = ["veritysetup", "verify", "--no-superblock", "--salt", "-", "--hash", "blake2b-512",
                "--data-blocks", str(blocks),
                "--hash-offset", str(blocks * verity.BLOCK), str(root), str(root), digest]  # fmt: skip
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0

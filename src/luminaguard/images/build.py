@@ -296,7 +296,7 @@ class ImageStore:
         else:
             step("unpacking the kernel")
             found = kernel.extract(files[p] for p in lock.role("kernel"))
-        write_part(work / INITRAMFS, initramfs.build(busybox, found.modules))
+        write_part(work / INITRAMFS, initramfs.build(busybox, found.modules, found.init))
         made = _Made(found.release)
         if reusable is not None:
             for name in (KERNEL, ROOT):

@@ -4,7 +4,7 @@ The sources are a package like any other: apt verifies them, the lock of the ima
 kernel has is in ``kernels/hardened.config``; every line of it must survive the kernel's own
 configuration, so a name that a newer kernel does not know any more is an error and not a gap.
 
-    <cache>/kernels/<digest of sources, configuration and compiler>/vmlinux, manifest.json
+    <cache>/kernels/<digest of sources, configuration and compiler>/vmlinux, init, manifest.json
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ def configuration() -> bytes:
     return (resources.files("luminaguard.images") / "kernels" / "hardened.config").read_bytes()
 
 
+def first_program() -> bytes:
+    """The source of what such a kernel starts."""
+    return (resources.files("luminaguard.images") / "kernels" / "init.c").read_bytes()
+
+
 def compiler() -> str:
     """The compiler's version, which decides what comes out.
 
@@ -73,7 +78,7 @@ def build_kernel(sources: Path, folder: Path, step: Callable[[str], None]) -> Ke
         ImageBuildFailed: it cannot be configured or compiled; the end of the log is told.
         Unavailable: a tool is missing.
     """
-    parts = (sources.name.encode(), configuration(), compiler().encode(), Path(__file__).read_bytes())
+    parts = (sources.name.encode(), configuration(), first_program(), compiler().encode(), Path(__file__).read_bytes())
     kept = folder / hashlib.sha256(b"\0".join(parts)).hexdigest()
     try:
         return _load(kept)
@@ -89,7 +94,7 @@ def build_kernel(sources: Path, folder: Path, step: Callable[[str], None]) -> Ke
         release = _configure(tree)
         _compile(tree, step)
         elf = vmlinux((tree / "arch/x86/boot/bzImage").read_bytes())
-        _keep(kept, work / "kept", release, elf)
+        _keep(kept, work / "kept", release, {"vmlinux": elf, "init": _compile_init(tree)})
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return _load(kept)
@@ -97,16 +102,21 @@ def build_kernel(sources: Path, folder: Path, step: Callable[[str], None]) -> Ke
 
 def _load(kept: Path) -> Kernel:
     facts = json.loads((kept / "manifest.json").read_text(encoding="ascii"))
-    fd = open_verified(kept / "vmlinux", Part(int(facts["size"]), str(facts["sha256"])), kept)
-    with os.fdopen(fd, "rb") as file:
-        return Kernel(str(facts["release"]), file.read(), [[], []])
+    parts = {}
+    for name in ("vmlinux", "init"):
+        fd = open_verified(kept / name, Part(**facts["parts"][name]), kept)
+        with os.fdopen(fd, "rb") as file:
+            parts[name] = file.read()
+    return Kernel(str(facts["release"]), parts["vmlinux"], [[], []], parts["init"])
 
 
-def _keep(kept: Path, work: Path, release: str, elf: bytes) -> None:
+def _keep(kept: Path, work: Path, release: str, parts: dict[str, bytes]) -> None:
     work.mkdir(mode=0o700)
-    (work / "vmlinux").write_bytes(elf)
-    facts = {"release": release, "size": len(elf), "sha256": hashlib.sha256(elf).hexdigest()}
-    (work / "manifest.json").write_text(json.dumps(facts), encoding="ascii")
+    for name, data in parts.items():
+        (work / name).write_bytes(data)
+    described = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()}
+    facts = json.dumps({"release": release, "parts": described})
+    (work / "manifest.json").write_text(facts, encoding="ascii")
     shutil.rmtree(kept, ignore_errors=True)
     work.rename(kept)
 
@@ -161,6 +171,23 @@ def _compile(tree: Path, step: Callable[[str], None]) -> None:
     if process.returncode:
         end = log.read_bytes()[-_LOG_TAIL:].decode("utf-8", "replace")
         raise ImageBuildFailed(f"The kernel cannot be compiled:\n{end}", hint="Check that 2 GB of disk are free.")
+
+
+def _compile_init(tree: Path) -> bytes:
+    """The first program, with nothing of a C library but what the kernel's sources bring along."""
+    source = tree / "init.c"
+    source.write_bytes(first_program())
+    command = ("gcc", "-Os", "-Wall", "-Werror", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector",
+               "-fno-asynchronous-unwind-tables", "-fno-ident", "-s", "-Wl,--build-id=none", "-Wl,-z,noexecstack",
+               "-include", "tools/include/nolibc/nolibc.h", "-o", "init.elf", "init.c", "-lgcc")  # fmt: skip
+    done = subprocess.run(command, cwd=tree, env=_environment(), capture_output=True, text=True, errors="replace",
+                          check=False, stdin=subprocess.DEVNULL)  # fmt: skip
+    if done.returncode:
+        raise ImageBuildFailed(
+            f"The first program of the machine cannot be compiled: {done.stderr[-_LOG_TAIL:]}",
+            hint="Run 'make kernel', which installs what it needs.",
+        )
+    return (tree / "init.elf").read_bytes()
 
 
 def _make(tree: Path, *arguments: str) -> str:

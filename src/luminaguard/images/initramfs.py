@@ -42,9 +42,12 @@ $b mount --move /dev /root/dev
 python=/usr/bin/python3
 case " $line " in *" {runtime} "*) python="{interpreter}" ;; esac
 export LC_ALL=C TZ=/dev/null
-exec $b switch_root /root $python -I -S -E -B -c "import sys; sys.path.insert(0, '{folder}'); \
-from luminaguard.guest.supervisor import main; main()"
+exec $b switch_root /root $python {arguments} -c "{program}"
 """
+_ARGUMENTS = ("-I", "-S", "-E", "-B")
+_PROGRAM = (
+    f"import sys; sys.path.insert(0, '{SUPERVISOR_FOLDER}'); from luminaguard.guest.supervisor import main; main()"
+)
 
 
 def supervisor_files() -> dict[str, bytes]:
@@ -62,30 +65,42 @@ def supervisor_files() -> dict[str, bytes]:
     return files
 
 
-def build(busybox: bytes, modules: list[list[tuple[str, bytes]]]) -> bytes:
+def build(busybox: bytes, modules: list[list[tuple[str, bytes]]], init: bytes = b"") -> bytes:
     """The whole archive, uncompressed: unpacking costs more than reading under emulation.
 
     Args:
         busybox: a static one.
         modules: those to load always, and those to load with :data:`VSOCK_OPTION`.
+        init: instead of both, a program that does what the shell would do (``kernels/init.c``).
     """
-    always, with_vsock = (" ".join(name for name, _ in group) for group in modules)
-    words = {"modules": always, "memory": _MEMORY_DISK,
-             "vsock_modules": with_vsock, "vsock": VSOCK_OPTION, "folder": SUPERVISOR_FOLDER,
-             "verity": verity.DEVICE, "runtime": imported.RUNTIME_OPTION,
-             "interpreter": " ".join(imported.interpreter())}  # fmt: skip
-    init = _INIT
-    for name, word in words.items():
-        init = init.replace(f"{{{name}}}", word)
     archive = cpio.Newc()
-    for folder in ("bin", "dev", "proc", "root", "modules", "luminaguard",
-                   "luminaguard/guest", "luminaguard/guest/__pycache__"):  # fmt: skip
+    for folder in ("dev", "proc", "root", "luminaguard", "luminaguard/guest", "luminaguard/guest/__pycache__"):
         archive.add(folder, 0o040755, b"")
-    archive.add("bin/busybox", 0o100755, busybox)
-    archive.add("init", 0o100755, init.encode())
-    for name, data in itertools.chain(*modules):
-        archive.add(f"modules/{name}.ko", 0o100644, data)
     archive.add("luminaguard/__init__.py", 0o100644, b"")
     for name, data in supervisor_files().items():
         archive.add(f"luminaguard/guest/{name}", 0o100644, data)
+    if init:
+        archive.add("init", 0o100755, init)
+        for name, python in (("supervisor", ("/usr/bin/python3",)), ("supervisor.container", imported.interpreter())):
+            words = (*python, *_ARGUMENTS, "-c", _PROGRAM)
+            archive.add(name, 0o100644, "".join(f"{word}\0" for word in words).encode())
+        return archive.finish()
+    for folder in ("bin", "modules"):
+        archive.add(folder, 0o040755, b"")
+    archive.add("bin/busybox", 0o100755, busybox)
+    archive.add("init", 0o100755, _script(modules).encode())
+    for name, data in itertools.chain(*modules):
+        archive.add(f"modules/{name}.ko", 0o100644, data)
     return archive.finish()
+
+
+def _script(modules: list[list[tuple[str, bytes]]]) -> str:
+    always, with_vsock = (" ".join(name for name, _ in group) for group in modules)
+    words = {"modules": always, "memory": _MEMORY_DISK,
+             "vsock_modules": with_vsock, "vsock": VSOCK_OPTION, "folder": SUPERVISOR_FOLDER,
+             "arguments": " ".join(_ARGUMENTS), "program": _PROGRAM, "verity": verity.DEVICE,
+             "runtime": imported.RUNTIME_OPTION, "interpreter": " ".join(imported.interpreter())}  # fmt: skip
+    init = _INIT
+    for name, word in words.items():
+        init = init.replace(f"{{{name}}}", word)
+    return init

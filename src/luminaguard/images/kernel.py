@@ -29,12 +29,16 @@ _MAX_VMLINUX = 256 << 20
 
 
 class Kernel:
-    """A kernel as the images room needs it: the ELF file, and sets of modules, each in load order."""
+    """A kernel as the images room needs it: the ELF file, and sets of modules, each in load order.
 
-    def __init__(self, release: str, elf: bytes, modules: list[list[tuple[str, bytes]]]) -> None:
+    ``init`` is the program that starts a machine without a shell's help; only of a kernel that has all drivers in it.
+    """
+
+    def __init__(self, release: str, elf: bytes, modules: list[list[tuple[str, bytes]]], init: bytes = b"") -> None:
         self.release = release
         self.elf = elf
         self.modules = modules
+        self.init = init
 
 
 def extract(

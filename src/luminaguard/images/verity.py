@@ -15,6 +15,7 @@ from luminaguard.errors import ImageBuildFailed, Unavailable
 __all__ = ["BLOCK", "DEVICE", "add_tree"]
 
 BLOCK = 4096
+_HASH = "blake2b-512"
 DEVICE = "dm-mod.create="
 """On the kernel's command line: the root is the device that this makes, and no other."""
 
@@ -32,14 +33,14 @@ def add_tree(root: Path) -> str:
         size = file.seek(0, 2)
         file.truncate(-(-size // BLOCK) * BLOCK)
     blocks = -(-size // BLOCK)
-    command = ("veritysetup", "format", "--no-superblock", "--salt", "-", "--hash", "sha256",
+    command = ("veritysetup", "format", "--no-superblock", "--salt", "-", "--hash", _HASH,
                "--data-blocks", str(blocks), "--hash-offset", str(blocks * BLOCK), str(root), str(root))  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     except FileNotFoundError as error:
         raise Unavailable("veritysetup is not installed.", hint="apt-get install cryptsetup-bin") from error
-    digest = re.search(r"^Root hash:\s+([0-9a-f]{64})$", done.stdout, re.MULTILINE)
+    digest = re.search(r"^Root hash:\s+([0-9a-f]{128})$", done.stdout, re.MULTILINE)
     if done.returncode or digest is None:
         raise ImageBuildFailed(f"veritysetup failed: {done.stderr[-300:]}", hint="Check that the disk is not full.")
-    table = f"verity 1 /dev/vda /dev/vda {BLOCK} {BLOCK} {blocks} {blocks} sha256 {digest[1]} - 1 panic_on_corruption"
+    table = f"verity 1 /dev/vda /dev/vda {BLOCK} {BLOCK} {blocks} {blocks} {_HASH} {digest[1]} - 1 panic_on_corruption"
     return f'{DEVICE}"root,,,ro,0 {blocks * BLOCK // 512} {table}"'
