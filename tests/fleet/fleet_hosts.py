@@ -107,9 +107,16 @@ class Host:
 
     def at_work(self):
         """How many of its machines work for a task now."""
-        found = [one for one in VMTracker(self.home.folder / "run").running() if one.workspace and one.alive]
+        found = self._machines()
+        if len(found) > self.slots:
+            # A look takes time, in which one may end and the next begin: what two looks saw, was there between them.
+            found &= self._machines()
         self.most = max(self.most, len(found))
         return len(found)
+
+    def _machines(self):
+        running = VMTracker(self.home.folder / "run").running()
+        return {one.id for one in running if one.workspace and one.alive}
 
     def begin(self, count, script, workspaces):
         """Tasks, each in a folder of its own on this host; their ids."""

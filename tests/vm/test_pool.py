@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 import uuid
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ import pytest
 
 from luminaguard.errors import ImageMissing, MachineError
 from luminaguard.microvm import machine as machines
+from luminaguard.microvm.broker import Lender, borrow
 from luminaguard.microvm.jail import CgroupStore
 from luminaguard.microvm.machine import Command
 from luminaguard.microvm.pool import Pool, PoolLimits, Template
@@ -783,3 +784,33 @@ def left_behind(before: set[str]) -> list[str]:
         if parent == "1" and name in {"bwrap", "qemu-system-x86", "setpriv"}:
             found.append(f"{path.name} {name}")
     return found
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed", "done"])
+def test_whoever_gives_a_borrowed_machine_back_finds_it_gone(runtime, disk, how):
+    """However it was given back: the slot that it had is another's from then on."""
+
+    async def scenario() -> None:
+        async with runtime.open_pool(PoolLimits(1, 1)) as pool, anyio.create_task_group() as tasks:
+            await tasks.start(_lend, Lender(pool, runtime.folders.run, runtime.kind))
+            for _ in range(3):
+                await pool.wait_ready(1)
+                pid = 0
+                with anyio.CancelScope() as scope, suppress(KeyError):
+                    async with borrow(runtime.folders.run, [disk], runtime.kind, folder="/f", task=["t"]) as vm:
+                        assert vm is not None
+                        pid = vm.process.pid
+                        assert alive(pid)
+                        if how == "failed":
+                            raise KeyError
+                        if how == "cancelled":
+                            scope.cancel()
+                            await anyio.sleep_forever()
+                assert pid and not alive(pid)
+            tasks.cancel_scope.cancel()
+
+    run(scenario)
+
+
+async def _lend(lender, *, task_status):
+    await lender.serve(on_ready=task_status.started)

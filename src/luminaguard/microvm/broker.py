@@ -201,15 +201,18 @@ async def borrow(
                 hint=str(reply.get("hint", "Run 'luminaguard pool status'."))[:500],
                 kept="The workspace was not touched.",
             )
-        with socket.socket(fileno=fds[0]) as channel_socket:
-            channel_socket.setblocking(False)
-            lent = _Lent(ProcessInfo(int(reply["pid"]), dict(reply["layers"])), channel_socket)
-            async with open_channel(channel_socket, first_call=int(reply["call"])) as channel:
-                yield MicroVM(str(reply["id"]), lent, channel, backend=str(reply["backend"]),
-                              accelerator=str(reply["accelerator"]), boot_id=str(reply["boot_id"]))  # fmt: skip
-        connection.shutdown(socket.SHUT_WR)
-        with anyio.move_on_after(_END_S):  # the lender hangs up once the machine is destroyed
-            await anyio.wait_readable(connection)
+        try:
+            with socket.socket(fileno=fds[0]) as channel_socket:
+                channel_socket.setblocking(False)
+                lent = _Lent(ProcessInfo(int(reply["pid"]), dict(reply["layers"])), channel_socket)
+                async with open_channel(channel_socket, first_call=int(reply["call"])) as channel:
+                    yield MicroVM(str(reply["id"]), lent, channel, backend=str(reply["backend"]),
+                                  accelerator=str(reply["accelerator"]), boot_id=str(reply["boot_id"]))  # fmt: skip
+        finally:  # also of who was cancelled: a slot is free when its machine is gone
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            with anyio.move_on_after(_END_S, shield=True):  # the lender hangs up once the machine is destroyed
+                await anyio.wait_readable(connection)
 
 
 def has_pool(run: Path) -> bool:
