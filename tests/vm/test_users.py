@@ -28,7 +28,7 @@ print(json.dumps({
     'account': list(pwd.getpwuid(uid)), 'by name': pwd.getpwnam('user').pw_uid, 'group': grp.getgrgid(uid).gr_name,
     'others': sorted(entry.pw_uid for entry in pwd.getpwall() if entry.pw_uid != uid),
     'owners': [path for path in files if owner(path) != [uid]], 'files': len(files),
-    'of the system': owner('/usr/bin/env') + owner('/etc/passwd'),
+    'mode': oct(os.stat('/workspace').st_mode & 0o7777), 'of the system': owner('/usr/bin/env') + owner('/etc/passwd'),
 }))
 """
 
@@ -36,7 +36,7 @@ print(json.dumps({
 def who(said):
     """What a command said of itself, of which all that must hold was checked but for its number."""
     found = json.loads(said)
-    uid = found.pop("uid")
+    uid, _ = found.pop("uid"), found.pop("mode")
     assert FIRST_UID <= uid < FIRST_UID + UIDS
     assert found.pop("ids") == [uid] * 6
     assert found.pop("groups") == []
@@ -128,8 +128,11 @@ def test_files_of_accounts_are_read_only(home, workspace):
 
 def test_a_large_workspace_of_two_images_is_the_users(runtime, workspace):
     """What changed since it was packed lies on a disk of its own."""
+    workspace.chmod(0o750)
     for number in range(1100):
         (workspace / f"f{number}").write_text("x")
+
+    modes = []
 
     async def scenario() -> list[tuple[int, int]]:
         seen = []
@@ -141,6 +144,7 @@ def test_a_large_workspace_of_two_images_is_the_users(runtime, workspace):
 
             with anyio.fail_after(120):
                 await runtime.exec(workspace, Command(("python3", "-c", WHO)), output=output)
+            modes.append(json.loads(said)["mode"])
             seen.append(who(said))
             if len(seen) == 2:
                 lower, layer = WorkspaceImages(runtime.folders.cache).open_layered(read_state(workspace, LIMITS))
@@ -155,6 +159,7 @@ def test_a_large_workspace_of_two_images_is_the_users(runtime, workspace):
     seen = anyio.run(scenario)
     assert seen[0][0] != seen[1][0]
     assert seen[0][1] == seen[1][1] + 1
+    assert modes == ["0o750", "0o711"], "the folder's own mode is that of the newer image"
 
 
 def test_machines_that_wait_become_users_of_their_own_on_one_disk(runtime, workspace):

@@ -59,7 +59,7 @@ def extract(
             if name.startswith("boot/vmlinuz-"):
                 compressed, release = data, name.removeprefix("boot/vmlinuz-")
             if name.endswith("/modules.builtin"):
-                built_in.update(_stem(line)[0] for line in data.decode().splitlines())
+                built_in.update(_stem(line)[0] for line in data.decode("utf-8", "replace").splitlines())
             stem, found, kind = _stem(name)
             if found and "/modules/" in name:
                 modules[stem] = (kind, data)
