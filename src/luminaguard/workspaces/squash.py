@@ -26,7 +26,7 @@ from luminaguard.workspaces.state import WorkspaceState
 
 __all__ = ["HostFolder", "Source", "Step", "changed", "squash"]
 
-_UID = 1000
+_UID = 1000  # any one: the guest shows the user of its machine in its place (guest/ownership.py)
 _CHUNK = 1 << 20
 _COMMAND = ("mksquashfs", "-", "{out}", "-tar", "-noI", "-noD", "-noF", "-no-xattrs", "-no-duplicates",
             # Tables that a mount would have to read: nothing exports the image, and uncompressed ends save nothing.
